@@ -1,0 +1,242 @@
+"""RunConfig and its parts: everything a run is, in one frozen tree.
+
+A recipe is a function that returns a complete `RunConfig`; nothing is filled in later and no
+validator edits it. This module imports neither torch nor an engine, so that a mistake is
+reported within a second.
+
+Lengths are in tokens, counts of rollouts and prompts are per iteration over the whole job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_precision.precision.policy import PrecisionPolicy, policy
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A transformer, by the field names of Hugging Face's `config.json`.
+
+    A dense model has `num_experts == 0`; an MoE model has experts in every layer.
+    """
+
+    model_type: Literal["qwen3", "qwen3_moe"] = "qwen3"
+    vocab_size: int = 32
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 32
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 256
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Trainer and rollout layout of one colocated `torchrun` world.
+
+    The data-parallel size is what is left: world_size / (tp_size * pp_size). Experts see their
+    own grid: world_size / (etp_size * ep_size * pp_size) expert-data-parallel replicas.
+    """
+
+    world_size: int = 2
+    tp_size: int = 2
+    pp_size: int = 1
+    ep_size: int = 1
+    etp_size: int = 1
+    sequence_parallel: bool = False
+    rollout_tp_size: int = 2
+
+    @property
+    def dp_size(self) -> int:
+        """Trainer replicas of the dense parameters."""
+        return self.world_size // (self.tp_size * self.pp_size)
+
+    @property
+    def rollout_replicas(self) -> int:
+        """Engine replicas; each samples its own share of an iteration's rollouts."""
+        return self.world_size // self.rollout_tp_size
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Where prompts come from and how an answer is scored.
+
+    `name` picks a generator of `data/`; `train_questions` are drawn for the perfectible set,
+    `eval_questions` are held out. `difficulty` is the number of terms of a sum.
+    """
+
+    name: Literal["arithmetic"] = "arithmetic"
+    difficulty: int = 8
+    train_questions: int = 512
+    eval_questions: int = 64
+    max_prompt_tokens: int = 32
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """The supervised start that the RL runs share, made once and cached by its fingerprint."""
+
+    learning_rate: float = 2e-3
+    batch_size: int = 128
+    micro_batch_size: int = 64
+    max_steps: int = 1500
+    warmup_steps: int = 50
+    check_every: int = 50
+    target_accuracy_low: float = 0.40
+    target_accuracy_high: float = 0.60
+    check_questions: int = 128
+    check_samples: int = 4
+
+
+@dataclass(frozen=True)
+class PerfectibleConfig:
+    """The perfectible set: questions the start answers sometimes, as the paper builds it.
+
+    Accuracy bounds are inclusive.
+    """
+
+    samples_per_question: int = 40
+    accuracy_low: float = 0.20
+    accuracy_high: float = 0.80
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Sampling in training rollouts.
+
+    top_p, top_k and the penalty are here to be refused: any value but the neutral one makes the
+    engine's log-probs those of another distribution than the one the trainer differentiates.
+    """
+
+    max_response_tokens: int = 96
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    repetition_penalty: float = 1.0
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    kv_cache_mib: int = 256
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """An algorithm by its name in `rl/algorithms.py`, and the constants of its formula."""
+
+    name: str = "PG-Seq-IS"
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    log_weight_clamp: float = 20.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, constant learning rate after a linear warm-up; skipped steps do not count."""
+
+    learning_rate: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class LossScaleConfig:
+    """The dynamic loss scale of an FP16 trainer; ignored where the policy needs none.
+
+    `calibrated` starts at the largest power of two whose first mini-batch stays finite, less
+    `headroom_bits`. `fixed_start` starts at `initial_scale`: the authors' 2^16 with growth
+    every 400 steps is `initial="fixed_start", initial_scale=65536, growth_interval=400`.
+    """
+
+    initial: Literal["calibrated", "fixed_start"] = "calibrated"
+    initial_scale: float = 2.0**16
+    headroom_bits: int = 3
+    growth_interval: int = 400
+    hysteresis: int = 1
+    min_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The shape of an iteration, and how many there are."""
+
+    iterations: int = 40
+    prompts_per_iteration: int = 64
+    rollouts_per_prompt: int = 8
+    prompts_per_mini_batch: int = 16
+    micro_batch_size: int = 128
+    mismatch_every: int = 1
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps an iteration."""
+        return self.prompts_per_iteration // self.prompts_per_mini_batch
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation on held-out questions: before the first iteration, every `every`, at the end."""
+
+    every: int = 5
+    samples_per_question: int = 4
+    temperature: float = 0.6
+
+
+@dataclass(frozen=True)
+class SinkConfig:
+    """Who else reads the metrics events, besides `metrics.jsonl` and the console."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run. Two recipes that differ in precision differ in nothing else."""
+
+    recipe: str
+    precision: str = "fp16"
+    seed: int = 42
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    perfectible: PerfectibleConfig = field(default_factory=PerfectibleConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sinks: SinkConfig = field(default_factory=SinkConfig)
+
+    @property
+    def policy(self) -> PrecisionPolicy:
+        """The precision policy that `precision` names."""
+        return policy(self.precision)
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as plain values, for `config.json` and for a dry run."""
+    return dataclasses.asdict(config)
+
+
+def fingerprint(parts: Any) -> str:
+    """Twelve hex digits that name a piece of configuration; equal values give equal names."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,95 @@
+"""The precision policy: the one place where the project decides a dtype.
+
+A policy names the dtype of every kind of tensor that exists in a run. Training and rollout
+can differ on purpose (the paper's precision ablation), never by accident: everything else in
+the project asks the policy, and `precision/audit.py` reads back what the tensors really are.
+
+This module imports no torch, so that configs, `--help` and dry runs stay fast; the torch
+dtypes behind the names live in `precision/dtypes.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["fp16", "bf16", "fp32"]
+DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class PrecisionPolicy:
+    """dtype of each kind of tensor in a run.
+
+    Attributes:
+        name: how a user asked for it, for example `fp16` or `bf16/fp16`.
+        params: Megatron's model parameters, and the compute dtype of the trainer.
+        grads: gradients of activations and weights as the backward pass produces them.
+        grad_accumulate: Megatron's `main_grad` buffers and their reduction over data parallel ranks.
+        main_params: the optimizer's copies of the parameters, and its moments.
+        router: the MoE router's GEMM and its softmax.
+        lm_head: the output projection; logits leave it in this dtype and are reduced in fp32.
+        logprobs: log-probs, losses, advantages and mismatch statistics.
+        rollout_params: the engine's parameters, and its compute dtype.
+        kv_cache: the engine's KV cache.
+        wire: what the weight sync carries between trainer and engine.
+    """
+
+    name: str
+    params: DType
+    grads: DType
+    grad_accumulate: DType
+    main_params: DType
+    router: DType
+    lm_head: DType
+    logprobs: DType
+    rollout_params: DType
+    kv_cache: DType
+    wire: DType
+
+    @property
+    def loss_scaling(self) -> bool:
+        """Whether the trainer needs a loss scale: only FP16 gradients can leave their range."""
+        return self.grads == "fp16"
+
+
+def policy(name: str) -> PrecisionPolicy:
+    """Build the policy that a user names.
+
+    Args:
+        name: `fp16`, `bf16` or `fp32` for both sides, or `TRAIN/ROLLOUT` (`bf16/fp16`) to set
+            the trainer's and the engine's dtype apart, as the paper's precision ablation does.
+
+    Returns:
+        The policy. Accumulation, reduction, main parameters, router and log-probs are fp32 in
+        every policy, so that two policies differ in the dtype under study and in nothing else.
+
+    Raises:
+        ValueError: for any other name.
+    """
+    train, slash, rollout = name.partition("/")
+    if not slash:
+        rollout = train
+    for part in (train, rollout):
+        if part not in DTYPES:
+            raise ValueError(
+                f"unknown precision {name!r}: expected one of {', '.join(DTYPES)}, "
+                "or TRAIN/ROLLOUT such as bf16/fp16"
+            )
+    return PrecisionPolicy(
+        name=name,
+        params=_dtype(train),
+        grads=_dtype(train),
+        grad_accumulate="fp32",
+        main_params="fp32",
+        router="fp32",
+        lm_head=_dtype(train),
+        logprobs="fp32",
+        rollout_params=_dtype(rollout),
+        kv_cache=_dtype(rollout),
+        wire=_dtype(train),
+    )
+
+
+def _dtype(name: str) -> DType:
+    return DTYPES[[*DTYPES].index(name)]  # type: ignore[call-overload]
