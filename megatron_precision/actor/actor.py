@@ -1,0 +1,334 @@
+"""The trainer's side: a Megatron model, its optimizer, and the three things asked of them.
+
+    logprobs(batch)              forward only: old_logprobs
+    step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
+    weight_pieces()              strided views of the parameters, as boxes of Hugging Face tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_precision.actor.batch import Batch, MicroBatch, plan_micro_batches
+from megatron_precision.actor.logprobs import response_logprobs
+from megatron_precision.actor.models import build_model, transformer_config
+from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
+from megatron_precision.actor.parallel import coordinates
+from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
+from megatron_precision.precision.range_watch import RangeWatch
+from megatron_precision.weights.qwen3 import megatron_pieces
+from megatron_precision.weights.regions import Piece
+
+
+@dataclass
+class MicroLoss:
+    """What a loss function returns for one micro-batch.
+
+    Attributes:
+        loss: scalar FP32, already divided by the mini-batch's normaliser: the sum over all
+            micro-batches and ranks is the loss.
+        sums: quantities that add up over micro-batches and ranks.
+        maxima: quantities of which the largest counts.
+    """
+
+    loss: torch.Tensor
+    sums: dict[str, float]
+    maxima: dict[str, float]
+
+
+# (micro-batch, train_logprobs [b, w], entropy [b, w]) -> MicroLoss
+LossFunction = Callable[[Batch, torch.Tensor, torch.Tensor], MicroLoss]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over the whole job.
+
+    Attributes:
+        outcome: of the optimizer.
+        loss: of the mini-batch.
+        finite_forward: whether every loss and log-prob was finite.
+        sums, maxima: from the loss function, reduced over the job.
+        logprobs: [S, L] FP32 train_logprobs of the mini-batch's own rows, zero elsewhere; only on
+            request.
+    """
+
+    outcome: OptimizerOutcome
+    loss: float
+    finite_forward: bool
+    sums: dict[str, float]
+    maxima: dict[str, float]
+    logprobs: torch.Tensor | None
+
+
+class Actor:
+    """This rank's share of the trainer."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        optimizer: OptimizerConfig,
+        loss_scale: LossScaleConfig,
+    ) -> None:
+        self._run = config
+        self.policy = config.policy
+        self.config = transformer_config(config.model, config.parallel, self.policy)
+        module = build_model(config.model, config.parallel, self.config)
+        self.range_watch = RangeWatch(module)
+        self.model = DistributedDataParallel(
+            self.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=self.policy.grad_accumulate == "fp32",
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=False,
+                overlap_param_gather=False,
+            ),
+            module,
+        )
+        self.optimizer = ActorOptimizer([self.model], optimizer, loss_scale, self.policy)
+        self.config.grad_scale_func = self.optimizer.megatron.scale_loss
+        # num_tokens is left out on purpose: the loss carries its own normaliser.
+        self.config.finalize_model_grads_func = lambda chunks, _num_tokens=None, **groups: (
+            finalize_model_grads(chunks, None, **groups)
+        )
+        self._tp_group = parallel_state.get_tensor_model_parallel_group()
+
+    # ---- weights -------------------------------------------------------------------------
+
+    def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
+        """Every piece of the model on this rank, with its strided view of the live parameter."""
+        at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
+        pieces = []
+        for name, parameter in self.model.module.named_parameters():
+            for piece in megatron_pieces(name, tuple(parameter.shape), self._run.model, at):
+                spans = tuple(slice(begin, end) for begin, end in piece.index)
+                pieces.append((piece, parameter.data.view(piece.view)[spans]))
+        return pieces
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Load Hugging Face tensors (any float dtype), padded vocabulary rows zeroed.
+
+        Raises:
+            KeyError: for a tensor that is missing.
+        """
+        for name, parameter in self.model.module.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                parameter.zero_()
+        for piece, view in self.weight_pieces():
+            box = tuple(
+                slice(start, start + size)
+                for start, size in zip(piece.start, piece.shape, strict=True)
+            )
+            view.copy_(tensors[piece.hf_name][box].reshape(view.shape))
+        self.optimizer.reload_main_params()
+
+    # ---- passes --------------------------------------------------------------------------
+
+    def plan(self, batch: Batch, rows: torch.Tensor) -> list[MicroBatch]:
+        """This rank's micro-batches of the given sequences; the same for every pass over them."""
+        return plan_micro_batches(
+            batch.lengths,
+            rows,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            micro_batch_size=self._run.train.micro_batch_size,
+            width_multiple=max(8, self._run.parallel.tp_size),
+        )
+
+    def _forward_backward(
+        self,
+        batch: Batch,
+        micro_batches: list[MicroBatch],
+        on_logprobs: Callable[[Batch, MicroBatch, torch.Tensor, torch.Tensor], torch.Tensor],
+        forward_only: bool,
+    ) -> None:
+        """Run Megatron's schedule; `on_logprobs` turns (micro-batch, log-probs) into a loss."""
+        rollout = self._run.rollout
+
+        def forward_step(iterator, model):  # type: ignore[no-untyped-def]
+            micro = next(iterator)
+            part = batch.select(micro.rows, micro.width)
+            positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
+            output = model(part.tokens, positions, attention_mask=None)
+
+            def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
+                logprobs, entropies = response_logprobs(
+                    logits,
+                    part.tokens,
+                    part.response_mask,
+                    temperature=rollout.temperature,
+                    vocab_size=self._run.model.vocab_size,
+                    tp_group=self._tp_group,
+                )
+                value = on_logprobs(part, micro, logprobs, entropies)
+                return value, torch.tensor(0, dtype=torch.int), {}
+
+            return output, loss
+
+        widest = max(micro.width for micro in micro_batches)
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=widest,
+            micro_batch_size=len(micro_batches[0].rows),
+            forward_only=forward_only,
+        )
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch, mini_batches: list[torch.Tensor]) -> torch.Tensor:
+        """old_logprobs: [S, L] FP32, complete on every rank.
+
+        The mini-batches are those that the steps will use: the same micro-batches give the same
+        rounding, and the first step's ratio is exactly one.
+
+        Raises:
+            FloatingPointError: where a log-prob is not finite.
+        """
+        result = torch.zeros_like(batch.rollout_logprobs)
+
+        def keep(part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor) -> torch.Tensor:
+            result[micro.rows, : micro.width] = lps
+            return lps.sum()
+
+        for rows in mini_batches:
+            self._forward_backward(batch, self.plan(batch, rows), keep, forward_only=True)
+        self._share(result)
+        if not torch.isfinite(result).all():
+            raise FloatingPointError(
+                "trainer log-probs are not finite in a forward-only pass; the activations left "
+                f"the range of {self.policy.params} (largest seen: {self.range_watch.act_max:.3g})"
+            )
+        return result
+
+    def gradients(
+        self,
+        batch: Batch,
+        micro_batches: list[MicroBatch],
+        loss: LossFunction,
+        keep_logprobs: bool = False,
+    ) -> StepResult:
+        """Forward and backward over one mini-batch; gradients are left in `main_grad`."""
+        self.model.zero_grad_buffer()
+        self.optimizer.megatron.zero_grad()
+        losses: list[torch.Tensor] = []
+        sums: dict[str, float] = {}
+        maxima: dict[str, float] = {}
+        kept = torch.zeros_like(batch.rollout_logprobs) if keep_logprobs else None
+
+        def evaluate(
+            part: Batch, micro: MicroBatch, lps: torch.Tensor, entropies: torch.Tensor
+        ) -> torch.Tensor:
+            if kept is not None:
+                kept[micro.rows, : micro.width] = lps.detach()
+            result = loss(part, lps, entropies)
+            losses.append(result.loss.detach())
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0.0) + value
+            for name, value in result.maxima.items():
+                maxima[name] = max(maxima.get(name, float("-inf")), value)
+            self.range_watch.active = False
+            return result.loss
+
+        self.range_watch.reset()
+        self.range_watch.loss_rows = self._loss_rows(batch, micro_batches[0])
+        self.range_watch.active = True
+        self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
+        self.range_watch.active = False
+        if kept is not None:
+            self._share(kept)
+        total, sums, maxima = self._reduce(losses, sums, maxima)
+        return StepResult(
+            OptimizerOutcome(False, float("nan"), self.optimizer.learning_rate),
+            total,
+            total == total and abs(total) != float("inf"),
+            sums,
+            maxima,
+            kept,
+        )
+
+    def step(
+        self,
+        batch: Batch,
+        micro_batches: list[MicroBatch],
+        loss: LossFunction,
+        keep_logprobs: bool = False,
+    ) -> StepResult:
+        """One optimizer step on one mini-batch, or a skip that changes nothing but the scale.
+
+        Raises:
+            FloatingPointError: for a loss that is not finite where no loss scale is in use; with
+                one it is an overflow of the activations, and the step is skipped.
+        """
+        result = self.gradients(batch, micro_batches, loss, keep_logprobs)
+        if not result.finite_forward and self.optimizer.loss_scale is None:
+            raise FloatingPointError(
+                f"the loss is {result.loss} in {self.policy.params}, which has the range of fp32: "
+                "look at the weights and at the learning rate"
+            )
+        outcome = self.optimizer.step()
+        return StepResult(
+            outcome,
+            result.loss,
+            result.finite_forward,
+            result.sums,
+            result.maxima,
+            result.logprobs,
+        )
+
+    # ---- helpers -------------------------------------------------------------------------
+
+    def _loss_rows(self, batch: Batch, micro: MicroBatch) -> torch.Tensor | None:
+        """[length / sequence shards, b] bool: tokens whose logits carry loss."""
+        if not self.policy.loss_scaling:
+            return None
+        part = batch.select(micro.rows, micro.width)
+        predicts = torch.zeros_like(part.response_mask)
+        predicts[:, :-1] = part.response_mask[:, 1:]
+        rows = (predicts & (part.advantages != 0)[:, None]).t()
+        if self._run.parallel.sequence_parallel:
+            tp_size = parallel_state.get_tensor_model_parallel_world_size()
+            return rows.chunk(tp_size)[parallel_state.get_tensor_model_parallel_rank()]
+        return rows
+
+    def _share(self, rows: torch.Tensor) -> None:
+        """Sum each row from the one rank that computed it; in place, on every rank."""
+        owner = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.is_pipeline_last_stage()
+        )
+        if not owner:
+            rows.zero_()
+        dist.all_reduce(rows)
+
+    def _reduce(
+        self, losses: list[torch.Tensor], sums: dict[str, float], maxima: dict[str, float]
+    ) -> tuple[float, dict[str, float], dict[str, float]]:
+        """Add up over the data-parallel ranks of the last stage, and tell every rank."""
+        owner = (
+            parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.is_pipeline_last_stage()
+        )
+        local = (float(torch.stack(losses).sum()), sums, maxima) if owner else None
+        everyone: list[tuple[float, dict[str, float], dict[str, float]] | None]
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, local)
+        parts = [part for part in everyone if part is not None]
+        return (
+            sum(part[0] for part in parts),
+            {name: sum(part[1][name] for part in parts) for name in parts[0][1]},
+            {name: max(part[2][name] for part in parts) for name in parts[0][2]},
+        )

@@ -1,0 +1,122 @@
+"""One iteration's rollouts as tensors, and their division into micro-batches.
+
+Shape legend: S sequences of the whole job, L the longest prompt plus response. Every rank holds
+the whole batch (it is small next to activations) and trains on its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rollouts ready to train on.
+
+    Attributes:
+        tokens: [S, L] int64, prompt then response, right-padded with zeros.
+        response_mask: [S, L] bool, true at response tokens.
+        lengths: [S] int64, prompt plus response.
+        rollout_logprobs: [S, L] FP32, the engine's, zero outside the response.
+        advantages: [S] FP32.
+        old_logprobs: [S, L] FP32, the trainer's before the update; None where not computed.
+    """
+
+    tokens: torch.Tensor
+    response_mask: torch.Tensor
+    lengths: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def select(self, rows: torch.Tensor, width: int) -> Batch:
+        """The given sequences, cut to `width` tokens."""
+        return Batch(
+            tokens=self.tokens[rows, :width],
+            response_mask=self.response_mask[rows, :width],
+            lengths=self.lengths[rows],
+            rollout_logprobs=self.rollout_logprobs[rows, :width],
+            advantages=self.advantages[rows],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows, :width],
+        )
+
+    def with_old_logprobs(self, old_logprobs: torch.Tensor) -> Batch:
+        """The same batch with the trainer's log-probs before the update."""
+        return replace(self, old_logprobs=old_logprobs)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of the batch that pass through the model together, padded to `width` tokens."""
+
+    rows: torch.Tensor
+    width: int
+
+
+def make_batch(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    rollout_logprobs: Sequence[Sequence[float]],
+    advantages: torch.Tensor,
+) -> Batch:
+    """Lay rollouts out as one right-padded batch.
+
+    Args:
+        prompts, responses: token ids, one sequence a rollout; a response may be empty.
+        rollout_logprobs: one a response token.
+        advantages: [S] FP32.
+    """
+    lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
+    shape = (len(lengths), max(lengths))
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    logprobs = torch.zeros(shape, dtype=torch.float32)
+    for row, (prompt, response, lps) in enumerate(
+        zip(prompts, responses, rollout_logprobs, strict=True)
+    ):
+        if len(lps) != len(response):
+            raise ValueError(f"rollout {row}: {len(lps)} log-probs for {len(response)} tokens")
+        begin, end = len(prompt), len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor([*prompt, *response])
+        mask[row, begin:end] = True
+        logprobs[row, begin:end] = torch.tensor(list(lps), dtype=torch.float32)
+    return Batch(tokens, mask, torch.tensor(lengths), logprobs, advantages.float())
+
+
+def plan_micro_batches(
+    lengths: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    dp_rank: int,
+    dp_size: int,
+    micro_batch_size: int,
+    width_multiple: int,
+) -> list[MicroBatch]:
+    """Divide sequences over the data-parallel ranks and into micro-batches of like length.
+
+    Rows are ordered by length and dealt out in turn, so that ranks get equal work and the same
+    number of micro-batches (with expert parallelism a rank that has one more hangs the others).
+
+    Args:
+        lengths: [S] tokens of every sequence of the batch.
+        rows: the sequences to divide, for example those of one mini-batch.
+        width_multiple: padded widths are multiples of this (sequence parallelism divides them).
+
+    Raises:
+        ValueError: where the ranks would get different numbers of micro-batches.
+    """
+    if len(rows) % dp_size:
+        raise ValueError(f"{len(rows)} sequences do not divide over {dp_size} data-parallel ranks")
+    order = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
+    mine = order[dp_rank::dp_size]
+    plan = []
+    for chunk in mine.split(micro_batch_size):
+        longest = int(lengths[chunk].max())
+        plan.append(MicroBatch(chunk, -(-longest // width_multiple) * width_multiple))
+    return plan

@@ -1,0 +1,99 @@
+"""Log-probs and entropy of given tokens from vocabulary-sharded logits, in FP32.
+
+    log p(t) = x_t - log sum_v exp(x_v),   x = logits / temperature,   v over the real vocabulary
+
+Each tensor-parallel rank holds the columns of its own part of the (padded) vocabulary; padded
+columns take no part. Two small collectives a call: one maximum, one sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _VocabParallelLogprob(torch.autograd.Function):
+    """Forward: FP32 statistics of the sharded softmax. Backward: g (onehot - softmax) / temperature."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        vocab_size: int,
+        temperature: float,
+        group: dist.ProcessGroup,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = logits.shape[-1]
+        first = dist.get_rank(group) * columns
+        scaled = logits.float() / temperature
+        real = max(0, min(columns, vocab_size - first))
+        scaled[:, real:] = float("-inf")
+
+        peak = scaled.amax(-1) if columns else scaled.new_full(scaled.shape[:1], float("-inf"))
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        shifted = scaled - peak[:, None]
+        exps = shifted.exp()
+        local = targets - first
+        mine = (local >= 0) & (local < real)
+        local = local.clamp(0, columns - 1)
+        target = shifted.gather(-1, local[:, None]).squeeze(-1).masked_fill(~mine, 0.0)
+        # Padded columns are exp(-inf) * -inf: left out, not multiplied.
+        weighted = (exps[:, :real] * shifted[:, :real]).sum(-1)
+        sums = torch.stack([exps.sum(-1), weighted, target])
+        dist.all_reduce(sums, group=group)
+
+        log_norm = sums[0].log()
+        ctx.save_for_backward(exps / sums[0][:, None], local, mine)
+        ctx.temperature = temperature
+        ctx.logits_dtype = logits.dtype
+        entropy = log_norm - sums[1] / sums[0]
+        ctx.mark_non_differentiable(entropy)
+        return sums[2] - log_norm, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor, _entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None]:
+        softmax, local, mine = ctx.saved_tensors
+        logits_grad = softmax * -grad[:, None]
+        logits_grad.scatter_add_(-1, local[:, None], (grad * mine)[:, None])
+        return (logits_grad / ctx.temperature).to(ctx.logits_dtype), None, None, None, None
+
+
+def response_logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    response_mask: torch.Tensor,
+    *,
+    temperature: float,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies at the response tokens of a micro-batch.
+
+    Args:
+        logits: [batch, length, padded_vocab / TP], the policy's LM head dtype; position t
+            predicts token t + 1.
+        tokens: [batch, length] int64.
+        response_mask: [batch, length] bool; true where a token belongs to the response. Column 0
+            is never true: the first token is predicted by nothing.
+        temperature: of the sampling distribution, > 0.
+        vocab_size: without padding.
+        tp_group: the ranks that share the vocabulary.
+
+    Returns:
+        (logprobs, entropies), each [batch, length] FP32, zero outside the response; the first is
+        differentiable with respect to logits.
+    """
+    predicted = response_mask[:, 1:]
+    logprobs, entropies = _VocabParallelLogprob.apply(
+        logits[:, :-1][predicted], tokens[:, 1:][predicted], vocab_size, temperature, tp_group
+    )
+    empty = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
+    return (
+        empty.masked_scatter(response_mask, logprobs),
+        empty.masked_scatter(response_mask, entropies),
+    )

@@ -1,0 +1,149 @@
+"""Megatron models from a Hugging Face shaped config: TransformerConfig, layer spec, GPTModel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+
+from megatron_precision.actor.norm import RMSNorm
+from megatron_precision.config import ModelConfig, ParallelConfig
+from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.precision.policy import PrecisionPolicy
+
+# The vocabulary is padded so that every tensor-parallel rank holds the same, even number of rows.
+VOCAB_MULTIPLE = 8
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 8 × TP."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, policy: PrecisionPolicy
+) -> TransformerConfig:
+    """Megatron's config of a Qwen3 model. Fusions are off: they differ by platform and dtype."""
+    dtype = torch_dtype(policy.params)
+    moe = (
+        {
+            "num_moe_experts": model.num_experts,
+            "moe_router_topk": model.num_experts_per_tok,
+            "moe_ffn_hidden_size": model.moe_intermediate_size,
+            # Softmax over the chosen experts equals a full softmax renormalised over them.
+            "moe_router_pre_softmax": not model.norm_topk_prob,
+            "moe_router_score_function": "softmax",
+            "moe_router_dtype": policy.router,
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_grouped_gemm": False,
+        }
+        if model.num_experts
+        else {}
+    )
+    return TransformerConfig(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.intermediate_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_key_value_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.rms_norm_eps,
+        qk_layernorm=True,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tp_size,
+        pipeline_model_parallel_size=parallel.pp_size,
+        expert_model_parallel_size=parallel.ep_size,
+        expert_tensor_parallel_size=parallel.etp_size,
+        sequence_parallel=parallel.sequence_parallel,
+        variable_seq_lengths=parallel.pp_size > 1,
+        # Checked by Megatron for dense models too: the default refuses variable lengths.
+        moe_token_dispatcher_type="alltoall",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        autocast_dtype=dtype,
+        fp16=policy.params == "fp16",
+        bf16=policy.params == "bf16",
+        attention_softmax_in_fp32=True,
+        # The loss carries its own normaliser; Megatron is to sum over micro-batches and ranks.
+        calculate_per_token_loss=True,
+        use_cpu_initialization=True,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **moe,
+    )
+
+
+def layer_spec(model: ModelConfig) -> ModuleSpec:
+    """Megatron's own modules with an RMSNorm that knows sequence parallelism."""
+    backend = LocalSpecProvider()
+    mlp = get_mlp_module_spec_for_backend(
+        backend=backend, num_experts=model.num_experts or None, moe_grouped_gemm=False
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=RMSNorm,
+                    k_layernorm=RMSNorm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig
+) -> torch.nn.Module:
+    """This rank's stage of the model, parameters initialised by Megatron."""
+    spec = layer_spec(model)
+    local_layers = model.num_hidden_layers // parallel.pp_size
+    last = parallel_state.is_pipeline_last_stage()
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=TransformerBlockSubmodules(
+            layer_specs=[spec] * local_layers, layer_norm=RMSNorm
+        ),
+        vocab_size=padded_vocab_size(model.vocab_size, parallel.tp_size),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=last,
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=int(model.rope_theta),
+    )

@@ -1,0 +1,115 @@
+"""Megatron's optimizer with one loss scale for its whole chain, and a step that may be skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_precision.actor.parallel import agree_any
+from megatron_precision.config import LossScaleConfig, OptimizerConfig
+from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.precision.loss_scale import LossScale
+from megatron_precision.precision.policy import PrecisionPolicy
+
+
+@dataclass(frozen=True)
+class OptimizerOutcome:
+    """What an optimizer step did.
+
+    Attributes:
+        skipped: an overflow was found; weights and optimizer state are as before.
+        grad_norm: L2 norm over all parameters, before clipping; nan where skipped.
+        learning_rate: the rate that was, or would have been, applied.
+    """
+
+    skipped: bool
+    grad_norm: float
+    learning_rate: float
+
+
+class ActorOptimizer:
+    """AdamW on FP32 main parameters, sharded by Megatron's distributed optimizer."""
+
+    def __init__(
+        self,
+        chunks: list[torch.nn.Module],
+        optimizer: OptimizerConfig,
+        loss_scale: LossScaleConfig,
+        policy: PrecisionPolicy,
+    ) -> None:
+        self._config = optimizer
+        self.applied_steps = 0
+        initial = loss_scale.initial_scale if policy.loss_scaling else None
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=optimizer.learning_rate,
+                weight_decay=optimizer.weight_decay,
+                adam_beta1=optimizer.beta1,
+                adam_beta2=optimizer.beta2,
+                adam_eps=optimizer.eps,
+                clip_grad=optimizer.clip_grad,
+                params_dtype=torch_dtype(policy.params),
+                fp16=policy.params == "fp16",
+                bf16=policy.params == "bf16",
+                initial_loss_scale=initial,
+                min_loss_scale=loss_scale.min_scale,
+                loss_scale_window=loss_scale.growth_interval,
+                hysteresis=loss_scale.hysteresis,
+                use_distributed_optimizer=True,
+                overlap_param_gather=False,
+                log_num_zeros_in_grad=False,
+            ),
+            chunks,
+        )
+        self.loss_scale: LossScale | None = None
+        if initial is not None:
+            self.loss_scale = LossScale(
+                initial, loss_scale.growth_interval, loss_scale.hysteresis, loss_scale.min_scale
+            )
+            for member in self.members:
+                member.grad_scaler = self.loss_scale
+
+    @property
+    def members(self) -> list[MegatronOptimizer]:
+        """The chain's members: dense parameters, and expert parameters where there are any."""
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next step: constant after a linear warm-up over applied steps."""
+        warmup = self._config.warmup_steps
+        share = min(1.0, (self.applied_steps + 1) / warmup) if warmup else 1.0
+        return self._config.learning_rate * share
+
+    @torch.no_grad()
+    def step(self) -> OptimizerOutcome:
+        """Unscale, look for overflow, and either update every member or skip them all."""
+        learning_rate = self.learning_rate
+        # A member's flag is agreed over its own group only; a step is taken by the whole world.
+        overflow = agree_any(bool(self.megatron.prepare_grads()))
+        if self.loss_scale is not None:
+            self.loss_scale.commit(overflow)
+        if overflow:
+            return OptimizerOutcome(True, float("nan"), learning_rate)
+        grad_norm = float(self.megatron.get_grad_norm())
+        for member in self.members:
+            parameters = member.get_parameters()
+            if parameters and self._config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(
+                    parameters, max_norm=self._config.clip_grad, total_norm=grad_norm
+                )
+        for group in self.megatron.param_groups:
+            group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        self.megatron.step_with_ready_grads()
+        self.applied_steps += 1
+        return OptimizerOutcome(False, grad_norm, learning_rate)
+
+    def reload_main_params(self) -> None:
+        """Make the FP32 main parameters equal the model's, after weights were loaded."""
+        self.megatron.reload_model_params()

@@ -1,0 +1,288 @@
+"""The command line: `python -m megatron_precision COMMAND`, and the arguments of `launch.py`.
+
+torch, the engines and nemo-run are imported by the commands that need them, after the user's
+input has been checked: `--help` and every mistake are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_precision import rank, run_folder, validation
+from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.overrides import config_from_file
+
+PROG = "megatron-precision"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0, 1 for a failure, 2 for a mistake of the user, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UserError as wrong:
+        rank.show_user_error(wrong)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that choose a configuration; `resolve` reads them."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="for example sanity.tiny_dense")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="a run's config.json, in place of RECIPE"
+    )
+    parser.add_argument(
+        "--precision", metavar="P", help="fp16, bf16, fp32, or TRAIN/ROLLOUT such as bf16/fp16"
+    )
+    parser.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="PATH=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="typed overrides, for example train.iterations=40",
+    )
+    parser.add_argument(
+        "--mismatch-every",
+        type=int,
+        metavar="N",
+        help="measure the mismatch every N iterations even where the algorithm needs no pass",
+    )
+    parser.add_argument(
+        "--dryrun",
+        "--dry-run",
+        action="store_true",
+        help="print the resolved configuration and what would run, and stop",
+    )
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that choose where a run writes."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the folder of the run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
+    parser.add_argument("--resume", action="store_true", help="not yet: a later version brings it")
+    parser.add_argument(
+        "--start", type=Path, metavar="DIR", help="train from this prepared start, not the cache's"
+    )
+
+
+def resolve(args: argparse.Namespace) -> RunConfig:
+    """The configuration that the arguments describe, checked.
+
+    Raises:
+        UserError: lists everything that is wrong with it.
+    """
+    import recipes
+
+    if (args.recipe is None) == (args.config is None):
+        raise UserError(
+            Problem(
+                what="no recipe" if args.recipe is None else "a recipe and a configuration file",
+                where="RECIPE",
+                got="neither" if args.recipe is None else f"{args.recipe} and {args.config}",
+                expected="RECIPE or --config FILE; recipes are " + ", ".join(recipes.RECIPES),
+            )
+        )
+    overrides = list(args.overrides)
+    if args.mismatch_every is not None:
+        overrides.append(f"train.mismatch_every={args.mismatch_every}")
+    if args.config is not None:
+        config = config_from_file(args.config)
+        config = recipes.change(config, args.precision, args.algo, overrides)
+    else:
+        config = recipes.build(args.recipe, args.precision, args.algo, overrides)
+    return validation.check(config)
+
+
+def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
+    """The commands that make the start and train from it, as they can be typed by hand."""
+    from megatron_precision.launching import torchrun_line
+
+    ranks, words = config.parallel.world_size, _recipe_words(args)
+    out = str(args.out or "DIR")
+    if args.start is not None:
+        return [torchrun_line(ranks, ["train", *words, "--out", out, "--start", str(args.start)])]
+    return [
+        torchrun_line(ranks, ["prepare", *words]) + "   # unless the cache has the start",
+        torchrun_line(ranks, ["train", *words, "--out", out]),
+    ]
+
+
+def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
+    """What a dry run says: the resolved configuration and the commands."""
+    print(json.dumps(to_dict(config), indent=2))
+    print("\nwould run:")
+    for line in lines:
+        print(f"  {line}")
+
+
+def require_out(args: argparse.Namespace) -> Path:
+    """The `--out` folder.
+
+    Raises:
+        UserError: when it was left out.
+    """
+    if args.out is None:
+        raise UserError(
+            Problem("no folder for the run", "--out", "nothing", "a new folder, such as runs/x")
+        )
+    return Path(args.out)
+
+
+def _recipe_words(args: argparse.Namespace) -> list[str]:
+    """The recipe arguments again, as a user types them."""
+    words = [args.recipe] if args.recipe else ["--config", str(args.config)]
+    for option, value in (("--precision", args.precision), ("--algo", args.algo)):
+        words += [option, value] if value else []
+    if args.mismatch_every is not None:
+        words += ["--mismatch-every", str(args.mismatch_every)]
+    return words + (["--set", *args.overrides] if args.overrides else [])
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = resolve(args)
+    lines = plan(config, args)
+    if args.dryrun:
+        print_plan(config, lines)
+        return 0
+    out = require_out(args)
+    rank.require_world(config, lines[-1])
+    start = _complete_start(config, args.start, lines[0])
+    if rank.number() == 0 and not args.claimed:
+        run_folder.claim(out, args.overwrite, args.resume)
+        run_folder.write_config(config, out)
+
+    def work() -> None:
+        from megatron_precision.train import loop
+
+        if args.start is None:
+            loop.run(config, out)
+        else:
+            loop.run(config, out, start=start)
+
+    return rank.run(work, out)
+
+
+def _complete_start(config: RunConfig, chosen: Path | None, prepare: str) -> Path:
+    from megatron_precision.train import start
+
+    path = chosen or start.start_dir(config)
+    if not start.start_is_complete(path):
+        raise UserError(
+            Problem(
+                what="there is no prepared start to train from",
+                where="--start" if chosen else "the cache of starts",
+                got=str(path),
+                expected="a finished supervised start with its perfectible set",
+                remedy=f"make it with: {prepare}",
+            )
+        )
+    return path
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from megatron_precision.launching import torchrun_line
+    from megatron_precision.train import start
+
+    config = resolve(args)
+    line = torchrun_line(config.parallel.world_size, ["prepare", *_recipe_words(args)])
+    if args.dryrun:
+        print_plan(config, [line])
+        return 0
+    rank.require_world(config, line)
+
+    def work() -> None:
+        from megatron_precision.train import prepare
+
+        prepare.run(config)
+
+    return rank.run(work, args.out or run_folder.prepare_folder(start.start_dir(config)))
+
+
+def _sanity(args: argparse.Namespace) -> int:
+    from megatron_precision import sanity
+
+    return sanity.run(args.model, args.out or Path("runs") / f"sanity-{args.model}", args.overrides)
+
+
+def _report(args: argparse.Namespace) -> int:
+    missing = [path for path in args.runs if not (path / run_folder.METRICS).is_file()]
+    if missing:
+        raise UserError(
+            Problem("not a run", str(path), f"no {run_folder.METRICS}", "the folder of a run")
+            for path in missing
+        )
+    from megatron_precision import sanity
+
+    sanity.report(args.runs, args.out)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from megatron_precision import doctor
+
+    return doctor.run()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG, description="RL post-training in FP16 and BF16: Megatron Core and vLLM."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="train a recipe (run it under torchrun)")
+    add_recipe_arguments(train)
+    add_folder_arguments(train)
+    # The launcher has claimed --out before its ranks start.
+    train.add_argument("--claimed", action="store_true", help=argparse.SUPPRESS)
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser(
+        "prepare", help="make the supervised start and the perfectible set (under torchrun)"
+    )
+    add_recipe_arguments(prepare)
+    prepare.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    prepare.set_defaults(run=_prepare)
+
+    sanity = commands.add_parser("sanity", help="the sanity experiment: BF16 against FP16")
+    sanity.add_argument("--model", choices=("dense", "moe"), default="dense")
+    sanity.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sanity-MODEL")
+    sanity.add_argument(
+        "--set", dest="overrides", metavar="PATH=VALUE", nargs="+", action="extend", default=[]
+    )
+    sanity.set_defaults(run=_sanity)
+
+    report = commands.add_parser("report", help="compare runs in one HTML file")
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.set_defaults(run=_report)
+
+    doctor = commands.add_parser("doctor", help="what is installed, and what is wrong with it")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def entry_point() -> None:
+    """The console script."""
+    # A reader that closes the pipe early, such as `head`, is no failure of ours.
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,97 @@
+"""What a user reads when something they wrote cannot be run.
+
+A mistake of the user is a `UserError`: it holds every problem found, not only the first, and a
+front door (`cli.py`, `launch.py`) turns it into a message and exit code 2. A mistake of ours is
+any other exception and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        what: what is wrong, as a sentence without a full stop.
+        where: the option, configuration path or file that holds the value.
+        got: the value that was found.
+        expected: what is accepted there.
+        remedy: what to change, if more can be said than `expected` says.
+    """
+
+    what: str
+    where: str
+    got: str
+    expected: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (
+            ("where", self.where),
+            ("got", self.got),
+            ("expected", self.expected),
+            ("remedy", self.remedy),
+        ):
+            if text:
+                lines.append(f"    {label + ':':<10}{text}")
+        return "\n".join(lines)
+
+
+class UserError(ValueError):
+    """Everything that is wrong with what the user asked for; exit code 2."""
+
+    problems: tuple[Problem, ...]
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        """
+        Args:
+            problems: one problem or several.
+
+        Raises:
+            ValueError: when there is no problem to report.
+        """
+        self.problems = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        if not self.problems:
+            raise ValueError("a UserError needs at least one problem")
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """The whole message, one numbered entry a problem."""
+        if len(self.problems) == 1:
+            return f"error: {self.problems[0]}"
+        entries = [f"{number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
+        return "\n".join([f"error: {len(self.problems)} problems", *entries])
+
+
+def nearest(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
+    """The valid names that look most like `name`, best first; upper and lower case are one."""
+    by_folded: dict[str, str] = {}
+    for candidate in valid:
+        by_folded.setdefault(candidate.casefold(), candidate)
+    found = difflib.get_close_matches(name.casefold(), list(by_folded), n=count, cutoff=0.5)
+    return [by_folded[folded] for folded in found]
+
+
+def unknown_name(kind: str, where: str, got: str, valid: Sequence[str]) -> Problem:
+    """The problem of a name that is not in a table.
+
+    Args:
+        kind: what the table holds, for example `recipe`.
+        where: the option that gave the name.
+        got: the name that was given.
+        valid: all names of the table.
+    """
+    close = nearest(got, valid)
+    return Problem(
+        what=f"unknown {kind} {got!r}",
+        where=where,
+        got=got,
+        expected="one of " + ", ".join(valid),
+        remedy=f"did you mean {' or '.join(close)}?" if close else "",
+    )

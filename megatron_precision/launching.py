@@ -1,0 +1,273 @@
+"""Running a job of this project on this machine through nemo-run: `launch.py` and `make sanity`.
+
+A job is `torchrun -m megatron_precision COMMAND --config FILE`, started by nemo-run's local
+executor. Around it stands what nemo-run leaves to its caller: the exit code, signals, the
+console, the traceback of the rank that failed first, and whatever a killed job leaves behind.
+
+nemo-run takes seconds to import, so it is imported when a job starts and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from megatron_precision import run_folder
+from megatron_precision.config import RunConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.joblog import Follower, describe_failure
+from megatron_precision.platform import process
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One torchrun world.
+
+    Attributes:
+        command: the subcommand of `python -m megatron_precision`.
+        arguments: what follows `--config FILE`.
+        ranks: processes on this machine.
+        folder: holds `config.json`, `errors/` and `launcher/` (nemo-run's files and the logs).
+        module: what torchrun runs.
+    """
+
+    command: str
+    arguments: tuple[str, ...]
+    ranks: int
+    folder: Path
+    module: str = "megatron_precision"
+
+    @property
+    def command_line(self) -> list[str]:
+        """The arguments of `python -m MODULE`."""
+        config = str(self.folder / run_folder.CONFIG)
+        return [self.command, "--config", config, *self.arguments]
+
+
+def train_job(config: RunConfig, out: Path, extra: tuple[str, ...] = ()) -> Job:
+    """The job that trains `config` into `out`, a folder that the caller has claimed."""
+    arguments = ("--out", str(out), "--claimed", *extra)
+    return Job("train", arguments, config.parallel.world_size, out)
+
+
+def prepare_job(config: RunConfig, start: Path) -> Job:
+    """The job that makes the warm start and the perfectible set in `start`."""
+    folder = run_folder.prepare_folder(start)
+    return Job("prepare", ("--out", str(folder)), config.parallel.world_size, folder)
+
+
+def torchrun_line(ranks: int, command_line: list[str]) -> str:
+    """What to type to run a command on `ranks` processes by hand."""
+    words = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_precision"]
+    return shlex.join([*words, *command_line])
+
+
+def ensure_start(config: RunConfig) -> int:
+    """Make the supervised start that a run trains from, unless it is in the cache.
+
+    Returns:
+        0 when the start is there, otherwise the exit code of the job that should have made it.
+    """
+    from megatron_precision.train import start
+
+    path = start.start_dir(config)
+    if start.start_is_complete(path):
+        return 0
+    job = prepare_job(config, path)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    # Two runs that need the same start make it once: the second waits here.
+    with open(job.folder / "lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if start.start_is_complete(path):
+            return 0
+        print(f"preparing the start of {config.recipe} in {path}", flush=True)
+        shutil.rmtree(job.folder / run_folder.ERRORS, ignore_errors=True)
+        run_folder.write_config(config, job.folder)
+        return run_job(job)
+
+
+def run_job(job: Job) -> int:
+    """Run a job to its end, showing rank 0's lines as they come.
+
+    Returns:
+        0 when the job succeeded, 2 when it ended in a user error, 1 when it failed otherwise,
+        128 + n when this process was told to stop by signal n. None of the job's processes and
+        none of its shared memory is left in any case.
+
+    Raises:
+        UserError: when a path cannot be carried by nemo-run's launcher.
+    """
+    _refuse_unquotable(job.command_line)
+    job_id = process.new_job_id()
+    guard = process.Guard(job_id)
+    try:
+        succeeded, signal_number, log_folder = _run_in_nemo(job, job_id)
+    finally:
+        guard.close()
+    if signal_number:
+        print(f"stopped by {signal.Signals(signal_number).name}", file=sys.stderr, flush=True)
+        return 128 + signal_number
+    if succeeded:
+        return 0
+    failure = process.first_failure(job.folder)
+    print(describe_failure(job.folder, log_folder), file=sys.stderr, flush=True)
+    return 2 if failure is not None and failure.user_error else 1
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """What ranks on one machine need in their environment; what the user has set stays.
+
+    The addresses keep gloo, torch and vLLM off the machine's host name, which need not resolve.
+    """
+    cores = len(os.sched_getaffinity(0))
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "VLLM_HOST_IP": "127.0.0.1",
+    }
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
+    """Returns: whether the job succeeded, the signal that stopped it or 0, its log folder."""
+    home = job.folder / "launcher"
+    chosen_by_user = "NEMORUN_HOME" in os.environ
+    os.environ.setdefault("NEMORUN_HOME", str(home.resolve()))  # nemo-run reads it at import
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import nemo_run
+        from torchx.schedulers.local_scheduler import SignalException
+
+    executor = nemo_run.LocalExecutor(
+        ntasks_per_node=job.ranks, launcher="torchrun", env_vars=_job_environment(job, job_id)
+    )
+    script = nemo_run.Script(
+        path=job.module, args=job.command_line, entrypoint="python", m=True
+    )
+    experiment = nemo_run.Experiment(
+        job.command,
+        executor=executor,
+        log_level="ERROR",
+        base_dir=None if chosen_by_user else str(home.resolve()),
+        clean_mode=True,
+        enable_goodbye_message=False,
+        skip_status_at_exit=True,
+    )
+    with _Stop(job_id) as stop:
+        try:
+            with experiment:
+                name = experiment.add(script, name=job.command)
+                logs = Path(experiment.jobs[0].executor.job_dir)
+                with Follower(logs):
+                    experiment.run()
+                    # torchx installs handlers of its own while it starts the job.
+                    stop.install(lambda: experiment.cancel(name))
+                    experiment._wait_for_jobs(experiment.jobs)
+        except SignalException as stopped:
+            stop.number = int(stopped.sigval)
+    return str(experiment.jobs[0].state) == "SUCCEEDED", stop.number, logs
+
+
+def _job_environment(job: Job, job_id: str) -> dict[str, str]:
+    python_path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    return {
+        **environment(job.ranks),
+        process.JOB_VARIABLE: job_id,
+        "PATH": str(Path(sys.executable).parent),  # nemo-run puts it before the user's
+        "PYTHONPATH": python_path,
+        "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),
+        "LOGLEVEL": "WARNING",
+        # torchrun: only rank 0 on the console, every rank in a file.
+        "PET_LOCAL_RANKS_FILTER": "0",
+        "PET_LOCAL_ADDR": "127.0.0.1",
+    }
+
+
+class _Stop(contextlib.AbstractContextManager["_Stop"]):
+    """Turns SIGINT, SIGTERM and SIGHUP into the cancelling of the job, and remembers which."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self, job_id: str) -> None:
+        self.number = 0
+        self._job_id = job_id
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        self._previous = {number: signal.getsignal(number) for number in self.SIGNALS}
+        return self
+
+    def install(self, cancel: Any) -> None:
+        def handle(number: int, frame: FrameType | None) -> None:
+            if self.number:  # asked twice: no more patience
+                process.end_job(self._job_id, grace_s=0.0)
+                return
+            self.number = number
+            cancel()
+
+        for number in self.SIGNALS:
+            signal.signal(number, handle)
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _refuse_unquotable(words: list[str]) -> None:
+    # The launcher's quotes reach the ranks as part of the argument.
+    odd = [word for word in words if shlex.quote(word) != word]
+    if odd:
+        raise UserError(
+            Problem(
+                what="nemo-run's launcher cannot carry this argument",
+                where=f"torchrun -m megatron_precision {words[0]}",
+                got=repr(word),
+                expected="letters, digits and any of @%+=:,./-_",
+                remedy="choose another folder, or one relative to the working directory",
+            )
+            for word in odd
+        )
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold a lock file for as long as the block runs.
+
+    Raises:
+        UserError: when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as held:
+            raise UserError(
+                Problem(
+                    "another run is writing there",
+                    str(path.with_suffix("")),
+                    "a lock that is held",
+                    "a folder that no other run uses",
+                    "wait for it, or choose another --out",
+                )
+            ) from held
+        yield
+
+
+def elapsed(since_s: float) -> str:
+    """Minutes and seconds since a `time.monotonic()`."""
+    minutes, seconds = divmod(round(time.monotonic() - since_s), 60)
+    return f"{minutes} min {seconds:02d} s"

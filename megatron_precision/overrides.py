@@ -1,0 +1,238 @@
+"""Typed overrides: `train.iterations=40` onto a frozen `RunConfig`, and its way through JSON.
+
+The dataclass annotations of `config.py` say what each value must be; nothing here knows a field
+by name. All mistakes are reported at once, and a field that was not named is never touched.
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_precision.config import RunConfig
+from megatron_precision.errors import Problem, UserError, nearest
+
+# The recipe is chosen by name before overrides are applied, and its name says what ran.
+FIXED_PATHS = frozenset({"recipe"})
+_POWER = re.compile(r"([+-]?\d+)\s*\*\*\s*([+-]?\d+)")
+
+
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    """The fields of a config dataclass with their resolved annotations."""
+    hints = typing.get_type_hints(section)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
+
+
+@functools.cache
+def paths(section: type = RunConfig, prefix: str = "") -> dict[str, Any]:
+    """Every path that can be overridden, with the type of its value, in the config's order."""
+    found: dict[str, Any] = {}
+    for name, kind in field_types(section).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            found.update(paths(kind, f"{prefix}{name}."))
+        elif prefix + name not in FIXED_PATHS:
+            found[prefix + name] = kind
+    return found
+
+
+def apply(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Set the named fields.
+
+    Args:
+        config: the configuration that a recipe built.
+        overrides: `PATH=VALUE` each. Floats may be written as powers (`2**16`).
+
+    Returns:
+        A new configuration; fields that no override names are equal to those of `config`.
+
+    Raises:
+        UserError: lists every unknown path, every value of the wrong type and every path that
+            is set twice to different values.
+    """
+    problems: list[Problem] = []
+    texts: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        path, text = path.strip(), text.strip()
+        if not equals:
+            problems.append(_no_value(override))
+        elif path not in paths():
+            problems.append(_unknown_path(override, path))
+        elif texts.get(path, text) != text:
+            problems.append(_set_twice(path, texts[path], text))
+        else:
+            texts[path] = text
+            try:
+                values[path] = parse(text, paths()[path])
+            except ValueError as wrong:
+                problems.append(
+                    Problem(f"wrong value for {path}", f"--set {override}", repr(text), str(wrong))
+                )
+    if problems:
+        raise UserError(problems)
+    for path, value in values.items():
+        config = _replace(config, path.split("."), value)
+    return config
+
+
+def parse(text: str, kind: Any) -> Any:
+    """Read one value of the annotated type from what a user typed.
+
+    Raises:
+        ValueError: its message says what would have been accepted.
+    """
+    if kind is bool:
+        words = {"true": True, "false": False}
+        if text.lower() not in words:
+            raise ValueError("true or false")
+        return words[text.lower()]
+    if kind is int or kind is float:
+        return _number(text, kind)
+    if typing.get_origin(kind) is Literal:
+        return _check(text, kind)
+    return text
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a configuration from `config.to_dict`'s values, strictly.
+
+    Raises:
+        UserError: lists every unknown key, every missing key and every value of the wrong type.
+    """
+    problems: list[Problem] = []
+    config = _build(RunConfig, values, "", problems)
+    if problems:
+        raise UserError(problems)
+    return typing.cast(RunConfig, config)
+
+
+def config_from_file(path: Path) -> RunConfig:
+    """Read a resolved configuration from the `config.json` of a run.
+
+    Raises:
+        UserError: when the file cannot be read, is not JSON, or is not a complete configuration.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as wrong:
+        raise UserError(
+            Problem("cannot read the configuration", str(path), str(wrong), "a readable file")
+        ) from wrong
+    except ValueError as wrong:
+        raise UserError(
+            Problem("the configuration is not JSON", str(path), str(wrong), "a JSON object")
+        ) from wrong
+    return config_from_dict(values)
+
+
+def describe_type(kind: Any) -> str:
+    """A type in a user's words."""
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    return words.get(kind, "an object")
+
+
+def _number(text: str, kind: type) -> int | float:
+    power = _POWER.fullmatch(text)
+    try:
+        if power is not None:
+            base, exponent = int(power[1]), int(power[2])
+            # A negative exponent, or one too large to hold, is a float or nothing.
+            value = base**exponent if 0 <= exponent <= 4096 else float(base) ** exponent
+            return _check(value, kind)
+        return _check(int(text) if kind is int else float(text), kind)
+    except (ValueError, OverflowError, ZeroDivisionError) as wrong:
+        example = "such as 40 or 2**4" if kind is int else "such as 1e-6 or 2**16"
+        raise ValueError(f"{describe_type(kind)}, {example}") from wrong
+
+
+def _check(value: Any, kind: Any) -> Any:
+    """`value` as `kind`, or a ValueError that says what was expected."""
+    if typing.get_origin(kind) is Literal:
+        fits = value in typing.get_args(kind)
+    elif kind is float:
+        # JSON and users write whole numbers without a point; bool is an int in Python.
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value)
+        value = float(value) if fits else value
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise ValueError(describe_type(kind))
+    return value
+
+
+def _replace(section: Any, steps: Sequence[str], value: Any) -> Any:
+    if len(steps) > 1:
+        value = _replace(getattr(section, steps[0]), steps[1:], value)
+    return dataclasses.replace(section, **{steps[0]: value})
+
+
+def _build(section: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
+    where = prefix.rstrip(".") or "configuration"
+    if not isinstance(values, Mapping):
+        problems.append(Problem("not an object", where, repr(values), "an object of its fields"))
+        return None
+    kinds = field_types(section)
+    for key in values:
+        if key not in kinds:
+            close = nearest(str(key), list(kinds))
+            remedy = f"did you mean {' or '.join(close)}?" if close else ""
+            problems.append(
+                Problem("unknown key", where, repr(key), "one of " + ", ".join(kinds), remedy)
+            )
+    built: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        path = prefix + name
+        if name not in values:
+            problems.append(Problem("missing key", path, "nothing", describe_type(kind)))
+        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            built[name] = _build(kind, values[name], path + ".", problems)
+        else:
+            try:
+                built[name] = _check(values[name], kind)
+            except (ValueError, OverflowError) as wrong:
+                problems.append(Problem("wrong value", path, repr(values[name]), str(wrong)))
+    return None if problems else section(**built)
+
+
+def _no_value(override: str) -> Problem:
+    return Problem("an override without a value", f"--set {override}", repr(override), "PATH=VALUE")
+
+
+def _set_twice(path: str, first: str, second: str) -> Problem:
+    return Problem(
+        f"{path} is set twice", f"--set {path}", f"{first!r} and {second!r}", "one value"
+    )
+
+
+def _unknown_path(override: str, path: str) -> Problem:
+    valid = list(paths())
+    inside = [name for name in valid if name.startswith(path + ".")]
+    if path in FIXED_PATHS:
+        remedy = "the recipe is the first argument of the command"
+    elif inside:
+        remedy = "it is a section; its fields are " + ", ".join(inside)
+    else:
+        # A field given without its section is the likeliest slip, a misspelt one the next.
+        same_field = [name for name in valid if name.rpartition(".")[2] == path.rpartition(".")[2]]
+        close = same_field or nearest(path, valid)
+        remedy = f"did you mean {' or '.join(close)}?" if close else ""
+    return Problem(
+        what=f"unknown override path {path!r}",
+        where=f"--set {override}",
+        got=path,
+        expected="a field of the configuration (--dryrun prints them all)",
+        remedy=remedy,
+    )

@@ -1,0 +1,67 @@
+"""How upstream code is patched: each change is a value with its reason, applied loudly or not at all."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+class UpstreamChangedError(RuntimeError):
+    """A name that a patch replaces is no longer where it was."""
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One replaced attribute of an upstream module or class.
+
+    Attributes:
+        owner: `package.module` or `package.module:Class` that holds the attribute.
+        attribute: the name that is replaced.
+        make: builds the replacement from the original.
+        reason: what upstream does that does not hold here.
+        upstream: the package and the version in which that was seen.
+        may_be_missing: the patch defines a name that upstream uses and does not define.
+    """
+
+    owner: str
+    attribute: str
+    make: Callable[[Any], Any]
+    reason: str
+    upstream: str
+    may_be_missing: bool = False
+
+
+def apply(patches: Iterable[Patch]) -> None:
+    """Apply every patch, once; a second call on the same attribute is refused by its mark.
+
+    Raises:
+        UpstreamChangedError: naming every patch whose target has gone, before any is applied.
+    """
+    patches = tuple(patches)
+    missing = []
+    for patch in patches:
+        try:
+            owner = _resolve(patch.owner)
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{patch.owner}: {error}")
+            continue
+        if not patch.may_be_missing and not hasattr(owner, patch.attribute):
+            missing.append(f"{patch.owner} has no {patch.attribute!r}")
+    if missing:
+        raise UpstreamChangedError(
+            "upstream names that this platform patches have gone:\n  "
+            + "\n  ".join(missing)
+            + "\nUse the pinned versions (requirements/), or update platform/ for the new ones."
+        )
+    for patch in patches:
+        owner = _resolve(patch.owner)
+        original = getattr(owner, patch.attribute, None)
+        setattr(owner, patch.attribute, patch.make(original))
+
+
+def _resolve(path: str) -> Any:
+    module, _, cls = path.partition(":")
+    owner = importlib.import_module(module)
+    return getattr(owner, cls) if cls else owner

@@ -1,0 +1,123 @@
+"""One rank of a job: it ends with its parent, records what broke it, and never lingers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_precision.config import RunConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.platform import process
+
+# Longer than rank 0 needs to print, shorter than anybody waits.
+USER_ERROR_WAIT_S = 3.0
+
+
+def number() -> int:
+    """This process's global rank; 0 outside torchrun."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def require_world(config: RunConfig, line: str) -> None:
+    """Make sure that torchrun started as many processes as the layout has.
+
+    A world of one needs no torchrun; its environment is filled in.
+
+    Args:
+        config: the resolved configuration.
+        line: what to type instead.
+
+    Raises:
+        UserError: when the number of processes is another.
+    """
+    wanted = config.parallel.world_size
+    found = int(os.environ.get("WORLD_SIZE", "1"))
+    if found != wanted:
+        raise UserError(
+            Problem(
+                what="this layout needs another number of processes",
+                where="parallel.world_size",
+                got=f"{found} process{'' if found == 1 else 'es'}",
+                expected=f"{wanted}, started by torchrun",
+                remedy=line,
+            )
+        )
+    if "WORLD_SIZE" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+
+
+def run(work: Callable[[], None], out: Path) -> int:
+    """Do a rank's work.
+
+    Args:
+        work: the work; it imports the engines.
+        out: where `errors/rank<k>.txt` is written when the work fails.
+
+    Returns:
+        0. A failure does not return: a rank whose peers wait in a collective can hang while the
+        interpreter shuts down, so the process ends at once, with exit code 2 for a user error
+        and 1 for any other.
+    """
+    launched = process.JOB_VARIABLE in os.environ
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        process.die_with_parent()
+    job = process.adopt_job()
+    _local_defaults()
+    # By hand there is no launcher that removes the job's shared memory.
+    is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+    guard = process.Guard(job) if is_first_here and not launched else None
+    if guard is not None:
+        shutil.rmtree(out / "errors", ignore_errors=True)  # of an earlier attempt
+    try:
+        work()
+    except Exception as error:  # the boundary of the process: recorded, shown, and ended
+        process.record_failure(out, number(), error)
+        _show_failure(error, out, launched)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)
+    if guard is not None:
+        guard.close()
+    return 0
+
+
+def show_user_error(error: UserError) -> None:
+    """Print a user error once a job; every rank finds the same one."""
+    if number() == 0:
+        print(error, file=sys.stderr, flush=True)
+    else:
+        time.sleep(USER_ERROR_WAIT_S)  # torchrun ends every rank as soon as one has ended
+
+
+def _local_defaults() -> None:
+    from megatron_precision.launching import environment
+
+    ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if ranks_here == int(os.environ["WORLD_SIZE"]):
+        for name, value in environment(ranks_here).items():
+            os.environ.setdefault(name, value)
+
+
+def _show_failure(error: Exception, out: Path, launched: bool) -> None:
+    if isinstance(error, UserError):
+        show_user_error(error)
+        return
+    if launched:  # the launcher shows the first failure of all
+        print(f"rank {number()} failed: {type(error).__name__}", file=sys.stderr)
+        return
+    first = process.first_failure(out)
+    assert first is not None, "this rank has just recorded its own"
+    print(f"rank {first.rank} failed first:\n{first.text}", file=sys.stderr)
+    if first.rank != number():
+        print(f"rank {number()} then failed: {type(error).__name__}", file=sys.stderr)

@@ -1,0 +1,193 @@
+"""The loss of one token: a policy loss times the weight of a rollout correction.
+
+Shapes: [num_seqs, num_tokens], right-padded response tokens; advantages [num_seqs].
+How token losses become one number is `aggregation.py`. Losses are signed to be minimised.
+
+A new policy loss is a function here and an entry in `POLICY_LOSSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_precision.config import AlgorithmConfig
+from megatron_precision.rl.algorithms import Algorithm, PolicyLoss
+from megatron_precision.rl.correction import CORRECTIONS, PolicyInputs, clamped_exp
+
+
+@dataclass(frozen=True)
+class PolicyTerms:
+    """What a policy loss returns, before correction and mask; [num_seqs, num_tokens] each.
+
+    Attributes:
+        loss: with gradient.
+        clipped: bool, True where the clipped branch is the larger one.
+        ratio: pi_theta over the policy that the loss compares it with.
+    """
+
+    loss: Tensor
+    clipped: Tensor
+    ratio: Tensor
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """The token losses of a micro-batch; [num_seqs, num_tokens] each.
+
+    All four are 0 (False) where the mask is False, so that a sum needs only the token count.
+
+    Attributes:
+        loss: weight times policy loss, with gradient, to be given to `aggregation.aggregate`.
+        weight: the correction's weight, detached.
+        clipped: bool, tokens whose clipped branch is in force.
+        ratio: detached; pi_theta/pi_old where the policy loss has an old policy, and
+            pi_theta/mu where not.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    clipped: Tensor
+    ratio: Tensor
+
+
+def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
+    """PPO's clipped surrogate, with a bound of its own on each side.
+
+        r    = pi_theta / pi_old
+        loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
+
+    At r = 1 its gradient is that of `policy_gradient`.
+
+    Source: arXiv 1707.06347, equation 7; clip_low and clip_high apart as in arXiv 2503.14476.
+    """
+    if inputs.old_logprobs is None:
+        raise ValueError("policy loss ppo_clip: got no old_logprobs")
+    log_ratio = inputs.train_logprobs - inputs.old_logprobs
+    ratio = clamped_exp(log_ratio, constants.log_weight_clamp)
+    bounded = ratio.clamp(1.0 - constants.clip_low, 1.0 + constants.clip_high)
+    unclipped_loss = -ratio * inputs.advantages
+    clipped_loss = -bounded * inputs.advantages
+    return PolicyTerms(
+        loss=torch.maximum(unclipped_loss, clipped_loss),
+        clipped=clipped_loss > unclipped_loss,
+        ratio=ratio,
+    )
+
+
+def policy_gradient(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
+    """The score function: loss = -A log pi_theta. Never clipped; its ratio is pi_theta/mu.
+
+    Source: arXiv 2510.26788, the policy loss of PG-Seq-IS.
+    """
+    log_ratio = inputs.train_logprobs.detach() - inputs.rollout_logprobs
+    return PolicyTerms(
+        loss=-inputs.advantages * inputs.train_logprobs,
+        clipped=torch.zeros_like(inputs.mask),
+        ratio=clamped_exp(log_ratio, constants.log_weight_clamp),
+    )
+
+
+POLICY_LOSSES: dict[PolicyLoss, Callable[[PolicyInputs, AlgorithmConfig], PolicyTerms]] = {
+    "ppo_clip": ppo_clip,
+    "policy_gradient": policy_gradient,
+}
+
+
+def token_loss(
+    algorithm: Algorithm,
+    constants: AlgorithmConfig,
+    *,
+    train_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+) -> TokenLoss:
+    """The loss of every token of a micro-batch, by the parts that `algorithm` names.
+
+    A masked position contributes exactly 0 to the loss and to every gradient, whatever its
+    log-probs are (nan and -inf included). A log-prob that is not finite at a position that
+    counts makes that token's loss non-finite; it is never clamped into an ordinary number.
+
+    Args:
+        algorithm: a row of `rl/algorithms.py`.
+        constants: clip bounds and the clamp of log-weights.
+        train_logprobs: pi_theta, [num_seqs, num_tokens] FP32, with gradient.
+        old_logprobs: pi_old, the same shape, constant; read only where the algorithm needs it.
+        rollout_logprobs: mu, the same shape, constant.
+        advantages: [num_seqs] FP32, constant.
+        mask: [num_seqs, num_tokens] bool, True at response tokens that count.
+
+    Returns:
+        Token losses and what the metrics need.
+
+    Raises:
+        ValueError: old_logprobs missing where the algorithm needs them, or shapes and dtypes
+            that do not fit, all listed.
+
+    Source: arXiv 2510.26788.
+    """
+    if algorithm.needs_old_logprobs and old_logprobs is None:
+        raise ValueError(
+            f"algorithm {algorithm.name}: old_logprobs are missing; its loss compares the policy "
+            "with the one before the update, so run the trainer's forward-only pass first"
+        )
+    _check_shapes(train_logprobs, old_logprobs, rollout_logprobs, advantages, mask)
+    # Zeros go in before any arithmetic: the gradient of 0 * nan is nan, that of a constant is 0.
+    inputs = PolicyInputs(
+        train_logprobs=train_logprobs.masked_fill(~mask, 0.0),
+        old_logprobs=(
+            old_logprobs.detach().masked_fill(~mask, 0.0)
+            if algorithm.needs_old_logprobs and old_logprobs is not None
+            else None
+        ),
+        rollout_logprobs=rollout_logprobs.detach().masked_fill(~mask, 0.0),
+        advantages=advantages.detach()[:, None],
+        mask=mask,
+    )
+    terms = POLICY_LOSSES[algorithm.policy_loss](inputs, constants)
+    weight = CORRECTIONS[algorithm.correction](inputs, constants).detach()
+    return TokenLoss(
+        loss=(weight * terms.loss).masked_fill(~mask, 0.0),
+        weight=weight.masked_fill(~mask, 0.0),
+        clipped=terms.clipped & mask,
+        ratio=terms.ratio.detach().masked_fill(~mask, 0.0),
+    )
+
+
+def _check_shapes(
+    train_logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    rollout_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+) -> None:
+    """A wrong shape here would broadcast into a plausible loss, so each one is checked."""
+    shape, dtype = train_logprobs.shape, train_logprobs.dtype
+    if train_logprobs.ndim != 2 or dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"train_logprobs: got shape {list(shape)} of {dtype}, "
+            "expected [num_seqs, num_tokens] of torch.float32"
+        )
+    expected: dict[str, tuple[Tensor, torch.Size, torch.dtype]] = {
+        "rollout_logprobs": (rollout_logprobs, shape, dtype),
+        "advantages": (advantages, shape[:1], dtype),
+        "mask": (mask, shape, torch.bool),
+    }
+    if old_logprobs is not None:
+        expected["old_logprobs"] = (old_logprobs, shape, dtype)
+    problems = [
+        f"{name}: got shape {list(tensor.shape)} of {tensor.dtype}, "
+        f"expected {list(want_shape)} of {want_dtype}"
+        for name, (tensor, want_shape, want_dtype) in expected.items()
+        if tensor.shape != want_shape or tensor.dtype != want_dtype
+    ]
+    if problems:
+        raise ValueError(
+            f"token_loss: inputs do not fit train_logprobs {list(shape)} of {dtype}\n  "
+            + "\n  ".join(problems)
+        )

@@ -1,0 +1,99 @@
+"""Regions: which box of which Hugging Face tensor a piece of a local parameter is.
+
+A Hugging Face checkpoint is the common language of trainer and engine. Each of its tensors is a
+box; a rank's parameter holds one or more sub-boxes of such tensors, each as a strided view of
+the parameter. A `Piece` is that statement, as plain integers: it needs neither torch nor an
+engine, so that plans can be made and tested for any layout anywhere.
+
+Shape legend: a piece's `start` and `shape` are in the coordinates of the Hugging Face tensor;
+`view` and `index` say where the piece lies in the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sub-box of one Hugging Face tensor inside one local parameter.
+
+    Attributes:
+        hf_name: the Hugging Face tensor.
+        start: first element of the box, per dimension of the Hugging Face tensor.
+        shape: size of the box, per dimension of the Hugging Face tensor.
+        parameter: the local parameter's own name.
+        view: the shape to view the parameter as before indexing it.
+        index: a `[begin, end)` span per dimension of `view`; the spanned sub-view, flattened in
+            row-major order, is the box flattened in row-major order.
+    """
+
+    hf_name: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    parameter: str
+    view: tuple[int, ...]
+    index: tuple[Span, ...]
+
+    def __post_init__(self) -> None:
+        spanned = math.prod(end - begin for begin, end in self.index)
+        if spanned != math.prod(self.shape):
+            raise ValueError(
+                f"{self.parameter}: a view of {spanned} elements cannot hold a box of "
+                f"{math.prod(self.shape)} elements of {self.hf_name}"
+            )
+
+    @property
+    def numel(self) -> int:
+        """Elements in the piece."""
+        return math.prod(self.shape)
+
+
+def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Piece:
+    """A parameter that is one whole Hugging Face tensor (norms, the router)."""
+    return Piece(hf_name, (0,) * len(shape), shape, parameter, shape, tuple((0, n) for n in shape))
+
+
+def split(hf_name: str, parameter: str, shape: tuple[int, ...], dim: int, rank: int) -> Piece:
+    """A parameter that is the `rank`-th equal slice of a Hugging Face tensor along `dim`.
+
+    Args:
+        shape: of the local parameter.
+    """
+    start = tuple(rank * shape[dim] if d == dim else 0 for d in range(len(shape)))
+    return Piece(hf_name, start, shape, parameter, shape, tuple((0, n) for n in shape))
+
+
+def rows(
+    hf_name: str,
+    parameter: str,
+    shape: tuple[int, ...],
+    local: Span,
+    hf_start: int,
+) -> Piece:
+    """Rows `local` of a two-dimensional parameter are rows of a Hugging Face tensor from `hf_start`."""
+    count = local[1] - local[0]
+    return Piece(
+        hf_name, (hf_start, 0), (count, shape[1]), parameter, shape, (local, (0, shape[1]))
+    )
+
+
+def uncovered(pieces: Iterable[Piece], hf_shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names what the pieces of all ranks leave uncovered or cover with a tensor that is not there.
+
+    Counts elements per tensor over distinct boxes: enough where every box of a tensor is of the
+    same grid, as tensor, pipeline and expert parallelism make them.
+    """
+    boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for piece in pieces:
+        boxes.setdefault(piece.hf_name, set()).add((piece.start, piece.shape))
+    problems = [f"{name}: not a tensor of this model" for name in boxes if name not in hf_shapes]
+    for name, shape in hf_shapes.items():
+        covered = sum(math.prod(box) for _, box in boxes.get(name, set()))
+        if covered != math.prod(shape):
+            problems.append(f"{name}: {covered} of {math.prod(shape)} elements covered")
+    return problems
