@@ -28,6 +28,7 @@ from megatron_precision.errors import UserError
 JOB_VARIABLE = "MEGATRON_PRECISION_JOB"
 SHARED_MEMORY = Path("/dev/shm")
 JOB_PREFIX = "mpjob-"
+TRACKER_GRACE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -142,11 +143,13 @@ def end_job(job: str, grace_s: float = 5.0) -> list[int]:
     while members(job) and time.monotonic() < deadline:
         time.sleep(0.1)
     # Killing torchrun can let a rank start another process in between: look until none is left.
-    for _ in range(50):
-        alive = members(job)
-        if not alive:
-            break
-        _signal(alive, signal.SIGKILL)
+    # Python's resource trackers remove the segments of the processes that they survive, by
+    # themselves and in no time, so they are given theirs.
+    deadline = time.monotonic() + TRACKER_GRACE_S
+    while alive := members(job):
+        trackers = [pid for pid in alive if _is_resource_tracker(pid)]
+        patient = time.monotonic() < deadline
+        _signal([pid for pid in alive if not (patient and pid in trackers)], signal.SIGKILL)
         time.sleep(0.1)
     for path in segments(job):
         with contextlib.suppress(FileNotFoundError):
@@ -190,6 +193,12 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
 def _start_ticks(pid: int) -> str:

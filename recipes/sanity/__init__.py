@@ -1,0 +1,42 @@
+"""The paper's sanity test in small: tiny models that two CPU cores train from a shared start.
+
+Everything that the two recipes choose for themselves stands in this file; the rest is the
+default that `megatron_precision/config.py` documents.
+"""
+
+from __future__ import annotations
+
+from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+
+
+def tiny_dense(precision: str = "fp16") -> RunConfig:
+    """Qwen3 dense model; trainer TP = 2, rollout TP = 2, on two processes.
+
+    Args:
+        precision: the policy's name; nothing else in the result depends on it.
+    """
+    return RunConfig(
+        recipe="sanity.tiny_dense",
+        precision=precision,
+        model=ModelConfig(),
+        parallel=ParallelConfig(world_size=2, tp_size=2, rollout_tp_size=2),
+    )
+
+
+def tiny_moe(precision: str = "fp16") -> RunConfig:
+    """Qwen3-MoE model, 8 experts, top-2; trainer EP = 2 over DP = 2, rollout TP = 2.
+
+    Args:
+        precision: the policy's name; nothing else in the result depends on it.
+    """
+    return RunConfig(
+        recipe="sanity.tiny_moe",
+        precision=precision,
+        model=ModelConfig(
+            model_type="qwen3_moe",
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=128,
+        ),
+        parallel=ParallelConfig(world_size=2, tp_size=1, ep_size=2, rollout_tp_size=2),
+    )
