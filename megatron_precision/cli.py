@@ -196,7 +196,6 @@ def _complete_start(config: RunConfig, chosen: Path | None, prepare: str) -> Pat
 
 def _prepare(args: argparse.Namespace) -> int:
     from megatron_precision.launching import torchrun_line
-    from megatron_precision.train import start
 
     config = resolve(args)
     line = torchrun_line(config.parallel.world_size, ["prepare", *_recipe_words(args)])
@@ -204,6 +203,7 @@ def _prepare(args: argparse.Namespace) -> int:
         print_plan(config, [line])
         return 0
     rank.require_world(config, line)
+    from megatron_precision.train import start
 
     def work() -> None:
         from megatron_precision.train import prepare

@@ -207,7 +207,7 @@ class SinkConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run. Two recipes that differ in precision differ in nothing else."""
+    """Everything that defines a run. Recipes that differ in precision differ in nothing else."""
 
     recipe: str
     precision: str = "fp16"

@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError, nearest
@@ -113,7 +113,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     config = _build(RunConfig, values, "", problems)
     if problems:
         raise UserError(problems)
-    return typing.cast(RunConfig, config)
+    return cast(RunConfig, config)
 
 
 def config_from_file(path: Path) -> RunConfig:
@@ -145,13 +145,15 @@ def describe_type(kind: Any) -> str:
 
 def _number(text: str, kind: type) -> int | float:
     power = _POWER.fullmatch(text)
+    value: int | float
     try:
         if power is not None:
             base, exponent = int(power[1]), int(power[2])
             # A negative exponent, or one too large to hold, is a float or nothing.
             value = base**exponent if 0 <= exponent <= 4096 else float(base) ** exponent
-            return _check(value, kind)
-        return _check(int(text) if kind is int else float(text), kind)
+        else:
+            value = int(text) if kind is int else float(text)
+        return cast(int | float, _check(value, kind))
     except (ValueError, OverflowError, ZeroDivisionError) as wrong:
         example = "such as 40 or 2**4" if kind is int else "such as 1e-6 or 2**16"
         raise ValueError(f"{describe_type(kind)}, {example}") from wrong

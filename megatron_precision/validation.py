@@ -113,15 +113,21 @@ _SHARES = (
 
 
 def _minimums(config: RunConfig) -> Iterator[Problem]:
-    for expected, wanted, fits in (
-        ("1 or more", _AT_LEAST_ONE, lambda value: value >= 1),
-        ("0 or more", _AT_LEAST_ZERO, lambda value: value >= 0),
-        ("more than 0", _ABOVE_ZERO, lambda value: value > 0),
-        ("between 0 and 1", _SHARES, lambda value: 0 <= value <= 1),
+    for paths, expected in (
+        (_AT_LEAST_ONE, "1 or more"),
+        (_AT_LEAST_ZERO, "0 or more"),
+        (_ABOVE_ZERO, "more than 0"),
+        (_SHARES, "between 0 and 1"),
     ):
-        for path in wanted:
+        for path in paths:
             value = _value(config, path)
-            if not fits(value):
+            fits = {
+                "1 or more": value >= 1,
+                "0 or more": value >= 0,
+                "more than 0": value > 0,
+                "between 0 and 1": 0 <= value <= 1,
+            }[expected]
+            if not fits:
                 yield Problem("value out of range", path, str(value), expected)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from megatron_precision.errors import UserError
 JOB_VARIABLE = "MEGATRON_PRECISION_JOB"
 SHARED_MEMORY = Path("/dev/shm")
 JOB_PREFIX = "mpjob-"
+_JOB_IN_NAME = re.compile(re.escape(JOB_PREFIX) + r"(\d+-\d+|[0-9a-f]+)")
 TRACKER_GRACE_S = 3.0
 _PR_SET_PDEATHSIG = 1
 
@@ -125,6 +127,21 @@ def members(job: str) -> list[int]:
 def segments(job: str = JOB_PREFIX) -> list[Path]:
     """Shared-memory segments of the job, or of every job of this project."""
     return sorted(path for path in SHARED_MEMORY.glob("*") if job in path.name)
+
+
+def is_alive(job: str) -> bool:
+    """Whether a process of the job, or the `torchrun` that its name was made from, is there."""
+    parent, dash, ticks = job.removeprefix(JOB_PREFIX).partition("-")
+    if dash:
+        return Path(f"/proc/{parent}").exists() and _start_ticks(int(parent)) == ticks
+    return bool(members(job))
+
+
+def job_of(segment: Path) -> str:
+    """The job that a segment of this project belongs to, read from its name."""
+    found = _JOB_IN_NAME.search(segment.name)
+    assert found is not None, f"{segment} is no segment of this project"
+    return found[0]
 
 
 def end_job(job: str, grace_s: float = 5.0) -> list[int]:

@@ -92,4 +92,4 @@ def policy(name: str) -> PrecisionPolicy:
 
 
 def _dtype(name: str) -> DType:
-    return DTYPES[[*DTYPES].index(name)]  # type: ignore[call-overload]
+    return next(dtype for dtype in DTYPES if dtype == name)

@@ -22,12 +22,14 @@ def main() -> None:
     ending, out = sys.argv[1], Path(sys.argv[-1])
     rank = int(os.environ["RANK"])
     process.die_with_parent()
-    (process.SHARED_MEMORY / f"tiny-{rank}-{process.adopt_job()}").write_bytes(b"segment")
+    named = process.SHARED_MEMORY / f"tiny-{rank}-{process.adopt_job()}"
+    named.write_bytes(b"segment")
+    (out / f"named{rank}").write_text(str(named), encoding="utf-8")
     (out / f"pid{rank}").write_text(str(os.getpid()), encoding="ascii")
     python_segment = SharedMemory(create=True, size=16)
     (out / f"segment{rank}").write_text(python_segment.name, encoding="ascii")
     print(f"hello from rank {rank}", flush=True)
-    while not (out / f"pid{1 - rank}").exists():
+    while not (out / f"segment{1 - rank}").exists():
         time.sleep(0.02)
     try:
         if ending == "raise" and rank == 1:

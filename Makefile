@@ -1,0 +1,77 @@
+# Each target sets up .venv first, from the pinned lists; a second call installs nothing.
+PYTHON ?= python3
+TORCH := torch==2.13.0
+UV := uv==0.13.9
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The stamp holds a hash of what was installed: a file that is only newer installs nothing.
+KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml; } | cksum | tr ' ' '-')
+
+FAST := not slow and not gpu and not multigpu
+SLOW := slow and not gpu and not multigpu
+
+.PHONY: help install sanity sanity-moe test test-slow check doctor clean
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make sanity      the sanity experiment, BF16 against FP16, dense model; ends with a report'
+	@echo 'make sanity-moe  the same with the MoE model'
+	@echo 'make test        the tests'
+	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make check       ruff and mypy'
+	@echo 'make doctor      what is installed, and what is wrong with it'
+	@echo 'make install     set up .venv (every target does it when needed)'
+	@echo 'make clean       remove .venv and caches; runs/ stays'
+	@echo 'PYTHON=python3.12 chooses the interpreter'
+
+# An earlier result is kept in runs/sanity-<model>.previous.
+sanity: install
+	@$(BIN)/python -m megatron_precision sanity --model dense
+
+sanity-moe: install
+	@$(BIN)/python -m megatron_precision sanity --model moe
+
+test: install
+	$(BIN)/python -m pytest -m '$(FAST)'
+
+# pytest ends with 5 when no test has the mark; that is no failure, and every other code is.
+test-slow: install
+	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+doctor: install
+	@$(BIN)/python -m megatron_precision doctor
+
+install:
+	@test "$$(cat $(STAMP) 2>/dev/null)" = '$(KEY)' || $(MAKE) --no-print-directory .setup
+
+.PHONY: .setup
+.setup:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: no $(PYTHON); install Python 3.11 or newer, or say PYTHON=/path/to/python' >&2; \
+	  exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $$($(PYTHON) --version) is too old: Python 3.11 or newer is needed;" \
+	    'say PYTHON=python3.11 where it has another name' >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) has no venv module; install it (python3-venv on Debian and Ubuntu)' >&2; \
+	  exit 2; }
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || { \
+	  echo 'error: no C++ compiler, which torch needs for vLLM; install gcc and g++' >&2; exit 2; }
+	@echo 'setting up $(VENV), once'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(UV) $(TORCH)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/cpu.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@echo '$(KEY)' > $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,178 @@
+"""The command line answers mistakes at once, without an engine, and with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_precision import cli, run_folder
+from megatron_precision.config import to_dict
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("torch", "megatron", "vllm", "nemo_run", "transformers", "matplotlib")
+# The targets are a second for both; a busy machine gets some room.
+ANSWER_S = 1.5
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def heavy_imports_of(argv: Sequence[str]) -> list[str]:
+    code = (
+        "import sys\n"
+        "from megatron_precision import cli\n"
+        "try:\n"
+        f"    cli.main({list(argv)!r})\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)\n"
+    )
+    return json.loads(run("-c", code).stderr.splitlines()[-1].replace("'", '"'))
+
+
+@pytest.mark.parametrize("command", ["", "train", "prepare", "sanity", "report", "doctor"])
+def test_help_comes_within_a_second(command: str) -> None:
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = run("-m", "megatron_precision", *command.split(), "--help")
+        seconds.append(time.monotonic() - began)
+        assert done.returncode == 0
+        assert done.stdout.startswith("usage:")
+    assert min(seconds) < ANSWER_S
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--help"],
+        ["train", "sanity.tiny_dense", "--dryrun"],
+        ["train", "sanity.tiny_dens", "--out", "x"],
+        ["report", "nowhere"],
+    ],
+)
+def test_nothing_heavy_is_imported_to_answer(argv: list[str]) -> None:
+    assert heavy_imports_of(argv) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["sanity.tiny_dens"], ["unknown recipe", "sanity.tiny_dense", "sanity.tiny_moe"]),
+        (["sanity.tiny_dense", "--algo", "PG-Seq-SI"], ["unknown algorithm", "PG-Seq-IS", "PPO"]),
+        (["sanity.tiny_dense", "--precision", "pf16"], ["unknown precision", "fp16", "bf16"]),
+        (["sanity.tiny_dense", "--set", "trian.iterations=1"], ["train.iterations"]),
+        (["sanity.tiny_dense", "--set", "parallel.tp_size=3"], ["3 problems", "8 / 3", "4 / 3"]),
+        ([], ["no recipe", "sanity.tiny_moe"]),
+    ],
+)
+@pytest.mark.parametrize("front", [["-m", "megatron_precision", "train"], ["launch.py"]])
+def test_a_mistake_ends_in_exit_code_2_with_what_would_be_right(
+    front: list[str], words: list[str], hints: list[str]
+) -> None:
+    done = run(*front, *words, "--out", "runs/never")
+    assert done.returncode == 2
+    assert not (ROOT / "runs/never").exists()
+    assert "Traceback" not in done.stderr
+    for hint in hints:
+        assert hint in done.stderr
+
+
+def test_a_layout_of_two_needs_torchrun_and_says_what_to_type() -> None:
+    done = run("-m", "megatron_precision", "prepare", "sanity.tiny_dense", "--algo", "PPO")
+    assert done.returncode == 2
+    assert (
+        "torchrun --standalone --nproc-per-node 2 -m megatron_precision "
+        "prepare sanity.tiny_dense --algo PPO" in done.stderr
+    )
+
+
+def test_another_number_of_processes_than_the_layout_has_is_refused() -> None:
+    done = run("-m", "megatron_precision", "prepare", "sanity.tiny_dense", WORLD_SIZE="3", RANK="0")
+    assert done.returncode == 2
+    assert "3 processes" in done.stderr
+
+
+def test_only_rank_0_prints_a_user_error() -> None:
+    done = run("-m", "megatron_precision", "train", "no.recipe", WORLD_SIZE="2", RANK="1")
+    assert done.returncode == 2
+    assert done.stderr == ""
+
+
+def test_a_dry_run_prints_the_resolved_configuration_and_the_commands(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["train", "sanity.tiny_moe", "--precision", "bf16", "--mismatch-every", "3"]
+    assert cli.main([*argv, "--set", "seed=7", "train.iterations=2", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    values = json.loads(text[: text.index("would run:")])
+    assert values["recipe"] == "sanity.tiny_moe"
+    assert (values["precision"], values["seed"]) == ("bf16", 7)
+    assert (values["train"]["iterations"], values["train"]["mismatch_every"]) == (2, 3)
+    prepare, train = text[text.index("would run:") :].splitlines()[1:]
+    assert "prepare sanity.tiny_moe --precision bf16" in prepare
+    assert "train sanity.tiny_moe --precision bf16" in train
+    assert "--set seed=7 train.iterations=2" in train
+
+
+def test_a_resolved_configuration_file_stands_for_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import recipes
+
+    config = recipes.build("sanity.tiny_moe", "bf16", overrides=["seed=9"])
+    path = run_folder.write_config(config, tmp_path)
+    assert cli.main(["train", "--config", str(path), "--set", "seed=10", "--dryrun"]) == 0
+    text = capsys.readouterr().out
+    values = json.loads(text[: text.index("would run:")])
+    assert values == {**to_dict(config), "seed": 10}
+
+
+def test_an_existing_run_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -> None:
+    import recipes
+    from megatron_precision.errors import UserError
+
+    out = tmp_path / "run"
+    run_folder.claim(out)
+    run_folder.claim(out)  # an empty folder is free
+    run_folder.write_config(recipes.build("sanity.tiny_dense"), out)
+    with pytest.raises(UserError, match="--overwrite"):
+        run_folder.claim(out)
+    with pytest.raises(UserError, match="later version"):
+        run_folder.claim(out, resume=True)
+    run_folder.claim(out, overwrite=True)
+    assert list(out.iterdir()) == []
+
+
+def test_overwrite_removes_nothing_but_runs(tmp_path: Path) -> None:
+    from megatron_precision.errors import UserError
+
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match="removes runs only"):
+        run_folder.claim(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_earlier_result_is_kept_once(tmp_path: Path) -> None:
+    out = tmp_path / "sanity-dense"
+    assert run_folder.set_aside(out) is None
+    for name in ("first", "second"):
+        out.mkdir()
+        (out / name).touch()
+        assert run_folder.set_aside(out) == tmp_path / "sanity-dense.previous"
+    assert [path.name for path in tmp_path.rglob("*")] == ["sanity-dense.previous", "second"]
