@@ -155,9 +155,7 @@ def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
     executor = nemo_run.LocalExecutor(
         ntasks_per_node=job.ranks, launcher="torchrun", env_vars=_job_environment(job, job_id)
     )
-    script = nemo_run.Script(
-        path=job.module, args=job.command_line, entrypoint="python", m=True
-    )
+    script = nemo_run.Script(path=job.module, args=job.command_line, entrypoint="python", m=True)
     experiment = nemo_run.Experiment(
         job.command,
         executor=executor,
