@@ -1,0 +1,53 @@
+"""Which questions an iteration asks: a pure function, so that a resumed run asks the same.
+
+Think of all epochs laid end to end, each a fresh shuffle of every question; iteration i takes
+the next `per_iteration` places. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+
+
+def prompts_for_iteration(
+    num_questions: int, iteration: int, per_iteration: int, seed: int
+) -> list[int]:
+    """Indices of the questions of one iteration, in order.
+
+    Every question comes once an epoch. An iteration may reach over the end of an epoch: then
+    a question can come twice in it, once from either epoch.
+
+    Args:
+        num_questions: the set's size; indices are 0 .. num_questions - 1.
+        iteration: 0-based.
+        per_iteration: how many indices.
+        seed: shuffles otherwise.
+
+    Raises:
+        ValueError: lists every argument that is out of range.
+    """
+    wrong = [
+        f"{name}: got {value}, expected {least} or more"
+        for name, value, least in (
+            ("num_questions", num_questions, 1),
+            ("iteration", iteration, 0),
+            ("per_iteration", per_iteration, 1),
+        )
+        if value < least
+    ]
+    if wrong:
+        raise ValueError("cannot order prompts; " + "; ".join(wrong))
+    first = iteration * per_iteration
+    last = first + per_iteration - 1
+    order: list[int] = []
+    for epoch in range(first // num_questions, last // num_questions + 1):
+        order.extend(_epoch_order(num_questions, epoch, seed))
+    start = first % num_questions
+    return order[start : start + per_iteration]
+
+
+def _epoch_order(num_questions: int, epoch: int, seed: int) -> list[int]:
+    shuffled = list(range(num_questions))
+    random.Random(hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()).shuffle(shuffled)
+    return shuffled
