@@ -173,14 +173,18 @@ class LossScaleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The shape of an iteration, and how many there are."""
+    """The shape of an iteration, and how many there are.
+
+    `mismatch_every` forces a forward-only pass every so many iterations for algorithms that need
+    none; at 0 their mismatch is measured on the step before the first update alone.
+    """
 
     iterations: int = 40
     prompts_per_iteration: int = 64
     rollouts_per_prompt: int = 8
     prompts_per_mini_batch: int = 16
     micro_batch_size: int = 128
-    mismatch_every: int = 1
+    mismatch_every: int = 0
 
     @property
     def steps_per_iteration(self) -> int:

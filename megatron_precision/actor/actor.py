@@ -1,12 +1,13 @@
 """The trainer's side: a Megatron model, its optimizer, and the three things asked of them.
 
-    logprobs(batch)              forward only: old_logprobs
-    step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
-    weight_pieces()              strided views of the parameters, as boxes of Hugging Face tensors
+logprobs(batch)              forward only: old_logprobs
+step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
+weight_pieces()              strided views of the parameters, as boxes of Hugging Face tensors
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -144,7 +145,7 @@ class Actor:
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             micro_batch_size=self._run.train.micro_batch_size,
-            width_multiple=max(8, self._run.parallel.tp_size),
+            width_multiple=math.lcm(8, self._run.parallel.tp_size),
         )
 
     def _forward_backward(
@@ -200,8 +201,10 @@ class Actor:
         """
         result = torch.zeros_like(batch.rollout_logprobs)
 
-        def keep(part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor) -> torch.Tensor:
-            result[micro.rows, : micro.width] = lps
+        def keep(
+            part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor
+        ) -> torch.Tensor:
+            result[micro.rows, : micro.width] = lps[:, : result.shape[1]]
             return lps.sum()
 
         for rows in mini_batches:
@@ -233,7 +236,7 @@ class Actor:
             part: Batch, micro: MicroBatch, lps: torch.Tensor, entropies: torch.Tensor
         ) -> torch.Tensor:
             if kept is not None:
-                kept[micro.rows, : micro.width] = lps.detach()
+                kept[micro.rows, : micro.width] = lps.detach()[:, : kept.shape[1]]
             result = loss(part, lps, entropies)
             losses.append(result.loss.detach())
             for name, value in result.sums.items():
@@ -288,6 +291,11 @@ class Actor:
             result.maxima,
             result.logprobs,
         )
+
+    def gradients_are_finite(self) -> bool:
+        """Whether this rank's accumulated gradients hold no inf or nan."""
+        buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
+        return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
 
     # ---- helpers -------------------------------------------------------------------------
 

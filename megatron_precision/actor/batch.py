@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,18 @@ class Batch:
         return self.tokens.shape[0]
 
     def select(self, rows: torch.Tensor, width: int) -> Batch:
-        """The given sequences, cut to `width` tokens."""
+        """The given sequences, cut or padded to `width` tokens."""
+
+        def cut(values: torch.Tensor) -> torch.Tensor:
+            return F.pad(values[rows, :width], (0, max(0, width - values.shape[1])))
+
         return Batch(
-            tokens=self.tokens[rows, :width],
-            response_mask=self.response_mask[rows, :width],
+            tokens=cut(self.tokens),
+            response_mask=cut(self.response_mask),
             lengths=self.lengths[rows],
-            rollout_logprobs=self.rollout_logprobs[rows, :width],
+            rollout_logprobs=cut(self.rollout_logprobs),
             advantages=self.advantages[rows],
-            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[rows, :width],
+            old_logprobs=None if self.old_logprobs is None else cut(self.old_logprobs),
         )
 
     def with_old_logprobs(self, old_logprobs: torch.Tensor) -> Batch:

@@ -18,9 +18,7 @@ COLLECTIVE_TIMEOUT_S = 600
 def open_world(backend: str) -> None:
     """Open the default process group from torchrun's environment, if it is not open yet."""
     if not dist.is_initialized():
-        dist.init_process_group(
-            backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
-        )
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
 
 
 def divide_world(parallel: ParallelConfig, seed: int) -> None:

@@ -174,9 +174,7 @@ FIGURES: tuple[Figure, ...] = tuple(
 
 def final_figures(runs: list[RunData]) -> FinalTable:
     """Reduce every run to its figures and divide the pair of runs that is compared."""
-    values = {
-        figure.key: [figure.reduce(run, figure.metric) for run in runs] for figure in FIGURES
-    }
+    values = {figure.key: [figure.reduce(run, figure.metric) for run in runs] for figure in FIGURES}
     pair = compared_pair(runs)
     ratios = {
         key: _ratio(row[pair[0]], row[pair[1]]) if pair else None for key, row in values.items()

@@ -191,7 +191,9 @@ def _range_of_run(table: FinalTable, number: int) -> list[str]:
 
 
 def _causes(steps: list[dict[str, Any]]) -> str:
-    causes = [str(s["precision/overflow_cause"]) for s in steps if s.get("precision/overflow_cause")]
+    causes = [
+        str(s["precision/overflow_cause"]) for s in steps if s.get("precision/overflow_cause")
+    ]
     if not causes:
         return ""
     counts = ", ".join(f"{causes.count(cause)} by {cause}" for cause in sorted(set(causes)))

@@ -270,7 +270,9 @@ def _curves(
 
 
 def _any(runs: list[RunData], *metrics: str, kind: str = "iterations") -> bool:
-    return any(metric in event for run in runs for event in getattr(run, kind) for metric in metrics)
+    return any(
+        metric in event for run in runs for event in getattr(run, kind) for metric in metrics
+    )
 
 
 def _figure(size: tuple[float, float], columns: int) -> tuple[Figure, list[Axes]]:

@@ -111,17 +111,27 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     Patch("torch.cuda", "Event", lambda _o: _NoStream, _STREAM, MEGATRON),
     Patch("torch.cuda", "current_stream", _current_stream, _STREAM, MEGATRON),
     Patch("torch.cuda", "default_stream", _current_stream, _STREAM, MEGATRON),
-    Patch("torch.cuda", "stream", lambda _o: lambda _s: contextlib.nullcontext(), _STREAM, MEGATRON),
+    Patch(
+        "torch.cuda", "stream", lambda _o: lambda _s: contextlib.nullcontext(), _STREAM, MEGATRON
+    ),
     Patch("torch.cuda", "get_rng_state", _get_rng_state, _RNG, MEGATRON),
     Patch("torch.cuda", "set_rng_state", _set_rng_state, _RNG, MEGATRON),
     Patch(
         "torch.cuda", "manual_seed", lambda _o: lambda seed: torch.manual_seed(seed), _RNG, MEGATRON
     ),
     Patch(
-        "megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state, _RNG, MEGATRON
+        "megatron.core.tensor_parallel.random",
+        "_get_cuda_rng_state",
+        _get_rng_state,
+        _RNG,
+        MEGATRON,
     ),
     Patch(
-        "megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state, _RNG, MEGATRON
+        "megatron.core.tensor_parallel.random",
+        "_set_cuda_rng_state",
+        _set_rng_state,
+        _RNG,
+        MEGATRON,
     ),
     Patch("torch:Tensor", "cuda", _same_object, _LITERAL, MEGATRON),
     Patch("torch.nn:Module", "cuda", _same_object, _LITERAL, MEGATRON),

@@ -64,13 +64,15 @@ class TensorGather:
 
     def __init__(self, actor: Actor, model: ModelConfig) -> None:
         self._actor = actor
-        self._dtype = torch_dtype(actor.policy.wire)
+        self.dtype = torch_dtype(actor.policy.wire)
         shapes = hf_shapes(model)
         mine = [piece for piece, _ in actor.weight_pieces()]
         everyone: list[list] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         if problems := uncovered((p for pieces in everyone for p in pieces), shapes):
-            raise WeightSyncError("the trainer's pieces do not make the model:\n  " + "\n  ".join(problems))
+            raise WeightSyncError(
+                "the trainer's pieces do not make the model:\n  " + "\n  ".join(problems)
+            )
 
         owned: set[tuple[str, tuple[int, ...]]] = set()
         self._slots: list[list[_Slot]] = []
@@ -84,18 +86,14 @@ class TensorGather:
                 if not first:
                     continue
                 owned.add((piece.hf_name, piece.start))
-                box = tuple(
-                    slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True)
-                )
-                slots.append(
-                    _Slot(piece.hf_name, box, piece.shape, offset, offset + piece.numel)
-                )
+                box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+                slots.append(_Slot(piece.hf_name, box, piece.shape, offset, offset + piece.numel))
                 offset += piece.numel
             self._slots.append(slots)
         longest = max(slots[-1].end if slots else 0 for slots in self._slots)
-        self._packed = torch.zeros(longest, dtype=self._dtype)
-        self._received = torch.zeros(dist.get_world_size(), longest, dtype=self._dtype)
-        self._tensors = {name: torch.empty(s, dtype=self._dtype) for name, s in shapes.items()}
+        self._packed = torch.zeros(longest, dtype=self.dtype)
+        self._received = torch.zeros(dist.get_world_size(), longest, dtype=self.dtype)
+        self._tensors = {name: torch.empty(s, dtype=self.dtype) for name, s in shapes.items()}
         self.bytes = sum(math.prod(s) for s in shapes.values()) * self._packed.element_size()
 
     @torch.no_grad()

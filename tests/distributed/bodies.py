@@ -11,7 +11,7 @@ from megatron_precision.actor.actor import Actor, MicroLoss
 from megatron_precision.actor.batch import Batch
 from megatron_precision.actor.parallel import divide_world, open_world
 from megatron_precision.config import RunConfig
-from megatron_precision.platform import start
+from megatron_precision.platform.startup import start
 
 
 def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor] | None = None) -> Actor:

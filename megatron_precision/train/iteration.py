@@ -1,0 +1,331 @@
+"""The parts of an iteration, in the order in which the loop calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_precision.actor.batch import Batch, make_batch
+from megatron_precision.actor.parallel import agree_any
+from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.data.arithmetic import Question, make_questions
+from megatron_precision.data.perfectible import read_perfectible
+from megatron_precision.observe.metrics import MetricsWriter
+from megatron_precision.observe.sinks import make_sinks
+from megatron_precision.platform import startup
+from megatron_precision.precision.overflow import calibrate, classify
+from megatron_precision.rl.advantages import group_mean_centred, zero_variance_share
+from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.rl.mismatch import mismatch_stats
+from megatron_precision.train import start as starts
+from megatron_precision.train.clock import PhaseClock
+from megatron_precision.train.objective import policy_objective
+from megatron_precision.train.session import Sampled, Session, peak_memory_gib
+
+
+class Trainer:
+    """State of a run on this rank, and the steps of an iteration."""
+
+    def __init__(self, config: RunConfig, out: Path, start: Path | None) -> None:
+        self.config = config
+        self.algorithm = ALGORITHMS[config.algo.name]
+        self._start = start or starts.start_dir(config)
+        perfectible = read_perfectible(self._start / starts.QUESTIONS)
+        self.questions = [item.question for item in perfectible]
+        self.held_out = make_questions(
+            config.task, split="eval", count=config.task.eval_questions, seed=config.seed
+        )
+        self.session = Session(
+            config, config.optimizer, config.loss_scale, self._start / starts.MODEL
+        )
+        self.session.load_start()
+        self.session.open_engine()
+        self._dtypes = self.session.check(self.questions)
+        self._writer: MetricsWriter | None = None
+        if dist.get_rank() == 0:
+            sinks = make_sinks(config.sinks, out, config.train.iterations)
+            self._writer = MetricsWriter(out / "metrics.jsonl", sinks)
+        self._step = 0
+        self._skipped = 0
+        self._calibrated = self.actor.optimizer.loss_scale is None
+        self._weight_version = self.session.engine.weight_version
+        self._clock = PhaseClock()
+        self._iteration: dict[str, object] = {}
+        self._watch_engine_range()
+
+    @property
+    def actor(self):  # type: ignore[no-untyped-def]
+        """The Megatron side."""
+        return self.session.actor
+
+    # ---- recording -----------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Write the first and the last line of `metrics.jsonl` around the run."""
+        config = self.config
+        from megatron_precision.config import fingerprint
+
+        self._write(
+            "run",
+            0,
+            {
+                "config": to_dict(config),
+                "fingerprint": fingerprint(to_dict(config)),
+                "versions": startup.versions(),
+                "platform": {**startup.describe(), "dtypes": self._dtypes},
+                "start_fingerprint": starts.start_fingerprint(config),
+                "rank_count": dist.get_world_size(),
+            },
+        )
+        try:
+            yield
+        except BaseException as error:
+            self._end("failed", f"{type(error).__name__}: {error}")
+            raise
+        self._end("completed", "")
+
+    def _end(self, status: str, error: str) -> None:
+        if self._writer is not None:
+            self._writer.write(
+                "end",
+                iteration=self.config.train.iterations,
+                step=self._step,
+                values={"status": status, "error": error},
+            )
+            self._writer.close()
+
+    def _write(self, event: str, iteration: int, values: dict) -> None:  # type: ignore[type-arg]
+        if self._writer is not None:
+            self._writer.write(event, iteration=iteration, step=self._step, values=values)
+
+    # ---- rollout -------------------------------------------------------------------------
+
+    def rollout(self, iteration: int, questions: list[Question]) -> Sampled:
+        """Sample the iteration's groups; the clock of the iteration starts here."""
+        self._clock = PhaseClock()
+        self._engine_act_max = 0.0
+        with self._clock.phase("rollout"):
+            sampled = self.session.sample(
+                questions,
+                rollouts_per_prompt=self.config.train.rollouts_per_prompt,
+                purpose="train",
+                iteration=iteration,
+                temperature=self.config.rollout.temperature,
+                logprobs=True,
+            )
+        self._clock.add("rollout", -sampled.reward_s)
+        self._clock.add("reward", sampled.reward_s)
+        lengths = torch.tensor([float(len(r.tokens)) for r in sampled.rollouts])
+        tokens = float(lengths.sum())
+        self._iteration = {
+            "reward/mean": float(sampled.rewards.mean()),
+            "reward/accuracy": float((sampled.rewards > 0).float().mean()),
+            "reward/zero_variance_share": zero_variance_share(sampled.rewards),
+            "response/tokens_mean": float(lengths.mean()),
+            "response/tokens_max": float(lengths.max()),
+            "response/truncated_share": sum(r.truncated for r in sampled.rollouts)
+            / len(sampled.rollouts),
+            "throughput/rollout_tokens_per_s": tokens / self._clock.seconds("rollout"),
+        }
+        return sampled
+
+    def assemble(self, sampled: Sampled) -> Batch:
+        """Advantages, and one padded batch of the whole job's rollouts."""
+        versions = {rollout.weight_version for rollout in sampled.rollouts}
+        if versions != {self._weight_version}:
+            raise RuntimeError(
+                f"rollouts of weight versions {sorted(versions)} in an iteration of version "
+                f"{self._weight_version}: their mismatch would be staleness"
+            )
+        prompts = [rollout.request.prompt_tokens for rollout in sampled.rollouts]
+        return make_batch(
+            prompts,
+            [rollout.tokens for rollout in sampled.rollouts],
+            [rollout.rollout_logprobs for rollout in sampled.rollouts],
+            group_mean_centred(sampled.rewards).flatten(),
+        )
+
+    # ---- training ------------------------------------------------------------------------
+
+    def mini_batches(self, batch: Batch) -> list[torch.Tensor]:
+        """Rows of each optimizer step: consecutive groups."""
+        return list(torch.arange(len(batch)).chunk(self.config.train.steps_per_iteration))
+
+    def old_logprobs(self, iteration: int, batch: Batch) -> Batch:
+        """The trainer's log-probs before the update, where the algorithm or the user asks."""
+        every = self.config.train.mismatch_every
+        asked = every > 0 and iteration % every == 0
+        if not (self.algorithm.needs_old_logprobs or asked):
+            return batch
+        with self._clock.phase("old_logprobs"):
+            old = self.actor.logprobs(batch, self.mini_batches(batch))
+        self._record_mismatch(old, batch, torch.arange(len(batch)))
+        return batch.with_old_logprobs(old)
+
+    def _record_mismatch(self, logprobs: torch.Tensor, batch: Batch, rows: torch.Tensor) -> None:
+        """Statistics of engine against trainer, for rows whose weights are the same on both."""
+        stats = mismatch_stats(
+            old_logprobs=logprobs[rows],
+            rollout_logprobs=batch.rollout_logprobs[rows],
+            mask=batch.response_mask[rows],
+        )
+        self._iteration.update(stats.metrics())
+
+    def step(self, iteration: int, number: int, batch: Batch, rows: torch.Tensor) -> None:
+        """One optimizer step, or a counted skip."""
+        with self._clock.phase("train"):
+            loss = policy_objective(
+                self.algorithm,
+                self.config.algo,
+                batch,
+                rows,
+                self.config.rollout.max_response_tokens,
+            )
+            plan = self.actor.plan(batch, rows)
+            if not self._calibrated:
+                self._calibrate(batch, plan, loss)
+            # Before the first update both sides hold the same weights: the mismatch is free.
+            measure = number == 0 and "mismatch/num_tokens" not in self._iteration
+            clock = PhaseClock()
+            result = self.actor.step(batch, plan, loss, keep_logprobs=measure)
+        if measure and result.logprobs is not None and result.finite_forward:
+            self._record_mismatch(result.logprobs, batch, rows)
+        cause = ""
+        if result.outcome.skipped:
+            self._skipped += 1
+            cause = classify(
+                finite_forward=result.finite_forward,
+                weight_max=result.maxima["weight"],
+                headroom_bits=self.config.loss_scale.headroom_bits,
+            )
+        scale = self.actor.optimizer.loss_scale
+        tokens = max(1.0, result.sums["tokens"])
+        self._step += 1
+        self._watch_trainer_range()
+        self._write(
+            "step",
+            iteration,
+            {
+                "loss/policy": result.loss,
+                "loss/grad_norm": result.outcome.grad_norm,
+                "loss/clip_fraction": result.sums["clipped"] / tokens,
+                "loss/entropy": result.sums["entropy"] / tokens,
+                "loss/ratio_mean": result.sums["ratio"] / tokens,
+                "loss/ratio_max": result.maxima["ratio"],
+                "loss/weight_max": result.maxima["weight"],
+                "loss/learning_rate": result.outcome.learning_rate,
+                "precision/loss_scale": scale.value if scale else 1.0,
+                "precision/skipped": int(result.outcome.skipped),
+                "precision/overflow_cause": cause,
+                "precision/grad_subnormal_share": self._last_subnormal_share,
+                "time/step_s": clock.metrics()["time/iteration_s"],
+            },
+        )
+
+    def _calibrate(self, batch: Batch, plan, loss) -> None:  # type: ignore[no-untyped-def]
+        """Set the starting loss scale from the first mini-batch, once a run."""
+        self._calibrated = True
+        settings, scale = self.config.loss_scale, self.actor.optimizer.loss_scale
+        if settings.initial != "calibrated":
+            return
+
+        def overflows_at(value: float) -> bool:
+            scale.value = value
+            self.actor.gradients(batch, plan, loss)
+            return agree_any(not self.actor.gradients_are_finite())
+
+        scale.value = calibrate(overflows_at, settings.headroom_bits)
+
+    # ---- range ---------------------------------------------------------------------------
+
+    def _watch_engine_range(self) -> None:
+        """Record the engine's largest activation on its way through the layers."""
+        self._engine_act_max = 0.0
+        self._trainer_act_max = 0.0
+        self._subnormal_shares: list[float] = []
+        self._last_subnormal_share = 0.0
+
+        def record(_module: object, _inputs: object, output: object) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, torch.Tensor) and hidden.numel():
+                self._engine_act_max = max(self._engine_act_max, float(hidden.abs().amax()))
+
+        for name, module in self.session.engine.model.named_modules():
+            if name.rpartition(".")[2] in ("down_proj", "mlp", "self_attn"):
+                module.register_forward_hook(record)
+
+    def _watch_trainer_range(self) -> None:
+        watch = self.actor.range_watch
+        self._trainer_act_max = max(self._trainer_act_max, watch.act_max)
+        self._last_subnormal_share = watch.grad_subnormal_share
+        self._subnormal_shares.append(watch.grad_subnormal_share)
+
+    # ---- sync, evaluation ----------------------------------------------------------------
+
+    def sync_weights(self) -> None:
+        """Hand the weights to the engine, under a new version where any step was applied."""
+        if self.actor.optimizer.applied_steps > 0:
+            self._weight_version = self.actor.optimizer.applied_steps
+        with self._clock.phase("sync"):
+            result = self.session.sync.push(self._weight_version)
+        self._iteration |= {
+            "sync/s": result.seconds,
+            "sync/bytes": result.bytes,
+            "sync/verified": int(result.verified > 0),
+            "sync/weight_version": self._weight_version,
+        }
+
+    def finish_iteration(self, iteration: int, batch: Batch) -> None:
+        """Write the iteration's event."""
+        scale = self.actor.optimizer.loss_scale
+        times = self._clock.metrics()
+        shares = self._subnormal_shares
+        ranges = torch.tensor([self._trainer_act_max, self._engine_act_max, peak_memory_gib()])
+        dist.all_reduce(ranges, op=dist.ReduceOp.MAX)
+        self._iteration |= {
+            "precision/act_max_trainer": float(ranges[0]),
+            "precision/act_max_rollout": float(ranges[1]),
+            "precision/grad_subnormal_share": sum(shares) / max(1, len(shares)),
+            "precision/loss_scale": scale.value if scale else 1.0,
+            "precision/skipped_total": self._skipped,
+            "throughput/tokens_per_s": float(batch.response_mask.sum()) / times["time/iteration_s"],
+            "memory/peak_gib": float(ranges[2]),
+            **times,
+        }
+        self._write("iteration", iteration, self._iteration)
+        self._trainer_act_max, self._subnormal_shares = 0.0, []
+
+    def evaluation_is_due(self, iteration: int) -> bool:
+        """After every `eval.every` iterations, and after the last."""
+        every = self.config.eval.every
+        last = iteration == self.config.train.iterations
+        return last or (every > 0 and iteration % every == 0)
+
+    def evaluate(self, iteration: int) -> None:
+        """Accuracy on held-out questions with the weights that the engine holds."""
+        clock = PhaseClock()
+        sampled = self.session.sample(
+            self.held_out,
+            rollouts_per_prompt=self.config.eval.samples_per_question,
+            purpose="eval",
+            iteration=iteration,
+            temperature=self.config.eval.temperature,
+            logprobs=False,
+        )
+        right = sampled.rewards > 0
+        lengths = [len(rollout.tokens) for rollout in sampled.rollouts]
+        self._write(
+            "eval",
+            iteration,
+            {
+                "eval/accuracy": float(right.float().mean()),
+                "eval/pass_at_k": float(right.any(1).float().mean()),
+                "eval/tokens_mean": sum(lengths) / len(lengths),
+                "time/eval_s": clock.metrics()["time/iteration_s"],
+            },
+        )

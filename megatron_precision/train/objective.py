@@ -1,0 +1,71 @@
+"""The loss of a mini-batch, as the actor's schedule wants it: one function of a micro-batch."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_precision.actor.actor import LossFunction, MicroLoss
+from megatron_precision.actor.batch import Batch
+from megatron_precision.config import AlgorithmConfig
+from megatron_precision.rl.aggregation import aggregate, normaliser
+from megatron_precision.rl.algorithms import Algorithm
+from megatron_precision.rl.losses import token_loss
+
+
+def policy_objective(
+    algorithm: Algorithm,
+    constants: AlgorithmConfig,
+    batch: Batch,
+    rows: torch.Tensor,
+    max_response_tokens: int,
+) -> LossFunction:
+    """The RL loss of the mini-batch `rows`, normalised over the whole job.
+
+    Args:
+        rows: [sequences of the mini-batch] int64, rows of `batch`.
+    """
+    norm = normaliser(
+        algorithm.aggregation,
+        num_sequences=len(rows),
+        num_tokens=int(batch.response_mask[rows].sum()),
+        max_response_tokens=max_response_tokens,
+    )
+
+    def loss(part: Batch, train_logprobs: torch.Tensor, entropies: torch.Tensor) -> MicroLoss:
+        mask = part.response_mask
+        terms = token_loss(
+            algorithm,
+            constants,
+            train_logprobs=train_logprobs,
+            old_logprobs=part.old_logprobs,
+            rollout_logprobs=part.rollout_logprobs,
+            advantages=part.advantages,
+            mask=mask,
+        )
+        # The factor on a token's gradient: what a large importance weight can overflow.
+        factor = terms.weight * (terms.ratio if algorithm.policy_loss == "ppo_clip" else 1.0)
+        return MicroLoss(
+            aggregate(terms.loss, mask, algorithm.aggregation, norm),
+            sums={
+                "tokens": float(mask.sum()),
+                "clipped": float(terms.clipped.sum()),
+                "entropy": float(entropies.sum()),
+                "ratio": float(terms.ratio.sum()),
+            },
+            maxima={
+                "ratio": float(terms.ratio.max()),
+                "weight": float(factor.max()),
+            },
+        )
+
+    return loss
+
+
+def supervised_objective(batch: Batch) -> LossFunction:
+    """Cross entropy per response token, for the warm start."""
+    tokens = float(batch.response_mask.sum())
+
+    def loss(part: Batch, train_logprobs: torch.Tensor, _entropies: torch.Tensor) -> MicroLoss:
+        return MicroLoss(-train_logprobs.sum() / tokens, sums={}, maxima={})
+
+    return loss

@@ -1,0 +1,166 @@
+"""What a job holds: the trainer, the engine, the sync between them, and the task.
+
+Made by `open_session` in the one order that works: process, world, trainer, engine, audit, proof.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
+from megatron_precision.data.arithmetic import Question
+from megatron_precision.data.tokenizer import CharTokenizer
+from megatron_precision.platform.startup import start
+from megatron_precision.precision import audit
+from megatron_precision.rewards import arithmetic
+from megatron_precision.rollout.engine import Rollout, Sampling
+from megatron_precision.rollout.sampling import Prompt, Sampler
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Groups of rollouts with their rewards.
+
+    Attributes:
+        rollouts: ordered by prompt, then rollout.
+        rewards: [prompts, rollouts] FP32.
+        reward_s: seconds of this rank's scoring, which happens while others still sample.
+    """
+
+    rollouts: list[Rollout]
+    rewards: torch.Tensor
+    reward_s: float
+
+
+class Session:
+    """Trainer and engine of one job on this rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        optimizer: OptimizerConfig,
+        loss_scale: LossScaleConfig,
+        model_dir: Path,
+    ) -> None:
+        backend = start(config.seed)
+        from megatron_precision.actor import parallel
+
+        parallel.open_world(backend)
+        parallel.divide_world(config.parallel, config.seed)
+        from megatron_precision.actor.actor import Actor
+
+        self.config = config
+        self.tokenizer = CharTokenizer()
+        self.actor = Actor(config, optimizer, loss_scale)
+        self._model_dir = model_dir
+
+    def load_start(self) -> None:
+        """Load the trainer's weights from the model folder."""
+        from megatron_precision.weights.hf_model import read_checkpoint
+
+        self.actor.load(read_checkpoint(self._model_dir))
+
+    def open_engine(self) -> None:
+        """Start the engine on the model folder, and connect the sync."""
+        from megatron_precision.rollout.vllm_engine import VllmEngine
+        from megatron_precision.weights.sync import WeightSync
+
+        self.engine = VllmEngine(self.config, self._model_dir, self.tokenizer.eos_id)
+        self.sampler = Sampler(self.engine, self.config)
+        self.sync = WeightSync(self.actor, self.engine, self.config.model)
+
+    def check(self, questions: list[Question]) -> dict[str, str]:
+        """Audit every dtype and prove the sync, on a few real prompts.
+
+        Returns:
+            The dtype found for each kind of tensor.
+
+        Raises:
+            PrecisionAuditError: listing tensors that disagree with the policy.
+            WeightSyncError: where the engine does not hold what was pushed.
+        """
+        from megatron_precision.weights.proof import hf_forward, prove_sync
+
+        texts = [question.prompt + question.solution for question in questions[:8]]
+        prompts = [self.tokenizer.encode(text) for text in texts]
+        self.sync.push(self.engine.weight_version)
+        prove_sync(
+            self.sync,
+            self.engine,
+            self.config.policy.rollout_params,
+            prompts,
+            hf_forward(self.config.model),
+        )
+        readings = [
+            *audit.read_trainer(self.actor.model, self.actor.optimizer.megatron),
+            *self._pass_readings(prompts),
+            *audit.read_engine(self.engine),
+            audit.Reading("wire", "weights on the wire", self.sync.gathering.dtype),
+        ]
+        return audit.check(readings, self.config.policy)
+
+    def _pass_readings(self, prompts: list[list[int]]) -> list[audit.Reading]:
+        """dtypes seen in one real forward and backward pass; gradients are dropped after it."""
+        from megatron_precision.actor.batch import make_batch
+        from megatron_precision.train.objective import supervised_objective
+
+        dp_size = self.config.parallel.dp_size
+        prompts = prompts[: len(prompts) // dp_size * dp_size] or prompts * dp_size
+        heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
+        zeros = [[0.0] * len(tail) for tail in tails]
+        batch = make_batch(heads, tails, zeros, torch.ones(len(prompts)))
+        plan = self.actor.plan(batch, torch.arange(len(batch)))
+        with audit.ForwardReadings(self.actor.model) as watch:
+            self.actor.gradients(batch, plan, supervised_objective(batch))
+        self.actor.model.zero_grad_buffer()
+        return watch.readings
+
+    def text(self, rollout: Rollout) -> str:
+        """A response without its end token; a padding token in it shows as one."""
+        ended = rollout.tokens[-1:] == (self.tokenizer.eos_id,)
+        return self.tokenizer.decode(
+            rollout.tokens[:-1] if ended else rollout.tokens, skip_special=False
+        )
+
+    def sample(
+        self,
+        questions: list[Question],
+        *,
+        rollouts_per_prompt: int,
+        purpose: str,
+        iteration: int,
+        temperature: float,
+        logprobs: bool,
+    ) -> Sampled:
+        """Sample and score every question."""
+        spent = 0.0
+
+        def reward(rollout: Rollout) -> float:
+            nonlocal spent
+            begin = time.perf_counter()
+            text = self.text(rollout)
+            answer = questions[rollout.request.prompt].answer
+            value = arithmetic.score(text, answer, truncated=rollout.truncated)
+            spent += time.perf_counter() - begin
+            return value
+
+        rollouts, rewards = self.sampler.sample(
+            [Prompt(q.id, tuple(self.tokenizer.encode(q.prompt))) for q in questions],
+            rollouts_per_prompt=rollouts_per_prompt,
+            purpose=purpose,
+            iteration=iteration,
+            sampling=Sampling(temperature, self.config.rollout.max_response_tokens, logprobs),
+            reward=reward,
+        )
+        shape = (len(questions), rollouts_per_prompt)
+        return Sampled(rollouts, torch.tensor(rewards).view(shape), spent)
+
+
+def peak_memory_gib() -> float:
+    """Largest resident set of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

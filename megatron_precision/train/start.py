@@ -1,0 +1,52 @@
+"""The start that the RL runs of a recipe share: where it lies, and whether it is complete.
+
+    <start>/model/            a Hugging Face checkpoint (FP32 tensors, values on the BF16 grid)
+    <start>/questions.jsonl   the perfectible set
+    <start>/start.json        facts about it; written last, so that its presence means complete
+
+The values lie on the BF16 grid so that every policy starts from the same function: both BF16
+and FP16 hold them exactly (FP16 as long as they are above 2^-24, which is counted).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_precision.config import RunConfig, fingerprint
+
+CACHE = Path("runs") / "cache"
+FACTS = "start.json"
+MODEL = "model"
+QUESTIONS = "questions.jsonl"
+
+
+def start_fingerprint(config: RunConfig) -> str:
+    """Names what makes a start; precision, algorithm and RL settings are not among it."""
+    parts = (config.model, config.task, config.warm_start, config.perfectible)
+    return fingerprint(
+        {
+            "parts": [dataclasses.asdict(part) for part in parts],
+            "seed": config.seed,
+            "max_response_tokens": config.rollout.max_response_tokens,
+            "layout": 1,
+        }
+    )
+
+
+def start_dir(config: RunConfig) -> Path:
+    """Where the start of this config is, or will be."""
+    return CACHE / start_fingerprint(config)
+
+
+def start_is_complete(path: Path) -> bool:
+    """Whether a start was made there, to its end."""
+    return (path / FACTS).is_file()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What is known of a complete start."""
+    facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
+    return facts
