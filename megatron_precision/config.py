@@ -22,20 +22,23 @@ from megatron_precision.precision.policy import PrecisionPolicy, policy
 class ModelConfig:
     """A transformer, by the field names of Hugging Face's `config.json`.
 
-    A dense model has `num_experts == 0`; an MoE model has experts in every layer.
+    A dense model has `num_experts == 0`; an MoE model has experts in every layer. The default is
+    a model that learns the arithmetic task within a minute: with a large model's initial weights
+    (0.02) and rotary base (10000) it needed about twice the steps.
     """
 
     model_type: Literal["qwen3", "qwen3_moe"] = "qwen3"
     vocab_size: int = 32
     hidden_size: int = 128
     intermediate_size: int = 384
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 4
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
     head_dim: int = 32
-    rope_theta: float = 10000.0
+    rope_theta: float = 500.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
+    initializer_range: float = 0.06
     max_position_embeddings: int = 256
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -75,7 +78,8 @@ class TaskConfig:
     """Where prompts come from and how an answer is scored.
 
     `name` picks a generator of `data/`; `train_questions` are drawn for the perfectible set,
-    `eval_questions` are held out. `difficulty` is the number of terms of a sum.
+    `eval_questions` are held out. `difficulty` is the number of terms of a sum; 8 make a
+    response of about 61 tokens.
     """
 
     name: Literal["arithmetic"] = "arithmetic"
@@ -87,18 +91,22 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """The supervised start that the RL runs share, made once and cached by its fingerprint."""
+    """The supervised start that the RL runs share, made once and cached by its fingerprint.
+
+    Accuracy is sampled every `check_every` steps. It stays near 10 % for some 180 steps of the
+    default model and then climbs through the target window in some 60.
+    """
 
     learning_rate: float = 2e-3
-    batch_size: int = 128
-    micro_batch_size: int = 64
-    max_steps: int = 1500
+    batch_size: int = 32
+    micro_batch_size: int = 32
+    max_steps: int = 600
     warmup_steps: int = 50
-    check_every: int = 50
+    check_every: int = 40
     target_accuracy_low: float = 0.40
     target_accuracy_high: float = 0.60
     check_questions: int = 128
-    check_samples: int = 4
+    check_samples: int = 2
 
 
 @dataclass(frozen=True)

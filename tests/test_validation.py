@@ -65,6 +65,8 @@ def test_all_problems_of_a_layout_are_listed_at_once() -> None:
         ["model.hidden_size=127"],
         # vLLM repeats KV heads when tensor parallelism exceeds them.
         [
+            "model.num_attention_heads=8",
+            "model.num_key_value_heads=4",
             "parallel.world_size=8",
             "parallel.tp_size=4",
             "parallel.rollout_tp_size=8",

@@ -63,6 +63,7 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
+        init_method_std=model.initializer_range,
         qk_layernorm=True,
         gated_linear_unit=True,
         activation_func=F.silu,
