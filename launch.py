@@ -43,11 +43,11 @@ def _launch(args: argparse.Namespace) -> int:
     _require_nemo_run()
     run_folder.claim(out, args.overwrite, args.resume)
     run_folder.write_config(config, out)
-    if args.start is None:
+    if args.start_from is None:
         code = launching.ensure_start(config)
         if code:
             return code
-    extra = ("--start", str(args.start)) if args.start else ()
+    extra = ("--start-from", str(args.start_from)) if args.start_from else ()
     code = launching.run_job(launching.train_job(config, out, extra))
     if code == 0:
         print(f"run folder: {out}")

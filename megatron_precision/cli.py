@@ -76,7 +76,10 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
     parser.add_argument("--resume", action="store_true", help="not yet: a later version brings it")
     parser.add_argument(
-        "--start", type=Path, metavar="DIR", help="train from this prepared start, not the cache's"
+        "--start-from",
+        type=Path,
+        metavar="DIR",
+        help="train from this prepared start, not the cache's",
     )
 
 
@@ -114,8 +117,12 @@ def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
 
     ranks, words = config.parallel.world_size, _recipe_words(args)
     out = str(args.out or "DIR")
-    if args.start is not None:
-        return [torchrun_line(ranks, ["train", *words, "--out", out, "--start", str(args.start)])]
+    if args.start_from is not None:
+        return [
+            torchrun_line(
+                ranks, ["train", *words, "--out", out, "--start-from", str(args.start_from)]
+            )
+        ]
     return [
         torchrun_line(ranks, ["prepare", *words]) + "   # unless the cache has the start",
         torchrun_line(ranks, ["train", *words, "--out", out]),
@@ -161,7 +168,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     out = require_out(args)
     rank.require_world(config, lines[-1])
-    start = _complete_start(config, args.start, lines[0])
+    start = _complete_start(config, args.start_from, lines[0])
     if rank.number() == 0 and not args.claimed:
         run_folder.claim(out, args.overwrite, args.resume)
         run_folder.write_config(config, out)
@@ -169,7 +176,7 @@ def _train(args: argparse.Namespace) -> int:
     def work() -> None:
         from megatron_precision.train import loop
 
-        if args.start is None:
+        if args.start_from is None:
             loop.run(config, out)
         else:
             loop.run(config, out, start=start)
@@ -185,7 +192,7 @@ def _complete_start(config: RunConfig, chosen: Path | None, prepare: str) -> Pat
         raise UserError(
             Problem(
                 what="there is no prepared start to train from",
-                where="--start" if chosen else "the cache of starts",
+                where="--start-from" if chosen else "the cache of starts",
                 got=str(path),
                 expected="a finished supervised start with its perfectible set",
                 remedy=f"make it with: {prepare}",

@@ -1,7 +1,8 @@
 """What a job wrote: rank 0's lines while it runs, and the reason when it has failed.
 
 torchrun marks each line with `[default<local rank>]:` and keeps every rank's output in a file of
-its own; nemo-run gathers what torchrun printed in `combined.log`.
+its own; nemo-run gathers what torchrun printed in `combined.log`, and its standard output alone in
+`stdout.log` beside it.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ _ROOT_CAUSE = re.compile(
 
 
 class Follower(contextlib.AbstractContextManager["Follower"]):
-    """Prints the marked lines of a job's log as they are written, without their marks.
+    """Prints what the job's first rank writes to its standard output, as it is written.
 
-    Lines that torchrun itself writes stay in the file: on failure it lists every rank before
-    the reason, and the reason is shown at the end in any case.
+    Standard error stays in the files: libraries fill it with warnings, and torchrun lists every
+    rank there before it comes to the reason, which is shown at the end in any case.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,9 +55,14 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
         position, rest = 0, ""
         while True:
             ended = self._ended.wait(POLL_S)  # read once more after the end
-            path = next(self._folder.rglob(COMBINED), None)
-            if path is not None:
-                with open(path, encoding="utf-8", errors="replace", newline="\n") as log:
+            combined = next(self._folder.rglob(COMBINED), None)
+            if combined is not None:
+                with open(
+                    combined.with_name("stdout.log"),
+                    encoding="utf-8",
+                    errors="replace",
+                    newline="\n",
+                ) as log:
                     log.seek(position)
                     text = rest + log.read()
                     position = log.tell()

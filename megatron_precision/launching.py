@@ -138,6 +138,8 @@ def environment(ranks: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "GLOO_SOCKET_IFNAME": "lo",
         "VLLM_HOST_IP": "127.0.0.1",
+        # The console is for the run's own lines; what libraries say goes to the log of stderr.
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     }
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 

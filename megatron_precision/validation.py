@@ -102,7 +102,8 @@ _AT_LEAST_ZERO = (
     "eval.temperature",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "model.rope_theta", "model.rms_norm_eps", "model.initializer_range", "warm_start.learning_rate",
+    "model.rope_theta", "model.rms_norm_eps", "model.initializer_range",
+    "warm_start.learning_rate",
     "optimizer.learning_rate", "optimizer.eps", "rollout.temperature",
     "algo.clip_low", "algo.clip_high", "algo.log_weight_clamp",
 )  # fmt: skip

@@ -77,7 +77,10 @@ def test_nothing_heavy_is_imported_to_answer(argv: list[str]) -> None:
         (["sanity.tiny_dense", "--algo", "PG-Seq-SI"], ["unknown algorithm", "PG-Seq-IS", "PPO"]),
         (["sanity.tiny_dense", "--precision", "pf16"], ["unknown precision", "fp16", "bf16"]),
         (["sanity.tiny_dense", "--set", "trian.iterations=1"], ["train.iterations"]),
-        (["sanity.tiny_dense", "--set", "parallel.tp_size=3"], ["3 problems", "8 / 3", "4 / 3"]),
+        (
+            ["sanity.tiny_dense", "--set", "parallel.tp_size=3"],
+            ["3 problems", "2 / 3", "parallel.tp_size"],
+        ),
         ([], ["no recipe", "sanity.tiny_moe"]),
     ],
 )
@@ -141,6 +144,21 @@ def test_a_resolved_configuration_file_stands_for_a_recipe(
     text = capsys.readouterr().out
     values = json.loads(text[: text.index("would run:")])
     assert values == {**to_dict(config), "seed": 10}
+
+
+def test_torchrun_takes_none_of_our_options_for_an_abbreviation_of_its_own() -> None:
+    from torch.distributed.run import get_args_parser
+
+    options = "--config --precision --algo --set --mismatch-every --dryrun --dry-run --out"
+    options += " --overwrite --resume --start-from --claimed"
+    for command in ("train", "prepare"):
+        shown = run("-m", "megatron_precision", command, "--help").stdout
+        found = {word.strip("[],") for word in shown.split() if word.startswith(("--", "[--"))}
+        assert found <= {*options.split(), "--help"}, "list the new option above"
+    for option in options.split():
+        words = ["--standalone", "-m", "megatron_precision", "train", option, "value"]
+        parsed = get_args_parser().parse_args(words)
+        assert parsed.training_script_args == ["train", option, "value"]
 
 
 def test_an_existing_run_is_refused_unless_it_may_be_overwritten(tmp_path: Path) -> None:

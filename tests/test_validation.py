@@ -9,15 +9,31 @@ from __future__ import annotations
 import pytest
 
 import recipes
-from megatron_precision import validation
+from megatron_precision import overrides, validation
 from megatron_precision.errors import UserError
 
+# The sizes that the numbers below are worked from, whatever the recipes' own are.
+SIZES = {
+    "sanity.tiny_dense": [
+        "model.num_hidden_layers=4",
+        "model.num_attention_heads=8",
+        "model.num_key_value_heads=4",
+        "model.intermediate_size=384",
+        "model.max_position_embeddings=256",
+        "task.max_prompt_tokens=32",
+        "rollout.max_response_tokens=96",
+        "rollout.max_num_seqs=512",
+        "train.prompts_per_iteration=64",
+        "train.prompts_per_mini_batch=16",
+        "perfectible.accuracy_high=0.8",
+    ],
+    "sanity.tiny_moe": ["model.num_experts=8", "model.num_experts_per_tok=2"],
+}
 
-def where(recipe: str, *overrides: str) -> list[str]:
-    return [
-        problem.where
-        for problem in validation.problems(recipes.build(recipe, overrides=list(overrides)))
-    ]
+
+def where(recipe: str, *changes: str) -> list[str]:
+    config = overrides.apply(recipes.build(recipe, overrides=SIZES[recipe]), changes)
+    return [problem.where for problem in validation.problems(config)]
 
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
@@ -54,7 +70,7 @@ def test_all_problems_of_a_layout_are_listed_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    "changes",
     [
         ["parallel.world_size=1", "parallel.tp_size=1", "parallel.rollout_tp_size=1"],
         ["parallel.tp_size=1", "parallel.pp_size=2"],
@@ -73,12 +89,12 @@ def test_all_problems_of_a_layout_are_listed_at_once() -> None:
         ],
     ],
 )
-def test_a_layout_that_runs_is_not_refused(overrides: list[str]) -> None:
-    assert where("sanity.tiny_dense", *overrides) == []
+def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
+    assert where("sanity.tiny_dense", *changes) == []
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("changes", "expected"),
     [
         (["parallel.sequence_parallel=true", "parallel.tp_size=1"], "parallel.sequence_parallel"),
         (
@@ -107,12 +123,12 @@ def test_a_layout_that_runs_is_not_refused(overrides: list[str]) -> None:
         (["rollout.max_num_batched_tokens=100"], "rollout.max_num_batched_tokens"),
     ],
 )
-def test_one_mistake_is_one_problem(overrides: list[str], expected: str) -> None:
-    assert where("sanity.tiny_dense", *overrides) == [expected]
+def test_one_mistake_is_one_problem(changes: list[str], expected: str) -> None:
+    assert where("sanity.tiny_dense", *changes) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("changes", "expected"),
     [
         (["parallel.tp_size=2"], "parallel.sequence_parallel"),
         (["model.num_experts=7"], "model.num_experts by parallel.ep_size"),
@@ -126,19 +142,19 @@ def test_one_mistake_is_one_problem(overrides: list[str], expected: str) -> None
         (["warm_start.batch_size=127"], "warm_start.batch_size by the data-parallel size"),
     ],
 )
-def test_one_mistake_of_an_moe_is_one_problem(overrides: list[str], expected: str) -> None:
-    assert where("sanity.tiny_moe", *overrides) == [expected]
+def test_one_mistake_of_an_moe_is_one_problem(changes: list[str], expected: str) -> None:
+    assert where("sanity.tiny_moe", *changes) == [expected]
 
 
 def test_moe_with_tensor_parallelism_runs_with_sequence_parallelism() -> None:
-    overrides = ["parallel.tp_size=2", "parallel.ep_size=2", "parallel.sequence_parallel=true"]
-    assert where("sanity.tiny_moe", *overrides) == []
+    changes = ["parallel.tp_size=2", "parallel.ep_size=2", "parallel.sequence_parallel=true"]
+    assert where("sanity.tiny_moe", *changes) == []
 
 
 @pytest.mark.parametrize(("prompt", "fits"), [(32, True), (33, False)])
 def test_prompt_and_response_must_fit_the_positions(prompt: int, fits: bool) -> None:
-    overrides = ["model.max_position_embeddings=128", "rollout.max_response_tokens=96"]
-    found = where("sanity.tiny_dense", f"task.max_prompt_tokens={prompt}", *overrides)
+    changes = ["model.max_position_embeddings=128", "rollout.max_response_tokens=96"]
+    found = where("sanity.tiny_dense", f"task.max_prompt_tokens={prompt}", *changes)
     assert (found == []) is fits
 
 
@@ -146,7 +162,7 @@ def test_prompt_and_response_must_fit_the_positions(prompt: int, fits: bool) -> 
 def test_the_kv_cache_must_hold_one_sequence(mib: int, fits: bool) -> None:
     # 2 (K, V) x 4 layers x 2 KV heads a rank x 128 x 2 bytes = 4096 bytes a token; 896 tokens
     # are 7 blocks of 128, and one more stays empty: 1024 tokens, 4 MiB.
-    overrides = [
+    changes = [
         "model.num_hidden_layers=4",
         "model.num_key_value_heads=4",
         "model.head_dim=128",
@@ -154,7 +170,7 @@ def test_the_kv_cache_must_hold_one_sequence(mib: int, fits: bool) -> None:
         "rollout.max_response_tokens=864",
         "task.max_prompt_tokens=32",
     ]
-    found = where("sanity.tiny_dense", f"rollout.kv_cache_mib={mib}", *overrides)
+    found = where("sanity.tiny_dense", f"rollout.kv_cache_mib={mib}", *changes)
     assert (found == []) is fits
 
 
