@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import shutil
 import sys
 
 import recipes
@@ -46,6 +47,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.start_from is None:
         code = launching.ensure_start(config)
         if code:
+            shutil.rmtree(out)  # it holds no run, and would be in the way of the next attempt
             return code
     extra = ("--start-from", str(args.start_from)) if args.start_from else ()
     code = launching.run_job(launching.train_job(config, out, extra))

@@ -18,7 +18,7 @@ from megatron_precision.platform import process
 
 COMBINED = "combined.log"
 POLL_S = 0.2
-TAIL_LINES = 40
+TAIL_LINES = 25
 _MARK = re.compile(r"\[default\d+\]:")
 _ROOT_CAUSE = re.compile(
     r"Root Cause \(first observed failure\):.*?"
@@ -116,7 +116,7 @@ def describe_failure(run: Path, logs: Path) -> str:
         parts.append(f"rank {death.rank} was killed by {name}; it could leave no traceback.")
         if failure is not None:
             parts.append(f"Then rank {failure.rank} failed:\n{failure.text}")
-        else:
+        elif death.exit_code != -signal.SIGKILL:  # a crash in native code often says something
             parts.append(_tail(logs, death.local_rank))
     elif failure is not None:
         parts.append(f"rank {failure.rank} failed first:\n{failure.text}")
