@@ -166,17 +166,30 @@ class OptimizerConfig:
 class LossScaleConfig:
     """The dynamic loss scale of an FP16 trainer; ignored where the policy needs none.
 
-    `calibrated` starts at the largest power of two whose first mini-batch stays finite, less
-    `headroom_bits`. `fixed_start` starts at `initial_scale`: the authors' 2^16 with growth
-    every 400 steps is `initial="fixed_start", initial_scale=65536, growth_interval=400`.
+    `initial` says where it starts:
+        calibrated   at the largest power of two whose first mini-batch stays finite, less
+                     `headroom_bits`;
+        authors      as the paper's authors do: at 2^16, with growth every 400 steps, whatever
+                     `initial_scale` and `growth_interval` say;
+        fixed_start  at `initial_scale`.
     """
 
-    initial: Literal["calibrated", "fixed_start"] = "calibrated"
+    initial: Literal["calibrated", "authors", "fixed_start"] = "calibrated"
     initial_scale: float = 2.0**16
     headroom_bits: int = 3
     growth_interval: int = 400
     hysteresis: int = 1
     min_scale: float = 1.0
+
+    @property
+    def starting_scale(self) -> float:
+        """The scale before any step; calibration moves it."""
+        return 2.0**16 if self.initial == "authors" else self.initial_scale
+
+    @property
+    def good_steps_to_grow(self) -> int:
+        """Good steps in a row that double the scale."""
+        return 400 if self.initial == "authors" else self.growth_interval
 
 
 @dataclass(frozen=True)

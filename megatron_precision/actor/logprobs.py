@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
-    """Forward: FP32 statistics of the sharded softmax. Backward: g (onehot - softmax) / temperature."""
+    """FP32 statistics of the sharded softmax; backward is g (onehot - softmax) / temperature."""
 
     @staticmethod
     def forward(

@@ -44,7 +44,7 @@ class ActorOptimizer:
     ) -> None:
         self._config = optimizer
         self.applied_steps = 0
-        initial = loss_scale.initial_scale if policy.loss_scaling else None
+        initial = loss_scale.starting_scale if policy.loss_scaling else None
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -59,7 +59,7 @@ class ActorOptimizer:
                 bf16=policy.params == "bf16",
                 initial_loss_scale=initial,
                 min_loss_scale=loss_scale.min_scale,
-                loss_scale_window=loss_scale.growth_interval,
+                loss_scale_window=loss_scale.good_steps_to_grow,
                 hysteresis=loss_scale.hysteresis,
                 use_distributed_optimizer=True,
                 overlap_param_gather=False,
@@ -70,7 +70,7 @@ class ActorOptimizer:
         self.loss_scale: LossScale | None = None
         if initial is not None:
             self.loss_scale = LossScale(
-                initial, loss_scale.growth_interval, loss_scale.hysteresis, loss_scale.min_scale
+                initial, loss_scale.good_steps_to_grow, loss_scale.hysteresis, loss_scale.min_scale
             )
             for member in self.members:
                 member.grad_scaler = self.loss_scale

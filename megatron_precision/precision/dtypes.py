@@ -1,4 +1,4 @@
-"""Names of the policy to torch dtypes and back; the only module that spells a 16-bit torch dtype."""
+"""The policy's names to torch dtypes and back; no other module spells a 16-bit torch dtype."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class PrecisionPolicy:
         name: how a user asked for it, for example `fp16` or `bf16/fp16`.
         params: Megatron's model parameters, and the compute dtype of the trainer.
         grads: gradients of activations and weights as the backward pass produces them.
-        grad_accumulate: Megatron's `main_grad` buffers and their reduction over data parallel ranks.
+        grad_accumulate: Megatron's `main_grad` buffers, and their reduction over data parallelism.
         main_params: the optimizer's copies of the parameters, and its moments.
         router: the MoE router's GEMM and its softmax.
         lm_head: the output projection; logits leave it in this dtype and are reduced in fp32.

@@ -1,4 +1,4 @@
-"""vLLM, colocated: one engine a rank in the trainer's own processes, tensor-parallel over gloo/NCCL.
+"""vLLM, colocated: one engine a rank, in the trainer's own processes.
 
 Kept thin on purpose: everything vLLM-specific that the project relies on is in this file, so
 that another version of vLLM means another look at one file.
@@ -71,6 +71,8 @@ class VllmEngine:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        self._act_max = 0.0
+        self._watch_range()
 
     # ---- RolloutEngine -------------------------------------------------------------------
 
@@ -179,7 +181,32 @@ class VllmEngine:
                     ]
         return [done[number] for number in range(len(prompts))]
 
+    def take_act_max(self) -> float:
+        """The largest absolute activation since the last call, at the trainer's points."""
+        largest, self._act_max = self._act_max, 0.0
+        return largest
+
     # ---- helpers -------------------------------------------------------------------------
+
+    def _watch_range(self) -> None:
+        """Record what the trainer records: the residual stream, and down projections' inputs.
+
+        Fused experts show their input and output only.
+        """
+
+        def record(tensor: torch.Tensor) -> None:
+            if tensor.numel():
+                self._act_max = max(self._act_max, float(tensor.abs().amax()))
+
+        for name, module in self.model.named_modules():
+            leaf = name.rpartition(".")[2]
+            if leaf == "down_proj":
+                module.register_forward_pre_hook(lambda _module, inputs: record(inputs[0]))
+            elif leaf.isdigit() and name.rpartition(".")[0].endswith("layers"):
+                # A decoder layer returns (output of its MLP, residual stream before it).
+                module.register_forward_hook(
+                    lambda _module, _inputs, output: record(output[0] + output[1])
+                )
 
     def _collect(self, output: Any) -> Rollout:
         request = self._requests.pop(_own_name(output.request_id))

@@ -53,9 +53,12 @@ class Trainer:
         self._skipped = 0
         self._calibrated = self.actor.optimizer.loss_scale is None
         self._weight_version = self.session.engine.weight_version
+        self._whole = PhaseClock()
         self._clock = PhaseClock()
         self._iteration: dict[str, object] = {}
-        self._watch_engine_range()
+        self._trainer_act_max = 0.0
+        self._subnormal_shares: list[float] = []
+        self._last_subnormal_share = 0.0
 
     @property
     def actor(self):  # type: ignore[no-untyped-def]
@@ -95,7 +98,11 @@ class Trainer:
                 "end",
                 iteration=self.config.train.iterations,
                 step=self._step,
-                values={"status": status, "error": error},
+                values={
+                    "status": status,
+                    "error": error,
+                    "time/total_s": self._whole.metrics()["time/iteration_s"],
+                },
             )
             self._writer.close()
 
@@ -108,7 +115,6 @@ class Trainer:
     def rollout(self, iteration: int, questions: list[Question]) -> Sampled:
         """Sample the iteration's groups; the clock of the iteration starts here."""
         self._clock = PhaseClock()
-        self._engine_act_max = 0.0
         with self._clock.phase("rollout"):
             sampled = self.session.sample(
                 questions,
@@ -243,22 +249,6 @@ class Trainer:
 
     # ---- range ---------------------------------------------------------------------------
 
-    def _watch_engine_range(self) -> None:
-        """Record the engine's largest activation on its way through the layers."""
-        self._engine_act_max = 0.0
-        self._trainer_act_max = 0.0
-        self._subnormal_shares: list[float] = []
-        self._last_subnormal_share = 0.0
-
-        def record(_module: object, _inputs: object, output: object) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            if isinstance(hidden, torch.Tensor) and hidden.numel():
-                self._engine_act_max = max(self._engine_act_max, float(hidden.abs().amax()))
-
-        for name, module in self.session.engine.model.named_modules():
-            if name.rpartition(".")[2] in ("down_proj", "mlp", "self_attn"):
-                module.register_forward_hook(record)
-
     def _watch_trainer_range(self) -> None:
         watch = self.actor.range_watch
         self._trainer_act_max = max(self._trainer_act_max, watch.act_max)
@@ -285,7 +275,8 @@ class Trainer:
         scale = self.actor.optimizer.loss_scale
         times = self._clock.metrics()
         shares = self._subnormal_shares
-        ranges = torch.tensor([self._trainer_act_max, self._engine_act_max, peak_memory_gib()])
+        engine_act_max = self.session.engine.take_act_max()
+        ranges = torch.tensor([self._trainer_act_max, engine_act_max, peak_memory_gib()])
         dist.all_reduce(ranges, op=dist.ReduceOp.MAX)
         self._iteration |= {
             "precision/act_max_trainer": float(ranges[0]),

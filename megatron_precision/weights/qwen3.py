@@ -4,8 +4,8 @@ One description of the layout, read by the actor (loading), by the weight sync (
 by the checkpoint export. The Megatron names are those of the local layer spec.
 
 Layouts that are not one-to-one:
-    linear_qkv   Megatron stores, per KV group, `[q … q | k | v]`; Hugging Face stores three tensors;
-                 vLLM stores `[Q | K | V]` of the rank's heads.
+    linear_qkv   Megatron stores, per KV group, `[q … q | k | v]`; Hugging Face three tensors;
+                 vLLM `[Q | K | V]` of the rank's heads.
     linear_fc1   `[gate | up]` inside each tensor-parallel rank, in Megatron and in vLLM.
     experts      one module an expert in Megatron; stacked `w13 [E, 2I, H]`, `w2 [E, H, I]` in vLLM.
     vocabulary   padded rows exist on both sides and belong to no Hugging Face tensor.
@@ -271,7 +271,7 @@ def _fused_qkv(
 def _stacked_experts(
     prefix: str, which: str, parameter: str, shape: tuple[int, ...], at: ShardCoordinates
 ) -> list[Piece]:
-    # vLLM names the stack `…experts.routed_experts.w13_weight` since 0.26; older: `…experts.w13_weight`.
+    # The stack is `…experts.routed_experts.w13_weight` in newer vLLM, `…experts.w13_weight` before.
     prefix = prefix.removesuffix(".routed_experts")
     count, first, second = shape
     pieces = []

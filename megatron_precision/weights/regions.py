@@ -75,7 +75,7 @@ def rows(
     local: Span,
     hf_start: int,
 ) -> Piece:
-    """Rows `local` of a two-dimensional parameter are rows of a Hugging Face tensor from `hf_start`."""
+    """Rows `local` of a parameter are rows of a Hugging Face tensor, from row `hf_start` on."""
     count = local[1] - local[0]
     return Piece(
         hf_name, (hf_start, 0), (count, shape[1]), parameter, shape, (local, (0, shape[1]))
