@@ -31,6 +31,8 @@ from megatron_precision.joblog import Follower, describe_failure
 from megatron_precision.platform import process
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+# Read before the first job gives nemo-run a home of its own.
+_NEMORUN_HOME_IS_CHOSEN = "NEMORUN_HOME" in os.environ
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,6 @@ def environment(ranks: int) -> dict[str, str]:
 def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
     """Returns: whether the job succeeded, the signal that stopped it or 0, its log folder."""
     home = job.folder / "launcher"
-    chosen_by_user = "NEMORUN_HOME" in os.environ
     os.environ.setdefault("NEMORUN_HOME", str(home.resolve()))  # nemo-run reads it at import
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -162,7 +163,7 @@ def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
         job.command,
         executor=executor,
         log_level="ERROR",
-        base_dir=None if chosen_by_user else str(home.resolve()),
+        base_dir=None if _NEMORUN_HOME_IS_CHOSEN else str(home.resolve()),
         clean_mode=True,
         enable_goodbye_message=False,
         skip_status_at_exit=True,

@@ -7,6 +7,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from megatron_precision.platform import process
 
 # Longer than rank 0 needs to print, shorter than anybody waits.
 USER_ERROR_WAIT_S = 3.0
+_guards: list[process.Guard] = []
 
 
 def number() -> int:
@@ -74,11 +76,15 @@ def run(work: Callable[[], None], out: Path) -> int:
         process.die_with_parent()
     job = process.adopt_job()
     _local_defaults()
-    # By hand there is no launcher that removes the job's shared memory.
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-    guard = process.Guard(job) if is_first_here and not launched else None
-    if guard is not None:
+    if is_first_here and not launched:
+        # By hand there is no launcher that removes the job's shared memory. The guard is kept
+        # until the process ends: closed before, it would end the resource trackers, which Python
+        # still needs to remove the segments of its own.
+        _guards.append(process.Guard(job))
         shutil.rmtree(out / "errors", ignore_errors=True)  # of an earlier attempt
+    if not launched:
+        _quieten_libraries()
     try:
         work()
     except Exception as error:  # the boundary of the process: recorded, shown, and ended
@@ -87,8 +93,6 @@ def run(work: Callable[[], None], out: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if isinstance(error, UserError) else 1)
-    if guard is not None:
-        guard.close()
     return 0
 
 
@@ -107,6 +111,22 @@ def _local_defaults() -> None:
     if ranks_here == int(os.environ["WORLD_SIZE"]):
         for name, value in environment(ranks_here).items():
             os.environ.setdefault(name, value)
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' warnings off the console, where no launcher puts them into a file.
+
+    Some 100 lines a run: what is not installed, what is deprecated, and weights that vLLM's
+    reload calls failed, which every sync reads back. What the user has set stays.
+    """
+    for name, value in (
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("TORCH_CPP_LOG_LEVEL", "ERROR"),
+        ("TORCH_LOGS", "-all"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch|vllm)\b")
 
 
 def _show_failure(error: Exception, out: Path, launched: bool) -> None:

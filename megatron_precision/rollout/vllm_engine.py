@@ -60,6 +60,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             async_scheduling=False,
             seed=config.seed,
         )
