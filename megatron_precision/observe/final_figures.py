@@ -26,6 +26,7 @@ class Figure:
         metric: the metric it is made of.
         reduce: makes one number of a run's events; None where the run has no such metric.
         how: the reduction in words.
+        compared: whether a ratio of two runs says anything.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Figure:
     metric: str
     reduce: Reduction
     how: str
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ FIGURES: tuple[Figure, ...] = tuple(
         ("skipped_steps", "Skipped steps", "",
          "precision/skipped", _sum_of_steps, "sum over steps"),
         ("loss_scale", "Loss scale, final", "",
-         "precision/loss_scale", _last_iteration, "last iteration"),
+         "precision/loss_scale", _last_iteration, "last iteration", False),
         ("grad_subnormal_share", "Subnormal or zero gradient entries", "share",
          "precision/grad_subnormal_share", _mean_of_steps, _STEPS),
         ("act_max_trainer", "Largest activation, trainer", "",
@@ -176,9 +178,12 @@ def final_figures(runs: list[RunData]) -> FinalTable:
     """Reduce every run to its figures and divide the pair of runs that is compared."""
     values = {figure.key: [figure.reduce(run, figure.metric) for run in runs] for figure in FIGURES}
     pair = compared_pair(runs)
-    ratios = {
-        key: _ratio(row[pair[0]], row[pair[1]]) if pair else None for key, row in values.items()
-    }
+    ratios: dict[str, float | None] = {figure.key: None for figure in FIGURES}
+    if pair:
+        for figure in FIGURES:
+            row = values[figure.key]
+            if figure.compared:
+                ratios[figure.key] = _ratio(row[pair[0]], row[pair[1]])
     return FinalTable(runs, values, pair, ratios)
 
 
@@ -229,18 +234,31 @@ def text_table(table: FinalTable) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Four significant digits, scientific where small, thousands by comma; a dash for None."""
+    """Four significant digits, scientific where small, thousands by comma; a dash for None.
+
+    Near one (an effective sample size, a ratio) it is the distance from one that counts, and six
+    decimals are shown.
+    """
     if value is None:
         return "-"
     if not math.isfinite(value):
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
+    if abs(value - 1) < 1e-2:
+        return f"{value:.6f}"
     if abs(value) < 1e-3:
         return f"{value:.2e}"
     if abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.4g}"
+
+
+def power_of_two(value: float) -> str:
+    """A loss scale: `2^20` where it is a power of two above one, else the number."""
+    if value > 1 and math.isfinite(value) and math.log2(value).is_integer():
+        return f"2^{int(math.log2(value))}"
+    return f"{value:g}"
 
 
 def ratio_text(value: float | None) -> str:

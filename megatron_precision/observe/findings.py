@@ -10,7 +10,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_precision.observe.final_figures import FinalTable, last_quarter, number_text
+from megatron_precision.observe.final_figures import (
+    FinalTable,
+    last_quarter,
+    number_text,
+    power_of_two,
+)
 from megatron_precision.observe.runs import RunData, series
 
 FP16_MAX = 65504.0
@@ -36,8 +41,8 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether the mean is within two standard errors of zero."""
-        return abs(self.mean) <= 2 * self.standard_error
+        """Whether zero lies in the 95 % interval of the mean by Student's t."""
+        return abs(self.mean) <= students_t(self.num_points - 1) * self.standard_error
 
 
 def findings(table: FinalTable) -> list[str]:
@@ -49,12 +54,27 @@ def findings(table: FinalTable) -> list[str]:
         sentences += _eval_of_pair(table)
     else:
         sentences += [s for run in table.runs for s in _learning_of_run(run)]
-    for number, run in enumerate(table.runs):
+    for number in range(len(table.runs)):
         sentences += _range_of_run(table, number)
-        sentences += _syncs_of_run(run)
-        sentences += _time_of_run(run)
+    sentences += [s for run in table.runs for s in (*_syncs_of_run(run), *_time_of_run(run))]
     sentences += [f"{run.label}: {problem}." for run in table.runs for problem in run.problems]
     return sentences
+
+
+def students_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: half the width of a 95 % interval in standard errors.
+
+    Fisher and Cornish's expansion about the normal quantile z = 1.96; within 1 % from 3 degrees
+    of freedom on.
+    """
+    z = 1.959964
+    terms: tuple[float, ...] = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum((term / degrees**power for power, term in enumerate(terms)), 0.0)
 
 
 def paired_difference(first: RunData, second: RunData, metric: str) -> Difference | None:
@@ -89,11 +109,10 @@ def _mismatch_of_pair(table: FinalTable) -> list[str]:
         ratio = table.ratios[key]
         if ratio is not None:
             values = " against ".join(number_text(table.value(key, n)) for n in table.pair)
-            parts.append(f"the {name} of {upper.label} is {_times(ratio)} {lower.label} ({values})")
+            parts.append(f"its {name} is {_times(ratio)} that of {lower.label} ({values} nats)")
     if not parts:
         return ["No mismatch was measured in both runs, so there is nothing to compare there."]
-    sentence = "; ".join(parts)
-    return [sentence[0].upper() + sentence[1:] + ".", *_trend(table)]
+    return [f"{upper.label} against {lower.label}: {'; '.join(parts)}.", *_trend(table)]
 
 
 def _trend(table: FinalTable) -> list[str]:
@@ -104,10 +123,14 @@ def _trend(table: FinalTable) -> list[str]:
         first, last = values[: len(values) // 4], values[-(len(values) // 4) :]
         if len(first) < _FEWEST_POINTS or not sum(first) > 0 or not math.isfinite(sum(last)):
             continue
-        parts.append(f"{_times(sum(last) / sum(first))} in {run.label}")
+        parts.append(f"{sum(last) / sum(first):.2g} in {run.label}")
     if not parts:
         return []
-    return ["From the first to the last quarter of training, k3 changed " + ", ".join(parts) + "."]
+    return [
+        "Over training, the k3 mismatch of the last quarter is that of the first quarter times "
+        + ", ".join(parts)
+        + "."
+    ]
 
 
 def _reward_of_pair(table: FinalTable) -> list[str]:
@@ -122,7 +145,7 @@ def _reward_of_pair(table: FinalTable) -> list[str]:
     amount = f"{gap.mean:+.4f} ± {gap.standard_error:.4f}"
     scope = (
         f"{upper.label} - {lower.label} = {amount} (mean and standard error over the last "
-        f"{gap.num_points} shared iterations; one seed each, so this says nothing of other seeds)"
+        f"{gap.num_points} shared iterations, taken as independent; one seed each)"
     )
     if gap.within_noise:
         verdict = "Training rewards coincide within noise"
@@ -134,24 +157,22 @@ def _reward_of_pair(table: FinalTable) -> list[str]:
 
 def _eval_of_pair(table: FinalTable) -> list[str]:
     assert table.pair is not None
-    values = [table.value("final_eval_accuracy", number) for number in table.pair]
+    first, second = (table.value("final_eval_accuracy", number) for number in table.pair)
     labels = [table.runs[number].label for number in table.pair]
-    if values[0] is None or values[1] is None:
-        absent = [label for label, v in zip(labels, values, strict=True) if v is None]
-        return [f"No evaluation in {' and '.join(absent)}, so accuracies are not compared."]
-    first, second = values
+    if first is None or second is None:
+        found = zip(labels, (first, second), strict=True)
+        absent = " and ".join(label for label, value in found if value is None)
+        return [f"No evaluation in {absent}, so accuracies are not compared."]
     text = f"Last evaluation: {labels[0]} {first:.3f}, {labels[1]} {second:.3f}"
     questions = table.runs[table.pair[0]].config.get("task", {}).get("eval_questions")
     if not questions:
         return [text + "."]
     # Samples of one question are alike, so a question counts once: an upper bound of the error.
     error = math.sqrt((first * (1 - first) + second * (1 - second)) / questions)
-    verdict = (
-        "within" if abs(first - second) <= 2 * error else f"{labels[first < second]} higher, beyond"
-    )
+    verdict = "less" if abs(first - second) <= 2 * error else "more"
     return [
-        f"{text}; {verdict} two standard errors of the difference ({error:.3f} each, an upper "
-        f"bound for {questions} questions)."
+        f"{text}; they differ by {verdict} than two standard errors of the difference (of "
+        f"{error:.3f}, an upper bound for {questions} questions)."
     ]
 
 
@@ -175,7 +196,9 @@ def _range_of_run(table: FinalTable, number: int) -> list[str]:
         parts.append(f"skipped {skipped:.0f} of {len(run.steps)} optimizer steps{causes}")
     scales = series(run.iterations, "precision/loss_scale", "iteration")[1]
     if run.loss_scaling and scales:
-        parts.append(f"its loss scale went from {scales[0]:g} to {scales[-1]:g}")
+        path = list(dict.fromkeys(power_of_two(scale) for scale in (scales[0], scales[-1])))
+        moved = f"went from {path[0]} to {path[1]}" if len(path) == 2 else f"ended at {path[0]}"
+        parts.append(f"its loss scale {moved}")
     activations = [
         value
         for key in ("act_max_trainer", "act_max_rollout")
@@ -217,15 +240,22 @@ def _time_of_run(run: RunData) -> list[str]:
     return [
         f"{run.label} spent its time on "
         + ", ".join(f"{name} ({_percent(share)})" for share, name in shares)
-        + f"; {total:.2f} s an iteration."
+        + f"; {total:.2f} s an iteration, evaluations included."
     ]
 
 
 def phase_seconds(run: RunData) -> dict[str, float]:
-    """Mean seconds an iteration by phase; phases that no iteration reports are left out."""
+    """Mean seconds an iteration by phase; phases that no event reports are left out.
+
+    Evaluation is what the `eval` events say, spread over all iterations: evaluations lie between
+    iterations, and the first before them.
+    """
+    if not run.iterations:
+        return {}
     seconds = {}
     for name, metric in PHASES:
-        values = series(run.iterations, metric, "iteration")[1]
+        evaluated = metric == "time/eval_s" and run.evals
+        values = series(run.evals if evaluated else run.iterations, metric, "iteration")[1]
         if values:
             seconds[name] = sum(values) / len(run.iterations)
     return seconds

@@ -12,10 +12,13 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
+
+from megatron_precision.errors import Problem, UserError
 
 Value = float | int | str | list[float] | dict[str, Any]
 
@@ -35,7 +38,15 @@ AREAS = (
 # Fields that describe a run and are no metrics; every other name is `area/name`.
 PLAIN_FIELDS: dict[str, frozenset[str]] = {
     "run": frozenset(
-        {"config", "fingerprint", "versions", "platform", "start_fingerprint", "rank_count"}
+        {
+            "config",
+            "fingerprint",
+            "versions",
+            "platform",
+            "dtypes",
+            "start_fingerprint",
+            "rank_count",
+        }
     ),
     "end": frozenset({"status", "error"}),
 }
@@ -80,7 +91,7 @@ class MetricsWriter:
         sinks: who else sees each event, in this order, after it is in the file.
 
     Raises:
-        ValueError: where the file exists and is damaged elsewhere than in its last line.
+        UserError: where the file exists and is damaged elsewhere than in its last line.
     """
 
     def __init__(self, path: Path, sinks: Iterable[Sink] = ()) -> None:
@@ -132,9 +143,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and every sink."""
-        self._file.close()
-        for sink in self._sinks:
-            sink.close()
+        with ExitStack() as closing:  # every sink is closed, whichever fails
+            for sink in reversed(self._sinks):
+                closing.callback(sink.close)
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -156,7 +168,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     slash) become floats again.
 
     Raises:
-        ValueError: for damage elsewhere, with the file and the line number.
+        UserError: for damage elsewhere, with the file and the line number; a ValueError.
         FileNotFoundError: where there is no such file.
     """
     content = parse_metrics(path)
@@ -230,10 +242,14 @@ def _is_event(line: str) -> bool:
 
 def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
     if not _is_event(line):
-        raise ValueError(
-            f"{path}, line {number}: expected one JSON object with an `event` of "
-            f"{', '.join(EVENTS)}, got {line[:60]!r}; only a cut last line is tolerated, so "
-            "mend or remove this line"
+        raise UserError(
+            Problem(
+                what="damaged metrics file",
+                where=f"{path}, line {number}",
+                got=repr(line[:60]),
+                expected=f"one JSON object with an `event` of {', '.join(EVENTS)}",
+                remedy="mend or remove the line; only a cut last line is tolerated",
+            )
         )
     event: dict[str, Any] = json.loads(line)
     return {name: _as_number(v) if "/" in name else v for name, v in event.items()}

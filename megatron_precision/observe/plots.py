@@ -51,12 +51,13 @@ STYLE: dict[str, Any] = {
 HALF, FULL = (5.2, 3.1), (10.6, 3.3)  # inches: half or the whole width of the page
 PHASE_COLOURS = ("#35608d", "#8fb8d8", "#7ea172", "#c8a04f", "#b5544a", "#8a6fa8", "#b9b9b4")
 SMOOTHING = 5  # iterations in the thick line's moving mean
-_BINS = 60
+_BINS = 100
+_CENTRE = 0.999  # of the sequences are within the own-scale panels
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure's file name, its caption's first words, the rest of the caption, and who draws it."""
+    """A figure's file name, its caption's first words and the rest of it, and who draws it."""
 
     name: str
     title: str
@@ -94,7 +95,7 @@ def mismatch(runs: list[RunData]) -> Figure | None:
 
 
 def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
-    """The paper's figure 5: how far a whole sequence's probability is off, all iterations pooled."""
+    """The paper's figure 5: log of pi/mu of whole sequences, all iterations pooled."""
     pooled = [(run, ratios) for run in runs if (ratios := pooled_log_ratios(run)).size]
     if not pooled:
         return None
@@ -103,7 +104,8 @@ def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
     together = figure.add_subplot(grid[:, 0])
     low = min(float(ratios.min()) for _, ratios in pooled)
     high = max(float(ratios.max()) for _, ratios in pooled)
-    edges = np.linspace(low, high, _BINS + 1) if high > low else np.array([low - 1e-9, low + 1e-9])
+    margin = 0.0 if high > low else 1e-9  # one value alone still needs a bin of some width
+    edges = np.linspace(low - margin, high + margin, _BINS + 1).tolist()
     for run, ratios in pooled:
         weights = np.full(ratios.size, 1 / ratios.size)
         together.hist(ratios, edges, weights=weights, color=run.colour, alpha=0.35, log=True)
@@ -116,7 +118,9 @@ def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
     _finish(together, "log-ratio of a sequence (nats)", "share of sequences, log axis")
     for row, (run, ratios) in enumerate(pooled):
         alone = figure.add_subplot(grid[row, 1])
-        alone.hist(ratios, _BINS, color=run.colour, alpha=0.75)
+        ends = np.quantile(ratios, ((1 - _CENTRE) / 2, (1 + _CENTRE) / 2))
+        middle = ratios[(ratios >= ends[0]) & (ratios <= ends[1])]
+        alone.hist(middle, _BINS // 2, color=run.colour, alpha=0.75)
         alone.set_title(f"{run.label} on its own scale", color=run.colour)
         alone.text(
             0.99, 0.94, f"std {ratios.std():.2g} nats\n{ratios.size:,} sequences",
@@ -147,7 +151,8 @@ def loss_scale(runs: list[RunData]) -> Figure | None:
     else:
         axes[0].text(0.5, 0.5, "no run scales its loss", transform=axes[0].transAxes, ha="center")
     axes[1].yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].set_ylim(bottom=-0.05 * max(1.0, axes[1].get_ylim()[1]))
+    most = max(1.0, axes[1].get_ylim()[1])
+    axes[1].set_ylim(-0.05 * most, most * 1.05)
     _finish(axes[0], "optimizer step", "loss scale")
     _finish(axes[1], "optimizer step", "skipped steps so far")
     return figure
@@ -205,6 +210,11 @@ def subnormal_gradients(runs: list[RunData]) -> Figure | None:
     return figure
 
 
+def response_length(runs: list[RunData]) -> Figure | None:
+    """Mean tokens of a response."""
+    return _curves(runs, "iterations", "response/tokens_mean", "tokens a response (mean)")
+
+
 def time_by_phase(runs: list[RunData]) -> Figure | None:
     """Mean seconds of an iteration, stacked by phase."""
     bars = [(run, seconds) for run in runs if (seconds := phase_seconds(run))]
@@ -214,7 +224,7 @@ def time_by_phase(runs: list[RunData]) -> Figure | None:
     axis = figure.add_subplot()
     longest = max(sum(seconds.values()) for _, seconds in bars)
     named = set()
-    for row, (run, seconds) in enumerate(bars):
+    for row, (_, seconds) in enumerate(bars):
         left = 0.0
         for (phase, _), colour in zip(PHASES, PHASE_COLOURS, strict=True):
             width = seconds.get(phase, 0.0)
@@ -283,7 +293,7 @@ def _figure(size: tuple[float, float], columns: int) -> tuple[Figure, list[Axes]
 
 def _log_axis(axis: Axes) -> None:
     """A log axis where some line has a positive point; matplotlib warns of one without."""
-    heights = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.lines] or [[]])
+    heights = np.concatenate([np.zeros(0), *(np.asarray(x.get_ydata(), float) for x in axis.lines)])
     if np.any(heights[np.isfinite(heights)] > 0):
         axis.set_yscale("log")
 
@@ -313,7 +323,7 @@ PLOTS = (
     Plot("sequence_log_ratios", "Distribution of sequence log-ratios.",
          "Trainer's log-probability of a whole response minus the rollout engine's, before the "
          "update, all iterations pooled. Left: one scale for all, so widths compare; right: each "
-         "run on its own scale, so shapes show.", sequence_log_ratios, wide=True),
+         "run's central 99.9 % on its own scale, so shapes show.", sequence_log_ratios, wide=True),
     Plot("loss_scale", "Loss scale and skipped steps.",
          "Left: runs with a loss scale only; × marks a skipped step. Right: skips added up, "
          "every run.", loss_scale, wide=True),
@@ -324,8 +334,12 @@ PLOTS = (
          "Solid: trainer; dashed: rollout engine. FP16 overflows at the line; BF16 does not.",
          activations),
     Plot("subnormal_gradients", "Subnormal gradients.",
-         "Share of gradient entries that are subnormal or zero. High values mean that the loss "
-         "scale is too small.", subnormal_gradients),
+         "Share of gradient entries that are subnormal or zero. A loss scale that is too "
+         "small shows as a rising share.", subnormal_gradients),
+    Plot("response_length", "Response length.",
+         "Mean over an iteration's rollouts. A sequence's log-ratio is a sum over its tokens.",
+         response_length),
     Plot("time_by_phase", "Where the time went.",
-         "Mean over iterations.", time_by_phase, wide=True),
+         "Mean over iterations; evaluations are spread over all of them.", time_by_phase,
+         wide=True),
 )  # fmt: skip

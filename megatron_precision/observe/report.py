@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from megatron_precision.observe import final_figures as figures
 from megatron_precision.observe.findings import findings
@@ -42,7 +41,7 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        ValueError: for a folder that does not exist, a damaged metrics file, or where no run has
+        UserError: for a folder that does not exist, a damaged metrics file, or where no run has
             any event.
     """
     runs = load_runs(run_dirs)
@@ -74,7 +73,7 @@ def final_table(run_dirs: list[Path]) -> str:
     """The figures of some runs as a plain text table, for the end of a job.
 
     Raises:
-        ValueError: as `write_report` does.
+        UserError: as `write_report` does.
     """
     return figures.text_table(figures.final_figures(load_runs(run_dirs)))
 
@@ -159,7 +158,7 @@ def _described(run: RunData) -> dict[str, str]:
     return {
         "Recipe": str(config.get("recipe", "unknown")),
         "Model": _model_text(config.get("model", {})),
-        "Task": _pairs(config.get("task", {}), "name", "difficulty"),
+        "Task": _task_text(config.get("task", {})),
         "Algorithm": str(config.get("algo", {}).get("name", "unknown")),
         "Optimizer": _pairs(
             config.get("optimizer", {}), "learning_rate", "beta1", "beta2", "eps", "clip_grad"
@@ -171,15 +170,16 @@ def _described(run: RunData) -> dict[str, str]:
             f"{rollout.get('max_response_tokens', '?')} tokens"
         ),
         "Layout": (
-            f"{run.header.get('rank_count', '?')} ranks; trainer TP {parallel.get('tp_size', '?')}, "
-            f"PP {parallel.get('pp_size', '?')}, EP {parallel.get('ep_size', '?')}; rollout TP "
-            f"{parallel.get('rollout_tp_size', '?')}"
+            f"{run.header.get('rank_count', '?')} ranks; trainer "
+            f"TP {parallel.get('tp_size', '?')}, PP {parallel.get('pp_size', '?')}, "
+            f"EP {parallel.get('ep_size', '?')}; rollout TP {parallel.get('rollout_tp_size', '?')}"
         ),
         "Seed": str(config.get("seed", "unknown")),
         "Start": str(run.header.get("start_fingerprint", "unknown")),
         "Run": str(run.header.get("fingerprint", "unknown")),
         "Status": f"{run.status}, {len(run.iterations)} iterations",
         "Device": str(run.header.get("platform", {}).get("device", "unknown")),
+        "dtypes, read back": _pairs(run.header.get("platform", {}).get("dtypes", {})) or "unknown",
         "Native dtypes": _text(run.header.get("platform", {}).get("native_dtypes", "unknown")),
         "Versions": _pairs(run.header.get("versions", {})) or "unknown",
     }
@@ -200,6 +200,15 @@ def _model_text(model: dict[str, Any]) -> str:
     except KeyError as missing:
         return f"{text}; size unknown, the config has no {missing}"
     return f"{text}; {count:,} parameters"
+
+
+def _task_text(task: dict[str, Any]) -> str:
+    if not task:
+        return "unknown"
+    return (
+        f"{task.get('name', '?')}, difficulty {task.get('difficulty', '?')}; "
+        f"{task.get('eval_questions', '?')} held-out questions"
+    )
 
 
 def _pairs(values: dict[str, Any], *names: str) -> str:
@@ -235,7 +244,7 @@ def _rendered(plot: Plot, runs: list[RunData], files: Path) -> dict[str, Any]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=_DPI)
         target.write_bytes(buffer.getvalue())
-        image = Markup("data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode())
+        image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {
         "name": plot.name,
         "title": plot.title,

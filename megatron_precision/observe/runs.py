@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_precision.errors import Problem, UserError
 from megatron_precision.observe.metrics import parse_metrics
 
 # One colour a policy, the same in every figure; told apart by people who see colours differently.
@@ -33,7 +34,8 @@ class RunData:
 
     Attributes:
         path: the run's folder.
-        label: the policy's name in capitals, with the folder where two runs share a policy.
+        label: the policy's name in capitals (`BF16`, `BF16 train, FP16 rollout`), with the
+            folder where two runs share a policy.
         policy: the precision policy's name; "" where the file does not say.
         colour: of this run in every figure.
         header: the `run` event; empty where the run did not get that far.
@@ -75,25 +77,30 @@ def load_runs(run_dirs: list[Path]) -> list[RunData]:
     A folder without metrics is a run with no data, which the report says; it is kept.
 
     Raises:
-        ValueError: where folders do not exist, no run at all has an event, or a file is damaged.
+        UserError: where folders do not exist, no run at all has an event, or a file is damaged.
     """
-    missing = [str(path) for path in run_dirs if not path.is_dir()]
-    if missing or not run_dirs:
-        raise ValueError(
-            f"no such run folder: {', '.join(missing) or '(none given)'}; expected folders that "
-            "hold a metrics.jsonl"
+    missing = [path for path in run_dirs if not path.is_dir()]
+    if missing:
+        raise UserError(
+            Problem("not a run", str(path), "no such folder", "the folder of a run")
+            for path in missing
         )
     events = [_events(path) for path in run_dirs]
     if not any(found for found, _ in events):
-        raise ValueError(
-            f"nothing to report: no events in {', '.join(str(p / 'metrics.jsonl') for p in run_dirs)}"
+        raise UserError(
+            Problem(
+                what="nothing to report",
+                where=", ".join(str(path / "metrics.jsonl") for path in run_dirs),
+                got="no events",
+                expected="at least one run with a `run` event",
+            )
         )
     policies = [_policy(found) for found, _ in events]
     names = _folder_names(run_dirs)
     runs = []
     for number, (path, (found, problems)) in enumerate(zip(run_dirs, events, strict=True)):
         policy = policies[number]
-        label = policy.upper() or names[number]
+        label = _policy_label(policy) or names[number]
         if policy and policies.count(policy) > 1:
             label = f"{label} ({names[number]})"
         run = RunData(
@@ -122,7 +129,7 @@ def series(events: list[dict[str, Any]], name: str, axis: str) -> tuple[list[int
 def config_differences(runs: list[RunData]) -> dict[str, list[Any]]:
     """The config paths whose values are not the same in every run, with each run's value.
 
-    Runs without a config are left out; so is nothing else. `precision` is among the paths.
+    `precision` is among the paths. Runs without a config are left out.
     """
     flat = [flatten(run.config) for run in runs if run.config]
     paths = sorted({path for config in flat for path in config})
@@ -131,7 +138,11 @@ def config_differences(runs: list[RunData]) -> dict[str, list[Any]]:
 
 
 def unexpected_differences(runs: list[RunData]) -> dict[str, list[Any]]:
-    """What differs between the runs besides `precision`: config, start, ranks, platform, versions."""
+    """What differs between the runs besides `precision`: config, start, ranks, platform, versions.
+
+    `platform.dtypes` is what the audit read back of the precision; between runs of one precision
+    it must not differ.
+    """
     found = {path: v for path, v in config_differences(runs).items() if path != "precision"}
     known = [run for run in runs if run.header]
     for name in ("start_fingerprint", "rank_count", "platform", "versions"):
@@ -140,11 +151,13 @@ def unexpected_differences(runs: list[RunData]) -> dict[str, list[Any]]:
             values = [part.get(path, "(absent)") for part in flat]
             if any(value != values[0] for value in values):
                 found[path] = values
+    if len({run.policy for run in known}) > 1:
+        found = {path: v for path, v in found.items() if not path.startswith("platform.dtypes.")}
     return found
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict by dotted paths: {"train": {"iterations": 4}} becomes {"train.iterations": 4}."""
+    """A nested dict by dotted paths: {"train": {"seed": 4}} becomes {"train.seed": 4}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -207,6 +220,11 @@ def _shortcomings(run: RunData) -> list[str]:
 def _policy(events: list[dict[str, Any]]) -> str:
     header = next((event for event in events if event["event"] == "run"), {})
     return str(header.get("config", {}).get("precision", ""))
+
+
+def _policy_label(policy: str) -> str:
+    train, _, rollout = policy.upper().partition("/")
+    return f"{train} train, {rollout} rollout" if rollout else train
 
 
 def _folder_names(run_dirs: list[Path]) -> list[str]:

@@ -26,6 +26,7 @@ from rich.progress import (
 )
 
 from megatron_precision.config import SinkConfig
+from megatron_precision.observe.final_figures import power_of_two
 from megatron_precision.observe.metrics import Sink
 
 __all__ = ["ConsoleSink", "Sink", "TensorBoardSink", "WandbSink", "make_sinks"]
@@ -71,7 +72,7 @@ class ConsoleSink:
         self._console = Console(file=self._stream, highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._eval_accuracy: float | None = None
+        self._eval: dict[str, Any] = {}  # the last evaluation, until a line has shown it
         self._done = 0
         self._first = 0  # iterations done when this process began: not 0 in a resumed run
         self._begin_s: float | None = None
@@ -83,11 +84,11 @@ class ConsoleSink:
             self._line(_run_line(event, self._total))
             self._start_bar()
         elif kind == "eval":
-            self._eval_accuracy = event.get("eval/accuracy")
+            self._eval = event
         elif kind == "iteration":
             self._iteration(event)
         elif kind == "end":
-            self._line(_end_line(event, self._done, self._total, self._eval_accuracy))
+            self._line(_end_line(event, self._done, self._total, self._eval))
             self.close()
 
     def close(self) -> None:
@@ -101,8 +102,8 @@ class ConsoleSink:
             self._begin_s = event["time_s"] - event.get("time/iteration_s", 0.0)
             self._first = event["iteration"]
         self._done = event["iteration"] + 1
-        line = iteration_line(event, self._total, self._eval_accuracy)
-        self._eval_accuracy = None
+        line = iteration_line(event, self._total, self._eval)
+        self._eval = {}
         if self._progress is not None:
             self._line(line)
             self._progress.update(self._task, completed=self._done)
@@ -193,7 +194,7 @@ class TensorBoardSink:
         if _is_installed("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
         else:
-            from tensorboardX import SummaryWriter
+            from tensorboardX import SummaryWriter  # type: ignore[import-not-found]
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
 
     def event(self, event: dict[str, Any]) -> None:
@@ -224,15 +225,20 @@ class TensorBoardSink:
 _STAMPS = ("event", "time_s", "iteration", "step")
 
 
-def iteration_line(event: dict[str, Any], total: int, eval_accuracy: float | None) -> str:
-    """The one line that the console shows of an iteration."""
+def iteration_line(event: dict[str, Any], total: int, evaluation: dict[str, Any]) -> str:
+    """The one line that the console shows of an iteration.
+
+    Args:
+        event: the `iteration` event.
+        total: iterations of the whole run.
+        evaluation: the last `eval` event where no line has shown it yet, else {}.
+    """
     width = len(str(total))
     parts = [
         f"{event['iteration'] + 1:>{width}}/{total}",
         f"reward {_number(event.get('reward/mean'), '.3f')}",
     ]
-    if eval_accuracy is not None:
-        parts.append(f"eval {_number(eval_accuracy, '.3f')}")
+    parts += _eval_parts(evaluation)
     parts += [
         f"k3 {_number(event.get('mismatch/k3_kl'), '.2e')}",
         f"scale {_scale(event.get('precision/loss_scale'))}",
@@ -248,15 +254,22 @@ def _run_line(event: dict[str, Any], total: int) -> str:
     algo = config.get("algo", {}).get("name", "?")
     return (
         f"{config.get('recipe', '?')} | {config.get('precision', '?')} | {algo} | "
-        f"seed {config.get('seed', '?')} | {total} iterations | {event.get('rank_count', '?')} ranks"
-        f" | run {event.get('fingerprint', '?')} | start {event.get('start_fingerprint', '?')}"
+        f"seed {config.get('seed', '?')} | {total} iterations | "
+        f"{event.get('rank_count', '?')} ranks | run {event.get('fingerprint', '?')} | "
+        f"start {event.get('start_fingerprint', '?')}"
     )
 
 
-def _end_line(event: dict[str, Any], done: int, total: int, eval_accuracy: float | None) -> str:
+def _eval_parts(evaluation: dict[str, Any]) -> list[str]:
+    """`eval@10 0.613`: the accuracy after ten iterations."""
+    if "eval/accuracy" not in evaluation:
+        return []
+    return [f"eval@{evaluation['iteration']} {_number(evaluation['eval/accuracy'], '.3f')}"]
+
+
+def _end_line(event: dict[str, Any], done: int, total: int, evaluation: dict[str, Any]) -> str:
     parts = [f"{event.get('status', '?')} after {done}/{total} iterations"]
-    if eval_accuracy is not None:
-        parts.append(f"eval {_number(eval_accuracy, '.3f')}")
+    parts += _eval_parts(evaluation)
     parts.append(f"{_clock(event.get('time/total_s', event['time_s']))} in all")
     if event.get("error"):
         parts.append(str(event["error"]))
@@ -290,12 +303,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _scale(value: float | None) -> str:
-    """A loss scale as a power of two where it is one."""
-    if value is None:
-        return "-"
-    if value > 1 and math.isfinite(value) and math.log2(value).is_integer():
-        return f"2^{int(math.log2(value))}"
-    return f"{value:g}"
+    return "-" if value is None else power_of_two(value)
 
 
 def _clock(seconds: float) -> str:
