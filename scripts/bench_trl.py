@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer at the work of one iteration of `sanity.tiny_dense`: what a newcomer would pick.
+"""TRL's GRPOTrainer at the work of one iteration of `sanity.tiny_dense`: a newcomer's choice.
 
 Runs in an environment of its own that has trl (scripts/bench_speed.py says how to make it):
 512 rollouts of the same model and prompts, four optimizer steps, FP32, generation by
@@ -8,6 +8,7 @@ transformers, on all cores. Prints one JSON object; needs a prepared start.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -80,7 +81,7 @@ def main() -> None:
     begin = time.perf_counter()
     trainer.train()
     edges = [begin, *marks[STEPS - 1 :: STEPS]]
-    seconds = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    seconds = [b - a for a, b in itertools.pairwise(edges)]
     rates = [tokens / s for tokens, s in zip(produced, seconds, strict=True)]
     print(
         json.dumps(
