@@ -1,0 +1,39 @@
+"""One prepared start for all of these tests, and the means to run and watch real jobs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _load(name: str) -> ModuleType:
+    # Test folders are not packages; a helper is loaded by its path, under a name of its own.
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+real_jobs = sys.modules.get("real_jobs") or _load("real_jobs")
+
+
+@pytest.fixture(scope="session")
+def dense_run(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """A finished `launch.py` run in a folder without a cache: it made its own start first."""
+    folder = tmp_path_factory.mktemp("dense")
+    finished = real_jobs.launch(folder, "sanity.tiny_dense", "--out", "run", *real_jobs.settings())
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return real_jobs.DenseRun(folder, finished)
+
+
+@pytest.fixture(scope="session")
+def dense_start(dense_run) -> Path:  # type: ignore[no-untyped-def]
+    """The start that `dense_run` made: a tiny dense model that is right about half of the time."""
+    return dense_run.start
