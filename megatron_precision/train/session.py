@@ -5,6 +5,7 @@ Made by `open_session` in the one order that works: process, world, trainer, eng
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from dataclasses import dataclass
@@ -102,7 +103,11 @@ class Session:
             *audit.read_engine(self.engine),
             audit.Reading("wire", "weights on the wire", self.sync.gathering.dtype),
         ]
-        return audit.check(readings, self.config.policy)
+        found = audit.check(readings, self.config.policy)
+        # What was made so far lives as long as the job: no collection needs to walk it again.
+        gc.collect()
+        gc.freeze()
+        return found
 
     def _pass_readings(self, prompts: list[list[int]]) -> list[audit.Reading]:
         """dtypes seen in one real forward and backward pass; gradients are dropped after it."""
