@@ -145,7 +145,10 @@ def megatron_pieces(
     if parameter == "embedding.word_embeddings.weight":
         return _vocabulary_rows("model.embed_tokens.weight", parameter, shape, model, at)
     if parameter == "output_layer.weight":
-        return _vocabulary_rows("lm_head.weight", parameter, shape, model, at)
+        # With tied embeddings the last pipeline stage holds a copy of the first stage's.
+        tied = model.tie_word_embeddings
+        hf_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return _vocabulary_rows(hf_name, parameter, shape, model, at)
     if parameter == "decoder.final_layernorm.weight":
         return [whole("model.norm.weight", parameter, shape)]
     match = _LAYER.fullmatch(parameter)

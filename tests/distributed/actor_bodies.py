@@ -1,0 +1,145 @@
+"""What the ranks do in tests of the trainer's passes. Each public function runs on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import Case
+from megatron.core import parallel_state
+
+from megatron_precision.actor.actor import Actor, MicroLoss
+from megatron_precision.actor.batch import Batch
+from megatron_precision.actor.logprobs import response_logprobs
+from megatron_precision.actor.parallel import divide_world, open_world
+from megatron_precision.config import RunConfig
+from megatron_precision.platform.startup import start
+from megatron_precision.weights.qwen3 import hf_shapes
+from megatron_precision.weights.sync import TensorGather
+
+
+def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:
+    """A trainer in this process; an earlier one's layout is taken down first."""
+    start(config.seed)
+    open_world("gloo")
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    divide_world(config.parallel, config.seed)
+    actor = Actor(config, config.optimizer, config.loss_scale)
+    actor.load(tensors)
+    return actor
+
+
+def weighted_logprobs(part: Batch, logprobs: torch.Tensor, entropies: torch.Tensor) -> MicroLoss:
+    """loss = sum of weight × train_logprobs over the response; `rollout_logprobs` is the weight."""
+    value = (part.rollout_logprobs * logprobs).sum()
+    return MicroLoss(value, {"entropy": float(entropies.sum())}, {})
+
+
+def full_gradients(actor: Actor) -> dict[str, torch.Tensor]:
+    """Gradients as Hugging Face tensors, put together from every rank's pieces."""
+    for buffer in [*actor.model.buffers, *actor.model.expert_parallel_buffers]:
+        # The distributed optimizer leaves each rank with its own shard of the sum.
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shards = list(bucket.grad_data.chunk(dist.get_world_size(group)))
+            mine = shards[dist.get_rank(group)].clone()
+            gathered = [torch.empty_like(mine) for _ in shards]
+            dist.all_gather(gathered, mine, group=group)
+            bucket.grad_data.copy_(torch.cat(gathered))
+    parameters = dict(actor.model.module.named_parameters())
+    local = []
+    for piece, _ in actor.weight_pieces():
+        grad = parameters[piece.parameter].main_grad.view(piece.view)
+        spans = tuple(slice(begin, end) for begin, end in piece.index)
+        local.append((piece, grad[spans].reshape(piece.shape).clone()))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, local)
+    full = {
+        name: torch.full(shape, float("nan")) for name, shape in hf_shapes(actor._run.model).items()
+    }
+    for piece, grad in (item for part in everyone for item in part):
+        box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+        full[piece.hf_name][box] = grad
+    return full
+
+
+def passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """For each case: log-probs, loss, gradients, their norm, and the weights after one step."""
+    results = {}
+    for name, case in cases.items():
+        actor = make_actor(case.config, case.tensors)
+        rows = torch.arange(len(case.batch))
+        plan = actor.plan(case.batch, rows)
+        logprobs = actor.logprobs(case.batch, [rows])
+        result = actor.gradients(case.batch, plan, weighted_logprobs)
+        gradients = full_gradients(actor)
+        step = actor.step(case.batch, plan, weighted_logprobs)
+        gathered = TensorGather(actor, case.config.model).gather()
+        results[name] = {
+            "logprobs": logprobs,
+            "loss": result.loss,
+            "gradients": gradients,
+            "grad_norm": step.outcome.grad_norm,
+            "stepped": {name: tensor.clone() for name, tensor in gathered.items()},
+            "micro_batches": [len(micro.rows) for micro in plan],
+        }
+    return results
+
+
+def both_passes(cases: dict[str, Case]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """For each case: log-probs of the forward-only pass, and those of the training pass."""
+    results = {}
+    for name, case in cases.items():
+        actor = make_actor(case.config, case.tensors)
+        rows = torch.arange(len(case.batch))
+        old = actor.logprobs(case.batch, [rows])
+        training = actor.gradients(
+            case.batch, actor.plan(case.batch, rows), weighted_logprobs, keep_logprobs=True
+        )
+        assert training.logprobs is not None
+        results[name] = (old, training.logprobs)
+    return results
+
+
+def sharded_logprobs(
+    logits: torch.Tensor,
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    vocab_size: int,
+    temperature: float,
+) -> dict[str, torch.Tensor]:
+    """`response_logprobs` over a vocabulary that all ranks share; gradients put together.
+
+    Args:
+        logits: [b, L, V] of all ranks; each takes its columns.
+    """
+    open_world("gloo")
+    shards = logits.chunk(dist.get_world_size(), dim=-1)
+    mine = shards[dist.get_rank()].clone().requires_grad_(True)
+    logprobs, entropies = response_logprobs(
+        mine,
+        tokens,
+        mask,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        tp_group=dist.group.WORLD,
+    )
+    (weights * logprobs).sum().backward()
+    assert mine.grad is not None
+    gathered = [torch.empty_like(mine.grad) for _ in shards]
+    dist.all_gather(gathered, mine.grad.contiguous())
+    return {
+        "logprobs": logprobs.detach(),
+        "entropies": entropies.detach(),
+        "gradient": torch.cat(gathered, -1),
+    }
+
+
+def many_sharded_logprobs(
+    cases: dict[str, tuple[Any, ...]],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """`sharded_logprobs` for each case."""
+    return {name: sharded_logprobs(*case) for name, case in cases.items()}
