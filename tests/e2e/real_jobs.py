@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,9 @@ def environment(*python_path: Path) -> dict[str, str]:
     """A user's environment: nothing that another job or test has left in it."""
     ours = ("NEMORUN_HOME", "RANK", "WORLD_SIZE", "LOCAL_RANK", process.JOB_VARIABLE)
     kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return {**kept, "PYTHONPATH": os.pathsep.join(map(str, (*python_path, ROOT)))}
+    paths = os.pathsep.join(map(str, (*python_path, ROOT)))
+    # torchrun prints a banner where nobody has chosen the number of threads.
+    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 def launch_command(*words: str) -> list[str]:
@@ -170,6 +172,16 @@ def find_ranks(out: Path, count: int = 2) -> Ranks | None:
             pids[int(values["RANK"])] = int(entry.name)
             job = values.get(process.JOB_VARIABLE, "")
     return Ranks(job, pids) if len(pids) == count else None
+
+
+def processes_with(word: str) -> list[int]:
+    """Process ids of the commands that have `word` among their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended
+            if word.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
 
 
 def events(out: Path, kind: str) -> list[dict[str, Any]]:
