@@ -174,6 +174,9 @@ def _train(args: argparse.Namespace) -> int:
         run_folder.write_config(config, out)
 
     def work() -> None:
+        from megatron_precision.platform import startup
+
+        startup.start(config.seed)
         from megatron_precision.train import loop
 
         if args.start_from is None:
@@ -213,6 +216,9 @@ def _prepare(args: argparse.Namespace) -> int:
     from megatron_precision.train import start
 
     def work() -> None:
+        from megatron_precision.platform import startup
+
+        startup.start(config.seed)
         from megatron_precision.train import prepare
 
         prepare.run(config)

@@ -1,4 +1,4 @@
-"""How upstream code is patched: a change is a value with its reason, applied loudly or not at all."""
+"""How upstream code is patched: a change is a value with its reason, applied loudly or never."""
 
 from __future__ import annotations
 

@@ -11,11 +11,8 @@ from importlib import metadata
 from megatron_precision.platform import process
 
 
-def start(seed: int) -> str:
+def start(seed: int) -> None:
     """Seed the process and make its device usable; call it first, once.
-
-    Returns:
-        The torch.distributed backend of this platform.
 
     Raises:
         UpstreamChangedError: where an upstream name that the CPU platform patches has gone.
@@ -28,12 +25,17 @@ def start(seed: int) -> str:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if torch.cuda.is_available():
-        return "nccl"
-    from megatron_precision.platform import cpu
+    if not torch.cuda.is_available():
+        from megatron_precision.platform import cpu
 
-    cpu.apply_megatron_patches()
-    return "gloo"
+        cpu.apply_megatron_patches()
+
+
+def backend() -> str:
+    """The torch.distributed backend of this platform."""
+    import torch
+
+    return "nccl" if torch.cuda.is_available() else "gloo"
 
 
 def describe() -> dict[str, object]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_precision.actor.batch import Batch, make_batch
+from megatron_precision.actor.actor import LossFunction
+from megatron_precision.actor.batch import Batch, MicroBatch, make_batch
 from megatron_precision.actor.parallel import agree_any
-from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.config import RunConfig, fingerprint, to_dict
 from megatron_precision.data.arithmetic import Question, make_questions
 from megatron_precision.data.perfectible import read_perfectible
 from megatron_precision.observe.metrics import MetricsWriter
@@ -42,6 +44,7 @@ class Trainer:
         self.session = Session(
             config, config.optimizer, config.loss_scale, self._start / starts.MODEL
         )
+        self.actor = self.session.actor
         self.session.load_start()
         self.session.open_engine()
         self._dtypes = self.session.check(self.questions)
@@ -60,19 +63,12 @@ class Trainer:
         self._subnormal_shares: list[float] = []
         self._last_subnormal_share = 0.0
 
-    @property
-    def actor(self):  # type: ignore[no-untyped-def]
-        """The Megatron side."""
-        return self.session.actor
-
     # ---- recording -----------------------------------------------------------------------
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Write the first and the last line of `metrics.jsonl` around the run."""
         config = self.config
-        from megatron_precision.config import fingerprint
-
         self._write(
             "run",
             0,
@@ -107,7 +103,7 @@ class Trainer:
             )
             self._writer.close()
 
-    def _write(self, event: str, iteration: int, values: dict) -> None:  # type: ignore[type-arg]
+    def _write(self, event: str, iteration: int, values: Mapping[str, Any]) -> None:
         if self._writer is not None:
             self._writer.write(event, iteration=iteration, step=self._step, values=values)
 
@@ -234,11 +230,11 @@ class Trainer:
             },
         )
 
-    def _calibrate(self, batch: Batch, plan, loss) -> None:  # type: ignore[no-untyped-def]
+    def _calibrate(self, batch: Batch, plan: list[MicroBatch], loss: LossFunction) -> None:
         """Set the starting loss scale from the first mini-batch, once a run."""
         self._calibrated = True
         settings, scale = self.config.loss_scale, self.actor.optimizer.loss_scale
-        if settings.initial != "calibrated":
+        if scale is None or settings.initial != "calibrated":
             return
 
         def overflows_at(value: float) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_precision.actor.batch import Batch
 from megatron_precision.config import OptimizerConfig, RunConfig, WarmStartConfig
 from megatron_precision.data.arithmetic import Question, make_questions
 from megatron_precision.data.perfectible import (
@@ -24,9 +25,13 @@ from megatron_precision.data.perfectible import (
     select_perfectible,
     write_perfectible,
 )
-from megatron_precision.data.supervised import warm_start_batches
+from megatron_precision.data.supervised import SupervisedBatch, warm_start_batches
+from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.train import start as starts
+from megatron_precision.train.objective import supervised_objective
 from megatron_precision.train.session import Session
+from megatron_precision.weights.hf_model import write_checkpoint
+from megatron_precision.weights.sync import TensorGather
 
 # From this accuracy on the learning curve is steep, and is looked at four times as often.
 STEEP_FROM = 0.15
@@ -103,9 +108,6 @@ def _warm_config(config: RunConfig) -> RunConfig:
 
 def _write_model(session: Session, folder: Path, config: RunConfig) -> None:
     """Write the trainer's weights as a checkpoint, by rank 0."""
-    from megatron_precision.weights.hf_model import write_checkpoint
-    from megatron_precision.weights.sync import TensorGather
-
     tensors = TensorGather(session.actor, config.model).gather()
     if dist.get_rank() == 0:
         write_checkpoint(folder / starts.MODEL, config.model, tensors)
@@ -149,10 +151,7 @@ def _train_into_window(
     )
 
 
-def _supervised_step(session: Session, supervised) -> None:  # type: ignore[no-untyped-def]
-    from megatron_precision.actor.batch import Batch
-    from megatron_precision.train.objective import supervised_objective
-
+def _supervised_step(session: Session, supervised: SupervisedBatch) -> None:
     tokens = torch.from_numpy(supervised.tokens)
     batch = Batch(
         tokens=tokens,
@@ -184,8 +183,6 @@ def _round_to_bf16_grid(session: Session) -> dict[str, int]:
     Returns:
         How many weights FP16 cannot hold exactly: below its smallest subnormal, or in between.
     """
-    from megatron_precision.precision.dtypes import torch_dtype
-
     rounded = {
         name: tensor.to(torch_dtype("bf16")).float()
         for name, tensor in session.sync.gathering.gather().items()

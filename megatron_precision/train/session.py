@@ -1,6 +1,7 @@
 """What a job holds: the trainer, the engine, the sync between them, and the task.
 
-Made by `open_session` in the one order that works: process, world, trainer, engine, audit, proof.
+Made in the one order that works: `platform.startup.start` for the process, then world and trainer
+(`Session`), weights (`load_start`), engine and sync (`open_engine`), audit and proof (`check`).
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from pathlib import Path
 
 import torch
 
+from megatron_precision.actor import parallel
+from megatron_precision.actor.actor import Actor
+from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
 from megatron_precision.data.arithmetic import Question
 from megatron_precision.data.tokenizer import CharTokenizer
-from megatron_precision.platform.startup import start
+from megatron_precision.platform import startup
 from megatron_precision.precision import audit
 from megatron_precision.rewards import arithmetic
 from megatron_precision.rollout.engine import Rollout, Sampling
 from megatron_precision.rollout.sampling import Prompt, Sampler
+from megatron_precision.rollout.vllm_engine import VllmEngine
+from megatron_precision.train.objective import supervised_objective
+from megatron_precision.weights.hf_model import read_checkpoint
+from megatron_precision.weights.proof import hf_forward, prove_sync
+from megatron_precision.weights.sync import WeightSync
 
 
 @dataclass(frozen=True)
@@ -48,13 +57,8 @@ class Session:
         loss_scale: LossScaleConfig,
         model_dir: Path,
     ) -> None:
-        backend = start(config.seed)
-        from megatron_precision.actor import parallel
-
-        parallel.open_world(backend)
+        parallel.open_world(startup.backend())
         parallel.divide_world(config.parallel, config.seed)
-        from megatron_precision.actor.actor import Actor
-
         self.config = config
         self.tokenizer = CharTokenizer()
         self.actor = Actor(config, optimizer, loss_scale)
@@ -62,15 +66,10 @@ class Session:
 
     def load_start(self) -> None:
         """Load the trainer's weights from the model folder."""
-        from megatron_precision.weights.hf_model import read_checkpoint
-
         self.actor.load(read_checkpoint(self._model_dir))
 
     def open_engine(self) -> None:
         """Start the engine on the model folder, and connect the sync."""
-        from megatron_precision.rollout.vllm_engine import VllmEngine
-        from megatron_precision.weights.sync import WeightSync
-
         self.engine = VllmEngine(self.config, self._model_dir, self.tokenizer.eos_id)
         self.sampler = Sampler(self.engine, self.config)
         self.sync = WeightSync(self.actor, self.engine, self.config.model)
@@ -85,8 +84,6 @@ class Session:
             PrecisionAuditError: listing tensors that disagree with the policy.
             WeightSyncError: where the engine does not hold what was pushed.
         """
-        from megatron_precision.weights.proof import hf_forward, prove_sync
-
         texts = [question.prompt + question.solution for question in questions[:8]]
         prompts = [self.tokenizer.encode(text) for text in texts]
         self.sync.push(self.engine.weight_version)
@@ -111,9 +108,6 @@ class Session:
 
     def _pass_readings(self, prompts: list[list[int]]) -> list[audit.Reading]:
         """dtypes seen in one real forward and backward pass; gradients are dropped after it."""
-        from megatron_precision.actor.batch import make_batch
-        from megatron_precision.train.objective import supervised_objective
-
         dp_size = self.config.parallel.dp_size
         prompts = prompts[: len(prompts) // dp_size * dp_size] or prompts * dp_size
         heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]

@@ -21,7 +21,7 @@ from megatron_precision.config import ModelConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.qwen3 import hf_shapes
-from megatron_precision.weights.regions import uncovered
+from megatron_precision.weights.regions import Piece, uncovered
 from megatron_precision.weights.verify import verify_engine
 
 
@@ -67,7 +67,7 @@ class TensorGather:
         self.dtype = torch_dtype(actor.policy.wire)
         shapes = hf_shapes(model)
         mine = [piece for piece, _ in actor.weight_pieces()]
-        everyone: list[list] = [[] for _ in range(dist.get_world_size())]
+        everyone: list[list[Piece]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, mine)
         if problems := uncovered((p for pieces in everyone for p in pieces), shapes):
             raise WeightSyncError(
