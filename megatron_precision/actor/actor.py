@@ -163,6 +163,8 @@ class Actor:
             part = batch.select(micro.rows, micro.width)
             positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
             output = model(part.tokens, positions, attention_mask=None)
+            # One micro-batch is watched; a stage without the loss learns of its end here alone.
+            self.range_watch.active = False
 
             def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
                 logprobs, entropies = response_logprobs(
@@ -243,14 +245,12 @@ class Actor:
                 sums[name] = sums.get(name, 0.0) + value
             for name, value in result.maxima.items():
                 maxima[name] = max(maxima.get(name, float("-inf")), value)
-            self.range_watch.active = False
             return result.loss
 
         self.range_watch.reset()
         self.range_watch.loss_rows = self._loss_rows(batch, micro_batches[0])
         self.range_watch.active = True
         self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
-        self.range_watch.active = False
         if kept is not None:
             self._share(kept)
         total, sums, maxima = self._reduce(losses, sums, maxima)

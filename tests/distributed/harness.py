@@ -50,6 +50,8 @@ def run_distributed(body: str, world_size: int, *args: Any, timeout_s: float = 4
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
+            # A failed rank's message is to be found in its log.
+            "PYTHONWARNINGS": "ignore",
         }
         processes = []
         for rank in range(world_size):

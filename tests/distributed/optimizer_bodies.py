@@ -31,9 +31,9 @@ def snapshot(actor: Actor) -> Snapshot:
 
 
 def changed(before: Snapshot, after: Snapshot) -> list[str]:
-    """Names whose bits differ, on any rank."""
-    assert before.keys() == after.keys()
-    mine = [name for name in before if not torch.equal(before[name], after[name])]
+    """Names that are new (Adam's state after the first step) or whose bits differ, on any rank."""
+    assert before.keys() <= after.keys()
+    mine = [n for n in after if n not in before or not torch.equal(before[n], after[n])]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return sorted({name for part in everyone for name in part})
