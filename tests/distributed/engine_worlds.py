@@ -1,0 +1,105 @@
+"""Worlds of trainer and engine that several test files read; each is run once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from harness import run_distributed
+from oracle import checkpoint, random_hf_model
+
+from megatron_precision.config import (
+    LossScaleConfig,
+    ModelConfig,
+    ParallelConfig,
+    RolloutConfig,
+    RunConfig,
+    TaskConfig,
+    TrainConfig,
+)
+
+# The vocabulary is the tokenizer's; head and expert sizes are such as vLLM's CPU kernels take.
+DENSE = ModelConfig(
+    vocab_size=32,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+)
+MOE = dataclasses.replace(
+    DENSE,
+    model_type="qwen3_moe",
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+)
+LAYOUTS = {
+    "dense": (DENSE, ParallelConfig(2, 2)),
+    "MoE": (MOE, ParallelConfig(2, 1, 1, 2)),
+}
+WRONG = {"fp16": torch.bfloat16, "bf16": torch.float16}
+
+# One world of each model and of each dtype by default, the other two behind `slow`.
+every_world = pytest.mark.parametrize(
+    "world",
+    [
+        "dense fp16",
+        "MoE bf16",
+        pytest.param("dense bf16", marks=pytest.mark.slow),
+        pytest.param("MoE fp16", marks=pytest.mark.slow),
+    ],
+)
+
+
+def config(world: str) -> RunConfig:
+    model, precision = world.split()
+    return RunConfig(
+        "test",
+        precision=precision,
+        model=LAYOUTS[model][0],
+        parallel=LAYOUTS[model][1],
+        task=TaskConfig(difficulty=4, train_questions=32),
+        rollout=RolloutConfig(kv_cache_mib=32, max_num_seqs=64),
+        loss_scale=LossScaleConfig("fixed_start", initial_scale=64.0),
+        train=TrainConfig(micro_batch_size=16),
+    )
+
+
+@functools.cache
+def weights(model: str) -> dict[str, torch.Tensor]:
+    """Random weights, of which every dtype holds the same values."""
+    built = random_hf_model(LAYOUTS[model][0], scale=0.15)
+    tensors = checkpoint(LAYOUTS[model][0], built)
+    return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
+
+
+@functools.cache
+def engine_world(world: str) -> dict[str, Any]:
+    """The results of `engine_bodies.experiments` on two ranks."""
+    model, precision = world.split()
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = run_distributed(
+            "engine_bodies.experiments",
+            2,
+            config(world),
+            weights(model),
+            WRONG[precision],
+            folder,
+        )
+    return found
+
+
+@functools.cache
+def mismatch_world(world: str) -> dict[str, torch.Tensor]:
+    """Log-probs of the same tokens by the engine and by the trainer."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, torch.Tensor] = run_distributed(
+            "engine_bodies.mismatch_alone", 2, config(world), weights(world.split()[0]), folder
+        )
+    return found
