@@ -1,0 +1,54 @@
+"""An FP16 loss scale that is far too large at the start: skips are counted, then it trains."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import real_jobs
+
+pytestmark = pytest.mark.slow
+
+
+def test_skipped_steps_are_counted_change_no_version_and_end(
+    dense_start: Path, tmp_path: Path
+) -> None:
+    words = real_jobs.settings(
+        loss_scale__initial="fixed_start",
+        loss_scale__initial_scale="2**40",
+        loss_scale__hysteresis=1,
+        train__iterations=4,
+        train__prompts_per_mini_batch=1,
+    )
+    finished = real_jobs.launch(
+        tmp_path, "sanity.tiny_dense", "--precision", "fp16", "--out", "run",
+        "--start-from", str(dense_start), *words,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+    steps = real_jobs.events(tmp_path / "run", "step")
+    assert len(steps) == 4 * 8
+    skipped = [step["precision/skipped"] for step in steps]
+    # A group without variance has no gradient that could overflow, so skips need not be in a row.
+    assert sum(skipped[:8]) >= 4
+    assert skipped[-4:] == [0, 0, 0, 0]
+    assert {step["precision/overflow_cause"] for step in steps if step["precision/skipped"]} == {
+        "gradients"
+    }
+    assert {
+        step["precision/overflow_cause"] for step in steps if not step["precision/skipped"]
+    } == {""}
+    # Every skip halves the scale, and nothing else moves it in so few steps.
+    halvings = accumulate(skipped)
+    assert [step["precision/loss_scale"] for step in steps] == [2.0 ** (40 - n) for n in halvings]
+
+    iterations = real_jobs.events(tmp_path / "run", "iteration")
+    total = list(accumulate(skipped))[7::8]
+    assert [event["precision/skipped_total"] for event in iterations] == total
+    applied = [8 * (number + 1) - count for number, count in enumerate(total)]
+    assert [event["sync/weight_version"] for event in iterations] == applied
+    assert all(event["sync/verified"] == 1 for event in iterations)
+    # A step that was applied has moved the weights: its learning rate has left the warm-up.
+    assert steps[-1]["loss/grad_norm"] >= 0
+    assert any(s["loss/grad_norm"] > 0 for s in steps if not s["precision/skipped"])
