@@ -123,11 +123,11 @@ def _trend(table: FinalTable) -> list[str]:
         first, last = values[: len(values) // 4], values[-(len(values) // 4) :]
         if len(first) < _FEWEST_POINTS or not sum(first) > 0 or not math.isfinite(sum(last)):
             continue
-        parts.append(f"{sum(last) / sum(first):.2g} in {run.label}")
+        parts.append(f"×{sum(last) / sum(first):.2g} in {run.label}")
     if not parts:
         return []
     return [
-        "Over training, the k3 mismatch of the last quarter is that of the first quarter times "
+        "From the first to the last quarter of training, mean k3 mismatch changed by "
         + ", ".join(parts)
         + "."
     ]
@@ -196,8 +196,8 @@ def _range_of_run(table: FinalTable, number: int) -> list[str]:
         parts.append(f"skipped {skipped:.0f} of {len(run.steps)} optimizer steps{causes}")
     scales = series(run.iterations, "precision/loss_scale", "iteration")[1]
     if run.loss_scaling and scales:
-        path = list(dict.fromkeys(power_of_two(scale) for scale in (scales[0], scales[-1])))
-        moved = f"went from {path[0]} to {path[1]}" if len(path) == 2 else f"ended at {path[0]}"
+        low, high = (power_of_two(scale) for scale in (min(scales), max(scales)))
+        moved = f"stayed at {low}" if low == high else f"moved between {low} and {high}"
         parts.append(f"its loss scale {moved}")
     activations = [
         value

@@ -99,7 +99,8 @@ def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
     pooled = [(run, ratios) for run in runs if (ratios := pooled_log_ratios(run)).size]
     if not pooled:
         return None
-    figure = Figure(figsize=(FULL[0], 3.6), layout="constrained")
+    height = max(3.6, 1.5 * len(pooled))
+    figure = Figure(figsize=(FULL[0], height), layout="constrained")
     grid = figure.add_gridspec(len(pooled), 2, width_ratios=(1.35, 1))
     together = figure.add_subplot(grid[:, 0])
     low = min(float(ratios.min()) for _, ratios in pooled)
@@ -126,7 +127,7 @@ def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
             0.99, 0.94, f"std {ratios.std():.2g} nats\n{ratios.size:,} sequences",
             transform=alone.transAxes, ha="right", va="top", fontsize=8, color="#333333",
         )  # fmt: skip
-        alone.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        alone.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
         last = row == len(pooled) - 1
         _finish(alone, "log-ratio of a sequence (nats)" if last else "", "sequences", legend=False)
     return figure
@@ -178,16 +179,15 @@ def gradient_norm(runs: list[RunData]) -> Figure | None:
 
 def activations(runs: list[RunData]) -> Figure | None:
     """Largest activation on both engines against the end of FP16's range."""
-    sides = (("precision/act_max_trainer", "-", "trainer"),
-             ("precision/act_max_rollout", "--", "rollout"))  # fmt: skip
-    if not _any(runs, *(metric for metric, _, _ in sides)):
+    sides = {"precision/act_max_trainer": "-", "precision/act_max_rollout": "--"}
+    if not _any(runs, *sides):
         return None
     figure, (axis,) = _figure(HALF, 1)
     for run in runs:
-        for metric, line, side in sides:
+        for metric, line in sides.items():
             x, y = series(run.iterations, metric, "iteration")
             if x:
-                axis.plot(x, y, line, color=run.colour, label=f"{run.label} {side}")
+                axis.plot(x, y, line, color=run.colour, label=run.label if line == "-" else None)
     axis.axhline(FP16_MAX, color="#222222", linewidth=1.0)
     axis.text(
         0.995, FP16_MAX, "65504, FP16's largest number ", fontsize=8, ha="right", va="bottom",

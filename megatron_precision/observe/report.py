@@ -226,9 +226,9 @@ def _notes(runs: list[RunData]) -> list[str]:
     for run in runs:
         note = run.header.get("platform", {}).get("fp16_matmul")
         if note:
-            found.setdefault(str(note), []).append(run.label)
+            found.setdefault(str(note).rstrip("."), []).append(run.label)
     return [
-        f"FP16 matrix products on this platform ({', '.join(labels)}): {note}"
+        f"FP16 matrix products on this platform ({', '.join(labels)}): {note}."
         for note, labels in found.items()
     ]
 
