@@ -179,7 +179,7 @@ def _described(run: RunData) -> dict[str, str]:
         "Run": str(run.header.get("fingerprint", "unknown")),
         "Status": f"{run.status}, {len(run.iterations)} iterations",
         "Device": str(run.header.get("platform", {}).get("device", "unknown")),
-        "dtypes, read back": _pairs(run.header.get("platform", {}).get("dtypes", {})) or "unknown",
+        "dtypes, read back": _pairs(run.header.get("dtypes", {})) or "unknown",
         "Native dtypes": _text(run.header.get("platform", {}).get("native_dtypes", "unknown")),
         "Versions": _pairs(run.header.get("versions", {})) or "unknown",
     }

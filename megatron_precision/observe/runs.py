@@ -140,19 +140,19 @@ def config_differences(runs: list[RunData]) -> dict[str, list[Any]]:
 def unexpected_differences(runs: list[RunData]) -> dict[str, list[Any]]:
     """What differs between the runs besides `precision`: config, start, ranks, platform, versions.
 
-    `platform.dtypes` is what the audit read back of the precision; between runs of one precision
+    `dtypes` is what the audit read back of the precision; between runs of one precision
     it must not differ.
     """
     found = {path: v for path, v in config_differences(runs).items() if path != "precision"}
     known = [run for run in runs if run.header]
-    for name in ("start_fingerprint", "rank_count", "platform", "versions"):
+    for name in ("start_fingerprint", "rank_count", "platform", "dtypes", "versions"):
         flat = [flatten({name: run.header.get(name, "(absent)")}) for run in known]
         for path in sorted({path for values in flat for path in values}):
             values = [part.get(path, "(absent)") for part in flat]
             if any(value != values[0] for value in values):
                 found[path] = values
     if len({run.policy for run in known}) > 1:
-        found = {path: v for path, v in found.items() if not path.startswith("platform.dtypes.")}
+        found = {path: v for path, v in found.items() if not path.startswith("dtypes.")}
     return found
 
 

@@ -142,14 +142,14 @@ def test_dtypes_that_were_read_back_differ_as_precision_does(tmp_path: Path) -> 
     def run(name: str, precision: str, params: str) -> Path:
         with MetricsWriter(tmp_path / name / "metrics.jsonl") as writer:
             writer.write("run", iteration=0, step=0, values={
-                "config": {"precision": precision}, "platform": {"dtypes": {"params": params}},
+                "config": {"precision": precision}, "dtypes": {"params": params},
             })  # fmt: skip
             writer.write("iteration", iteration=0, step=0, values={"reward/mean": 0.5})
         return tmp_path / name
 
     runs = load_runs([run("a", "bf16", "bf16"), run("b", "fp16", "fp16"), run("c", "fp16", "fp32")])
     assert unexpected_differences(runs[:2]) == {}
-    assert unexpected_differences(runs[1:]) == {"platform.dtypes.params": ["fp16", "fp32"]}
+    assert unexpected_differences(runs[1:]) == {"dtypes.params": ["fp16", "fp32"]}
 
 
 def test_rewards_that_differ_by_noise_coincide_and_others_do_not(
