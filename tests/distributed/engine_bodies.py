@@ -21,7 +21,7 @@ from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreeme
 from megatron_precision.train.session import Session
 from megatron_precision.weights import sync as sync_module
 from megatron_precision.weights.hf_model import write_checkpoint
-from megatron_precision.weights.proof import hf_forward, perturb, prove_sync
+from megatron_precision.weights.proof import hf_forward, prove_sync
 from megatron_precision.weights.sync import WeightSyncError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -52,9 +52,15 @@ def error_of(kind: type[Exception], action: Callable[[], Any]) -> str:
     return ""
 
 
+def train_on_nothing(session: Session) -> None:
+    """Give the trainer other weights of the same distribution: every tensor shifted by one."""
+    tensors = session.sync.gathering.gather()
+    session.actor.load({n: t.flatten().roll(1).view(t.shape) for n, t in tensors.items()})
+
+
 def push_of_other_weights(session: Session, prompts: list[list[int]]) -> dict[str, Any]:
     """New trainer weights, pushed; what the engine then scores, and the weights themselves."""
-    session.actor.load(perturb(perturb(session.sync.gathering.gather())))
+    train_on_nothing(session)
     before = session.engine.score(prompts)
     result = session.sync.push(7)
     return {
@@ -160,7 +166,7 @@ def with_load(session: Session, change: Callable[[Tensors], Tensors | None]) -> 
 def one_element_off(name: str) -> Callable[[Tensors], Tensors]:
     def change(tensors: Tensors) -> Tensors:
         damaged = tensors[name].clone()
-        damaged.view(-1)[damaged.numel() // 3] += 1
+        damaged.view(-1)[-3] += 1
         return {**tensors, name: damaged}
 
     return change
@@ -194,7 +200,7 @@ def damaged_pushes(session: Session, prompts: list[list[int]], moe: bool) -> dic
     }
     found["intact again"] = with_load(session, lambda tensors: tensors)
     found |= lost_pushes(session, prompts)
-    session.actor.load(perturb(session.sync.gathering.gather()))
+    train_on_nothing(session)
     found["lost"] = with_load(session, lambda tensors: None)
     if moe:
         repack = session.engine._repack_experts
@@ -209,7 +215,7 @@ def dropped_tensors(session: Session, names: list[str]) -> dict[str, str]:
     """Pushes of new weights in which one tensor is missing."""
     found = {}
     for name in names:
-        session.actor.load(perturb(session.sync.gathering.gather()))
+        train_on_nothing(session)
         found[name] = with_load(
             session, lambda tensors, gone=name: {n: t for n, t in tensors.items() if n != gone}
         )

@@ -22,9 +22,10 @@ from megatron_precision.config import (
     TrainConfig,
 )
 
-# The vocabulary is the tokenizer's; head and expert sizes are such as vLLM's CPU kernels take.
+# vLLM pads the vocabulary to 128, so that the second rank holds both rows and padding; head and
+# expert sizes are such as its CPU kernels take.
 DENSE = ModelConfig(
-    vocab_size=32,
+    vocab_size=75,
     hidden_size=96,
     intermediate_size=160,
     num_hidden_layers=2,
@@ -74,7 +75,7 @@ def config(world: str) -> RunConfig:
 @functools.cache
 def weights(model: str) -> dict[str, torch.Tensor]:
     """Random weights, of which every dtype holds the same values."""
-    built = random_hf_model(LAYOUTS[model][0], scale=0.15)
+    built = random_hf_model(LAYOUTS[model][0], scale=0.1)
     tensors = checkpoint(LAYOUTS[model][0], built)
     return {name: tensor.bfloat16().float() for name, tensor in tensors.items()}
 

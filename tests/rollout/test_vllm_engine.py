@@ -1,0 +1,50 @@
+"""Sampling with the real engine on two ranks, and its mismatch with the real trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_worlds import engine_world, every_world, mismatch_world
+
+
+@every_world
+def test_the_same_seeds_give_the_same_tokens_whatever_is_submitted_with_them(world: str) -> None:
+    first, *others = engine_world(world)["submissions"]
+    assert len(first) == 16
+    assert len(set(first.values())) > 12
+    # The same again, in two halves, one by one while others run, and in reverse.
+    assert len(others) == 4
+    for other in others:
+        assert other == first
+
+
+@every_world
+def test_ranks_that_sample_different_tokens_are_told_apart(world: str) -> None:
+    message = engine_world(world)["disagreement"]
+    assert "rank 1 sampled other tokens than rank 0" in message
+
+
+def mean_difference(logprobs: dict[str, torch.Tensor]) -> float:
+    """Mean absolute difference of engine and trainer over the sampled tokens."""
+    assert logprobs["engine"].numel() > 500
+    return float((logprobs["engine"].double() - logprobs["trainer"].double()).abs().mean())
+
+
+@every_world
+def test_engine_and_trainer_differ_by_rounding_alone(world: str) -> None:
+    found = engine_world(world)["mismatch"]
+    bound = {"fp16": 5e-3, "bf16": 5e-2}[world.split()[1]]
+    # Exactly equal would mean that one engine was compared with itself.
+    assert 1e-5 < mean_difference(found) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["dense", "MoE"])
+def test_the_mismatch_is_a_matter_of_the_dtype(model: str) -> None:
+    fp32, fp16, bf16 = (
+        mean_difference(mismatch_world(f"{model} {precision}"))
+        for precision in ("fp32", "fp16", "bf16")
+    )
+    assert 1e-8 < fp32 < 1e-5
+    # BF16 has three bits of mantissa less: its rounding errors are 8 times as large.
+    assert 4 < bf16 / fp16 < 16
