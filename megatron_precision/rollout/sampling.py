@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +73,9 @@ class Sampler:
                 number,
                 rollout,
                 prompt.tokens,
-                request_seed(self._seed, purpose, iteration, prompt.name, rollout),
+                request_seed(self._seed, purpose, iteration, name, rollout),
             )
-            for number, prompt in enumerate(prompts)
+            for number, (prompt, name) in enumerate(zip(prompts, _streams(prompts), strict=True))
             if number % self._replicas == self._replica
             for rollout in range(rollouts_per_prompt)
         ]
@@ -101,3 +102,17 @@ class Sampler:
         results = [item for _, part in everyone for item in part]
         results.sort(key=lambda item: (item[0].request.prompt, item[0].request.rollout))
         return [rollout for rollout, _ in results], [reward for _, reward in results]
+
+
+def _streams(prompts: Sequence[Prompt]) -> list[str]:
+    """A name for each prompt's random streams: its own, numbered where it has come before.
+
+    Over the end of an epoch a question can come twice in one iteration; with the same seeds its
+    second group would repeat the first.
+    """
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        names.append(f"{prompt.name}#{seen[prompt.name]}" if seen[prompt.name] else prompt.name)
+        seen[prompt.name] += 1
+    return names

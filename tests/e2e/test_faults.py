@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -118,9 +119,10 @@ def stale_segments(dense_start: Path, tmp_path: Path) -> Any:
     command = real_jobs.launch_command(*train_words(dense_start, "stale", **LONG))
     with real_jobs.started(command, tmp_path) as job:
         ranks = wait_for_iteration(job, tmp_path / "stale")
-        guards = [pid for pid in real_jobs.processes_with(ranks.job) if pid not in ranks.pids]
-        for pid in [*guards, job.pid, *process.members(ranks.job)]:
-            os.kill(pid, signal.SIGKILL)
+        # The guard first: it would clean up.
+        for pid in [*real_jobs.processes_with(ranks.job), job.pid, *process.members(ranks.job)]:
+            with contextlib.suppress(ProcessLookupError):  # ranks die with their parent
+                os.kill(pid, signal.SIGKILL)
     left = process.segments(ranks.job)
     yield left
     process.end_job(ranks.job)

@@ -18,7 +18,7 @@ def test_skipped_steps_are_counted_change_no_version_and_end(
         loss_scale__initial="fixed_start",
         loss_scale__initial_scale="2**40",
         loss_scale__hysteresis=1,
-        train__iterations=4,
+        train__iterations=6,
         train__prompts_per_mini_batch=1,
     )
     finished = real_jobs.launch(
@@ -28,11 +28,12 @@ def test_skipped_steps_are_counted_change_no_version_and_end(
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
     steps = real_jobs.events(tmp_path / "run", "step")
-    assert len(steps) == 4 * 8
+    assert len(steps) == 6 * 8
     skipped = [step["precision/skipped"] for step in steps]
     # A group without variance has no gradient that could overflow, so skips need not be in a row.
     assert sum(skipped[:8]) >= 4
-    assert skipped[-4:] == [0, 0, 0, 0]
+    trained = [s for s in steps[-16:] if not s["precision/skipped"] and s["loss/grad_norm"] > 0]
+    assert len(trained) >= 4
     assert {step["precision/overflow_cause"] for step in steps if step["precision/skipped"]} == {
         "gradients"
     }
@@ -49,6 +50,3 @@ def test_skipped_steps_are_counted_change_no_version_and_end(
     applied = [8 * (number + 1) - count for number, count in enumerate(total)]
     assert [event["sync/weight_version"] for event in iterations] == applied
     assert all(event["sync/verified"] == 1 for event in iterations)
-    # A step that was applied has moved the weights: its learning rate has left the warm-up.
-    assert steps[-1]["loss/grad_norm"] >= 0
-    assert any(s["loss/grad_norm"] > 0 for s in steps if not s["precision/skipped"])
