@@ -1,0 +1,94 @@
+"""The loss of a mini-batch: by hand, and the same however it is cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_precision.actor.batch import Batch, make_batch
+from megatron_precision.config import AlgorithmConfig
+from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.train.objective import policy_objective, supervised_objective
+
+LIMIT = 10
+
+
+def make() -> tuple[Batch, torch.Tensor]:
+    """Five rollouts of 3, 1, 0, 5 and 2 tokens, and train_logprobs that are not old_logprobs."""
+    generator = torch.Generator().manual_seed(2)
+    lengths = (3, 1, 0, 5, 2)
+    rollout = [(-torch.rand(n, generator=generator) - 0.1).tolist() for n in lengths]
+    batch = make_batch(
+        [[1, 2], [3], [4, 5], [6], [7]],
+        [[9] * n for n in lengths],
+        rollout,
+        torch.tensor([1.0, -0.5, 2.0, -1.5, 0.25]),
+    )
+    noise = 0.4 * torch.randn(batch.tokens.shape, generator=generator)
+    mask = batch.response_mask
+    batch = batch.with_old_logprobs((batch.rollout_logprobs + 0.1 * noise) * mask)
+    return batch, ((batch.rollout_logprobs + noise) * mask).requires_grad_(True)
+
+
+def evaluated(name: str, cuts: list[list[int]]) -> tuple[float, torch.Tensor, dict, dict]:  # type: ignore[type-arg]
+    """Loss, gradient, sums and maxima over the whole mini-batch, cut as given."""
+    batch, logprobs = make()
+    rows = torch.arange(len(batch))
+    loss = policy_objective(ALGORITHMS[name], AlgorithmConfig(name), batch, rows, LIMIT)
+    total = torch.zeros(())
+    sums: dict[str, float] = {}
+    maxima: dict[str, float] = {}
+    for cut in cuts:
+        micro = loss(batch.select(torch.tensor(cut), 6), logprobs[cut], torch.ones(len(cut), 1))
+        total = total + micro.loss
+        for key, value in micro.sums.items():
+            sums[key] = sums.get(key, 0.0) + value
+        for key, value in micro.maxima.items():
+            maxima[key] = max(maxima.get(key, -math.inf), value)
+    total.backward()
+    assert logprobs.grad is not None
+    return float(total.detach()), logprobs.grad, sums, maxima
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "cuts", [[[0], [1], [2], [3], [4]], [[3, 0], [4, 1, 2]], [[2], [0, 1, 3, 4]]]
+)
+def test_the_loss_does_not_depend_on_the_micro_batches(name: str, cuts: list[list[int]]) -> None:
+    whole, cut = evaluated(name, [[0, 1, 2, 3, 4]]), evaluated(name, cuts)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-5)
+    torch.testing.assert_close(cut[1], whole[1], rtol=1e-6, atol=0)
+    assert cut[2] == pytest.approx(whole[2], rel=1e-6)
+    assert cut[3] == pytest.approx(whole[3], rel=1e-6)
+
+
+def test_ppo_is_the_clipped_loss_over_sequences_times_the_limit() -> None:
+    batch, logprobs = make()
+    assert batch.old_logprobs is not None
+    total, clipped = 0.0, 0
+    largest = 0.0
+    for row, t in batch.response_mask.nonzero().tolist():
+        ratio = math.exp(float(logprobs[row, t].detach()) - float(batch.old_logprobs[row, t]))
+        advantage = float(batch.advantages[row])
+        bounded = min(max(ratio, 0.8), 1.28)
+        total -= min(ratio * advantage, bounded * advantage)
+        clipped += bounded * advantage < ratio * advantage
+        largest = max(largest, ratio)
+    loss, _, sums, maxima = evaluated("PPO", [[0, 1, 2, 3, 4]])
+    # The sequence without a token counts in the five.
+    assert loss == pytest.approx(total / (5 * LIMIT), rel=1e-5)
+    assert sums["tokens"] == 11
+    assert sums["clipped"] == clipped > 0
+    assert maxima["ratio"] == pytest.approx(largest, rel=1e-5)
+
+
+def test_the_warm_start_minimises_cross_entropy_per_response_token() -> None:
+    batch, logprobs = make()
+    loss = supervised_objective(batch)
+    parts = [
+        loss(batch.select(torch.tensor(cut), 6), logprobs[cut], torch.zeros(1)).loss
+        for cut in ([0, 3], [1, 2, 4])
+    ]
+    assert float(sum(parts).detach()) == pytest.approx(-float(logprobs.detach().sum()) / 11)
