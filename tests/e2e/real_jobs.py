@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +150,14 @@ def wait_until(
 
 @dataclass(frozen=True)
 class Ranks:
-    """A living job: its id, and the process id of each rank."""
+    """A living job: its id, the process id of each rank, and the shared memory they have mapped.
+
+    Python's own segments (`psm_...`) are known by the mapping alone; their names name no job.
+    """
 
     job: str
     pids: dict[int, int]
+    mapped: frozenset[Path]
 
 
 def find_ranks(out: Path, count: int = 2) -> Ranks | None:
@@ -171,7 +174,18 @@ def find_ranks(out: Path, count: int = 2) -> Ranks | None:
         if "megatron_precision" in words and str(out) in words and "RANK" in values:
             pids[int(values["RANK"])] = int(entry.name)
             job = values.get(process.JOB_VARIABLE, "")
-    return Ranks(job, pids) if len(pids) == count else None
+    return Ranks(job, pids, _mapped(pids.values())) if len(pids) == count else None
+
+
+def _mapped(pids: Iterable[int]) -> frozenset[Path]:
+    found = set()
+    for pid in pids:
+        with suppress(OSError):  # it has just ended
+            for line in Path(f"/proc/{pid}/maps").read_text(encoding="utf-8").splitlines():
+                path = line.rpartition(" ")[2]
+                if path.startswith(f"{process.SHARED_MEMORY}/"):
+                    found.add(Path(path))
+    return frozenset(found)
 
 
 def processes_with(word: str) -> list[int]:
@@ -195,15 +209,8 @@ def events(out: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in found if event["event"] == kind]
 
 
-def assert_nothing_left(job: str, timeout_s: float = 0.0) -> None:
-    """No process and no shared memory of the job."""
-    deadline = time.monotonic() + timeout_s
-    while (process.members(job) or process.segments(job)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert process.members(job) == []
-    assert process.segments(job) == []
-
-
-def copy_start(start: Path, folder: Path) -> Path:
-    """A copy of a start that a test may change."""
-    return Path(shutil.copytree(start, folder / "start"))
+def assert_nothing_left(ranks: Ranks) -> None:
+    """No process of the job, no segment with its name, and none that its ranks had mapped."""
+    assert process.members(ranks.job) == []
+    assert process.segments(ranks.job) == []
+    assert [path for path in ranks.mapped if path.exists()] == []

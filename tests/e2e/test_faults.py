@@ -32,6 +32,7 @@ def wait_for_iteration(job: subprocess.Popen[str], out: Path) -> Ranks:
     real_jobs.wait_until(lambda: real_jobs.events(out, "iteration"), job)
     ranks = real_jobs.find_ranks(Path(out.name))
     assert ranks is not None
+    assert ranks.mapped, "the engine has shared memory"
     return ranks
 
 
@@ -67,7 +68,7 @@ def test_a_rank_killed_inside_a_collective_ends_the_job_and_is_named(
     assert "the job failed" in shown[0]
     assert shown[1] == "rank 1 was killed by SIGKILL; it could leave no traceback."
     assert_metrics_are_readable(tmp_path / "killed")
-    real_jobs.assert_nothing_left(ranks.job)
+    real_jobs.assert_nothing_left(ranks)
 
 
 def test_a_rank_that_raises_in_the_loop_is_shown_and_not_its_peers_broken_collective(
@@ -89,7 +90,7 @@ def test_a_rank_that_raises_in_the_loop_is_shown_and_not_its_peers_broken_collec
     assert stderr.count("Traceback (most recent call last)") == 1
     assert "Traceback" not in stdout
     assert_metrics_are_readable(tmp_path / "raised")
-    real_jobs.assert_nothing_left(ranks.job)
+    real_jobs.assert_nothing_left(ranks)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_a_stopped_job_says_so_and_leaves_nothing(
     assert stderr.splitlines()[-1] == f"stopped by {number.name}"
     assert "Traceback" not in stderr
     assert_metrics_are_readable(tmp_path / "stopped")
-    real_jobs.assert_nothing_left(ranks.job)
+    real_jobs.assert_nothing_left(ranks)
 
 
 @pytest.fixture
@@ -126,6 +127,8 @@ def stale_segments(dense_start: Path, tmp_path: Path) -> Any:
     left = process.segments(ranks.job)
     yield left
     process.end_job(ranks.job)
+    for path in ranks.mapped:  # Python's own, which no name ties to the job
+        path.unlink(missing_ok=True)
 
 
 def test_two_runs_at_once_beside_a_stale_segment_compute_the_same(
