@@ -34,7 +34,7 @@ class Patch:
 
 
 def apply(patches: Iterable[Patch]) -> None:
-    """Apply every patch, once; a second call on the same attribute is refused by its mark.
+    """Apply every patch, or none; a second call would wrap the first one's replacements.
 
     Raises:
         UpstreamChangedError: naming every patch whose target has gone, before any is applied.

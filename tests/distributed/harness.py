@@ -15,6 +15,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from megatron_precision.platform.process import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 
@@ -97,6 +99,8 @@ def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[in
 
 
 def main() -> None:
+    # A killed pytest must leave no rank behind.
+    die_with_parent()
     body, folder = sys.argv[1:]
     module, _, function = body.rpartition(".")
     args = pickle.loads(Path(folder, "args.pkl").read_bytes())
