@@ -99,12 +99,12 @@ def test_a_rank_that_raises_in_the_loop_is_shown_and_not_its_peers_broken_collec
 def test_a_stopped_job_says_so_and_leaves_nothing(
     dense_start: Path, tmp_path: Path, number: signal.Signals, to_the_group: bool
 ) -> None:
-    # With 64 rollouts of many and one step an iteration, most of the time is sampling.
+    # With 384 rollouts and one step an iteration, most of the time is sampling.
     changed = {"train__rollouts_per_prompt": 48, "train__prompts_per_mini_batch": 8, **LONG}
     command = real_jobs.launch_command(*train_words(dense_start, "stopped", **changed))
     with real_jobs.started(command, tmp_path) as job:
         ranks = wait_for_iteration(job, tmp_path / "stopped")
-        # What Ctrl-C sends goes to the whole foreground group, the ranks included.
+        # What Ctrl-C sends goes to the whole foreground group.
         (os.killpg if to_the_group else os.kill)(job.pid, number)
         _, stderr = end_of(job)
     assert job.returncode == 128 + number
