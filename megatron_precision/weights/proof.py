@@ -9,6 +9,7 @@ the layers that differ.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from megatron_precision.precision.policy import DType
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.sync import WeightSync, WeightSyncError
 
-# Mean absolute log-prob difference between two correct implementations stays well below these
-# (seen on tiny models: 2e-7, 2e-4, 1.5e-3); other weights are off by about one.
+# The mean absolute log-prob difference between two correct implementations, less the largest
+# tenth, stays well below these (seen on tiny models: 2e-7, 2e-4, 1.5e-3); other weights are off by
+# about one. The largest tenth is left out because rounding sends single tokens of an MoE model to
+# other experts, which is no fault of the sync.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
 PERTURBATION = 0.2
 
@@ -35,7 +38,8 @@ class ProofResult:
 
     Attributes:
         moved: mean absolute log-prob change that the perturbation made.
-        error: mean absolute difference between the engine and the independent forward.
+        error: mean absolute difference between the engine and the independent forward, less the
+            largest tenth.
     """
 
     moved: float
@@ -64,7 +68,10 @@ def prove_sync(
     sync.push_tensors(perturbed, engine.weight_version)
     moved_to = engine.score(prompts)
     expected = forward(perturbed, prompts)
-    result = ProofResult(_mean_difference(moved_to, before), _mean_difference(moved_to, expected))
+    result = ProofResult(
+        float(_differences(moved_to, before).mean()),
+        _trimmed_mean(_differences(moved_to, expected)),
+    )
     sync.push_tensors(true, engine.weight_version)
     after = engine.score(prompts)
 
@@ -82,7 +89,7 @@ def prove_sync(
     if after != before:
         problems.append(
             "after the true weights were pushed back, the engine's log-probs are not what they "
-            f"were (mean difference {_mean_difference(after, before):.2e})"
+            f"were (mean difference {float(_differences(after, before).mean()):.2e})"
         )
     if problems:
         raise WeightSyncError(
@@ -123,7 +130,16 @@ def hf_forward(model: ModelConfig) -> Forward:
     return forward
 
 
-def _mean_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+def _differences(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Absolute differences of all scored tokens, FP64."""
     first = torch.tensor([x for row in a for x in row], dtype=torch.float64)
     second = torch.tensor([x for row in b for x in row], dtype=torch.float64)
-    return float((first - second).abs().mean())
+    return (first - second).abs()
+
+
+def _trimmed_mean(differences: torch.Tensor) -> float:
+    """Mean of all but the largest tenth; nan where any difference is not a number."""
+    if differences.isnan().any():
+        return float("nan")
+    kept = differences.sort().values[: max(1, math.ceil(0.9 * len(differences)))]
+    return float(kept.mean())
