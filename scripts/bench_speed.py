@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trl", type=Path, help="interpreter of an environment with trl")
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), help="default: all")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=6)
     args = parser.parse_args()
@@ -56,24 +57,30 @@ def main() -> None:
     start = start_dir(config)
     samples: dict[str, list[dict[str, float]]] = {}
     for number in range(args.rounds):
-        for name, (precision, layout) in SYSTEMS.items():
-            samples.setdefault(name, []).extend(_ours(precision, layout, args.iterations))
-            print(f"round {number + 1}: {name}", flush=True)
         if args.trl:
             samples.setdefault("TRL, fp32", []).extend(_trl(args.trl, start, args.iterations))
-            print(f"round {number + 1}: TRL", flush=True)
-    result = {name: _medians(rows) for name, rows in samples.items()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+            _write(args.out, samples)
+        for name in args.systems or SYSTEMS:
+            precision, layout = SYSTEMS[name]
+            samples.setdefault(name, []).extend(_ours(precision, layout, args.iterations))
+            _write(args.out, samples)
+            print(f"round {number + 1}: {name}", flush=True)
+    for name, rows in samples.items():
+        medians = _medians(rows)
+        print(f"{name:28s}", "  ".join(f"{key} {value:,.3f}" for key, value in medians.items()))
+
+
+def _write(out: Path, samples: dict[str, list[dict[str, float]]]) -> None:
+    """Write what there is so far: a run that is cut short keeps its finished systems."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "command": "scripts/bench_speed.py " + " ".join(sys.argv[1:]),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
-        "medians": result,
+        "medians": {name: _medians(rows) for name, rows in samples.items()},
         "samples": samples,
     }
-    args.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    for name, row in result.items():
-        print(f"{name:28s}", "  ".join(f"{key} {value:,.3f}" for key, value in row.items()))
+    out.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def _ours(precision: str, layout: list[str], iterations: int) -> list[dict[str, float]]:
