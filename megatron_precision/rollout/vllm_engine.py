@@ -183,7 +183,7 @@ class VllmEngine:
         return [done[number] for number in range(len(prompts))]
 
     def take_act_max(self) -> float:
-        """The largest absolute activation since the last call, at the trainer's points."""
+        """The largest absolute activation since the last call; see `_watch_range`."""
         largest, self._act_max = self._act_max, 0.0
         return largest
 
@@ -197,7 +197,9 @@ class VllmEngine:
 
         def record(tensor: torch.Tensor) -> None:
             if tensor.numel():
-                self._act_max = max(self._act_max, float(tensor.abs().amax()))
+                largest = float(tensor.abs().amax())
+                # max() would drop a nan; a nan activation is exactly what must not be dropped.
+                self._act_max = largest if largest != largest else max(self._act_max, largest)
 
         for name, module in self.model.named_modules():
             leaf = name.rpartition(".")[2]
