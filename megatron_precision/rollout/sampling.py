@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -82,9 +84,10 @@ class Sampler:
         # The engine gets everything at once: its scheduler fills the batch better than we could.
         self._engine.submit(requests, sampling)
         finished: list[tuple[Rollout, float]] = []
-        while self._engine.unfinished:
-            for rollout in self._engine.step():
-                finished.append((rollout, reward(rollout)))
+        with _collector_paused():
+            while self._engine.unfinished:
+                for rollout in self._engine.step():
+                    finished.append((rollout, reward(rollout)))
         return self._share(finished)
 
     def _share(self, finished: list[tuple[Rollout, float]]) -> tuple[list[Rollout], list[float]]:
@@ -102,6 +105,16 @@ class Sampler:
         results = [item for _, part in everyone for item in part]
         results.sort(key=lambda item: (item[0].request.prompt, item[0].request.rollout))
         return [rollout for rollout, _ in results], [reward for _, reward in results]
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keep Python's collector from walking every request at each step: a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _streams(prompts: Sequence[Prompt]) -> list[str]:

@@ -59,6 +59,7 @@ class VllmEngine:
             kv_cache_memory_bytes=rollout.kv_cache_mib * 2**20,
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=True,
+            enable_prefix_caching=rollout.prefix_caching,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             async_scheduling=False,
@@ -93,6 +94,7 @@ class VllmEngine:
                 stop_token_ids=[self._eos_id],
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,  # made for this request: no deep copy to guard it
             )
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_tokens))
             self.llm.add_request(name, prompt, parameters)
