@@ -40,7 +40,7 @@ def _launch(args: argparse.Namespace) -> int:
     if args.dryrun:
         cli.print_plan(config, cli.plan(config, args))
         return 0
-    out = cli.require_out(args)
+    out = args.out
     _require_nemo_run()
     run_folder.claim(out, args.overwrite, args.resume)
     run_folder.write_config(config, out)

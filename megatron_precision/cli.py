@@ -74,7 +74,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose where a run writes."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
-    parser.add_argument("--resume", action="store_true", help="not yet: a later version brings it")
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # refused so far
     parser.add_argument(
         "--start-from",
         type=Path,
@@ -84,11 +84,32 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
-    """The configuration that the arguments describe, checked.
+    """The configuration that the arguments describe, checked, with the folders they name.
 
     Raises:
-        UserError: lists everything that is wrong with it.
+        UserError: lists everything that is wrong with them.
     """
+    import recipes
+
+    problems = _folder_problems(args) if "out" in args and "overwrite" in args else []
+    overrides = list(args.overrides)
+    if args.mismatch_every is not None:
+        overrides.append(f"train.mismatch_every={args.mismatch_every}")
+    try:
+        config, found = recipes.examine(_chosen(args), args.precision, args.algo, overrides)
+    except UserError as wrong:
+        # Without a configuration, mistakes in the options alone can still be told.
+        some = recipes.RECIPES["sanity.tiny_dense"]()
+        _, found = recipes.examine(some, args.precision, args.algo, overrides)
+        raise UserError([*wrong.problems, *found, *problems]) from None
+    problems = [*found, *validation.problems(config), *problems]
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def _chosen(args: argparse.Namespace) -> RunConfig:
+    """The configuration before it is changed, by name or from a file."""
     import recipes
 
     if (args.recipe is None) == (args.config is None):
@@ -98,17 +119,38 @@ def resolve(args: argparse.Namespace) -> RunConfig:
                 where="RECIPE",
                 got="neither" if args.recipe is None else f"{args.recipe} and {args.config}",
                 expected="RECIPE or --config FILE; recipes are " + ", ".join(recipes.RECIPES),
+                remedy=_swallowed(args),
             )
         )
-    overrides = list(args.overrides)
-    if args.mismatch_every is not None:
-        overrides.append(f"train.mismatch_every={args.mismatch_every}")
-    if args.config is not None:
-        config = config_from_file(args.config)
-        config = recipes.change(config, args.precision, args.algo, overrides)
-    else:
-        config = recipes.build(args.recipe, args.precision, args.algo, overrides)
-    return validation.check(config)
+    return config_from_file(args.config) if args.config else recipes.recipe(args.recipe)
+
+
+def _swallowed(args: argparse.Namespace) -> str:
+    """`--set` takes every word up to the next option, a recipe after it included."""
+    import recipes
+
+    found = [word for word in args.overrides if word in recipes.RECIPES]
+    return f"write the recipe first: {found[0]} --set ..." if found else ""
+
+
+def _folder_problems(args: argparse.Namespace) -> list[Problem]:
+    """What is wrong with the folders that the arguments name; the launcher's ranks don't ask."""
+    # Rank 0 may have claimed the folder before another rank looks.
+    if getattr(args, "claimed", False) or rank.number() != 0:
+        return []
+    found = []
+    if args.out is not None:
+        found += run_folder.claim_problems(args.out, args.overwrite, args.resume)
+    elif not args.dryrun:
+        found.append(
+            Problem("no folder for the run", "--out", "nothing", "a new folder, such as runs/x")
+        )
+    if args.start_from is not None:
+        from megatron_precision.train import start
+
+        if not start.start_is_complete(args.start_from):
+            found.append(_no_start("--start-from", args.start_from, "leave --start-from out"))
+    return found
 
 
 def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
@@ -116,16 +158,13 @@ def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
     from megatron_precision.launching import torchrun_line
 
     ranks, words = config.parallel.world_size, _recipe_words(args)
-    out = str(args.out or "DIR")
+    train = ["train", *words, "--out", str(args.out or "DIR")]
+    train += ["--overwrite"] if args.overwrite else []
     if args.start_from is not None:
-        return [
-            torchrun_line(
-                ranks, ["train", *words, "--out", out, "--start-from", str(args.start_from)]
-            )
-        ]
+        return [torchrun_line(ranks, [*train, "--start-from", str(args.start_from)])]
     return [
         torchrun_line(ranks, ["prepare", *words]) + "   # unless the cache has the start",
-        torchrun_line(ranks, ["train", *words, "--out", out]),
+        torchrun_line(ranks, train),
     ]
 
 
@@ -135,19 +174,6 @@ def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
     print("\nwould run:")
     for line in lines:
         print(f"  {line}")
-
-
-def require_out(args: argparse.Namespace) -> Path:
-    """The `--out` folder.
-
-    Raises:
-        UserError: when it was left out.
-    """
-    if args.out is None:
-        raise UserError(
-            Problem("no folder for the run", "--out", "nothing", "a new folder, such as runs/x")
-        )
-    return Path(args.out)
 
 
 def _recipe_words(args: argparse.Namespace) -> list[str]:
@@ -166,9 +192,9 @@ def _train(args: argparse.Namespace) -> int:
     if args.dryrun:
         print_plan(config, lines)
         return 0
-    out = require_out(args)
+    out = args.out
     rank.require_world(config, lines[-1])
-    start = _complete_start(config, args.start_from, lines[0])
+    _require_start(config, args.start_from, lines[0])
     if rank.number() == 0 and not args.claimed:
         run_folder.claim(out, args.overwrite, args.resume)
         run_folder.write_config(config, out)
@@ -179,29 +205,28 @@ def _train(args: argparse.Namespace) -> int:
         startup.start(config.seed)
         from megatron_precision.train import loop
 
-        if args.start_from is None:
-            loop.run(config, out)
-        else:
-            loop.run(config, out, start=start)
+        loop.run(config, out, start=args.start_from)
 
     return rank.run(work, out)
 
 
-def _complete_start(config: RunConfig, chosen: Path | None, prepare: str) -> Path:
+def _require_start(config: RunConfig, chosen: Path | None, prepare: str) -> None:
     from megatron_precision.train import start
 
     path = chosen or start.start_dir(config)
     if not start.start_is_complete(path):
-        raise UserError(
-            Problem(
-                what="there is no prepared start to train from",
-                where="--start-from" if chosen else "the cache of starts",
-                got=str(path),
-                expected="a finished supervised start with its perfectible set",
-                remedy=f"make it with: {prepare}",
-            )
-        )
-    return path
+        where = "--start-from" if chosen else "the cache of starts"
+        raise UserError(_no_start(where, path, f"make it with: {prepare}"))
+
+
+def _no_start(where: str, path: Path, remedy: str) -> Problem:
+    return Problem(
+        what="there is no prepared start to train from",
+        where=where,
+        got=str(path),
+        expected="a finished supervised start with its perfectible set",
+        remedy=remedy,
+    )
 
 
 def _prepare(args: argparse.Namespace) -> int:
@@ -272,16 +297,28 @@ def _parser() -> argparse.ArgumentParser:
     prepare.set_defaults(run=_prepare)
 
     sanity = commands.add_parser("sanity", help="the sanity experiment: BF16 against FP16")
-    sanity.add_argument("--model", choices=("dense", "moe"), default="dense")
+    sanity.add_argument("--model", choices=("dense", "moe"), default="dense", help="default: dense")
     sanity.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sanity-MODEL")
     sanity.add_argument(
-        "--set", dest="overrides", metavar="PATH=VALUE", nargs="+", action="extend", default=[]
+        "--set",
+        dest="overrides",
+        metavar="PATH=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="typed overrides of both runs, for example train.iterations=10",
     )
     sanity.set_defaults(run=_sanity)
 
     report = commands.add_parser("report", help="compare runs in one HTML file")
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs")
-    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE")
+    report.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html; PNGs are written beside it",
+    )
     report.set_defaults(run=_report)
 
     doctor = commands.add_parser("doctor", help="what is installed, and what is wrong with it")

@@ -58,6 +58,17 @@ def apply(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
         UserError: lists every unknown path, every value of the wrong type and every path that
             is set twice to different values.
     """
+    changed, problems = examine(config, overrides)
+    if problems:
+        raise UserError(problems)
+    return changed
+
+
+def examine(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[Problem]]:
+    """As `apply`, with the good overrides set and the problems of the others returned.
+
+    What the good ones break can then be reported together with the bad ones.
+    """
     problems: list[Problem] = []
     texts: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -78,11 +89,9 @@ def apply(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
                 problems.append(
                     Problem(f"wrong value for {path}", f"--set {override}", repr(text), str(wrong))
                 )
-    if problems:
-        raise UserError(problems)
     for path, value in values.items():
         config = _replace(config, path.split("."), value)
-    return config
+    return config, problems
 
 
 def parse(text: str, kind: Any) -> Any:
@@ -139,7 +148,12 @@ def describe_type(kind: Any) -> str:
     """A type in a user's words."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
-    words = {int: "an integer", float: "a finite number", bool: "true or false", str: "a string"}
+    words = {
+        int: "an integer of 64 bits",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a string",
+    }
     return words.get(kind, "an object")
 
 
@@ -163,6 +177,9 @@ def _check(value: Any, kind: Any) -> Any:
     """`value` as `kind`, or a ValueError that says what was expected."""
     if typing.get_origin(kind) is Literal:
         fits = value in typing.get_args(kind)
+    elif kind is int:
+        # What the engines hold in 64 bits.
+        fits = type(value) is int and abs(value) < 2**63
     elif kind is float:
         # JSON and users write whole numbers without a point; bool is an int in Python.
         fits = isinstance(value, int | float) and not isinstance(value, bool)
@@ -171,7 +188,11 @@ def _check(value: Any, kind: Any) -> Any:
     else:
         fits = type(value) is kind
     if not fits:
-        raise ValueError(describe_type(kind))
+        close = []
+        if typing.get_origin(kind) is Literal:
+            close = nearest(str(value), [str(word) for word in typing.get_args(kind)])
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(describe_type(kind) + hint)
     return value
 
 
@@ -219,6 +240,15 @@ def _set_twice(path: str, first: str, second: str) -> Problem:
     )
 
 
+def _of_near_section(path: str, valid: Sequence[str]) -> list[str]:
+    """Fields of the section that a path's first part looks like, the nearest field first."""
+    section, _, field = path.partition(".")
+    close = nearest(section, sorted({name.partition(".")[0] for name in valid}), count=1)
+    inside = [name for name in valid if close and name.startswith(close[0] + ".")]
+    near = nearest(field, [name.partition(".")[2] for name in inside])
+    return [f"{close[0]}.{name}" for name in near] or inside
+
+
 def _unknown_path(override: str, path: str) -> Problem:
     valid = list(paths())
     inside = [name for name in valid if name.startswith(path + ".")]
@@ -228,8 +258,9 @@ def _unknown_path(override: str, path: str) -> Problem:
         remedy = "it is a section; its fields are " + ", ".join(inside)
     else:
         # A field given without its section is the likeliest slip, a misspelt one the next.
-        same_field = [name for name in valid if name.rpartition(".")[2] == path.rpartition(".")[2]]
-        close = same_field or nearest(path, valid)
+        field = path.rpartition(".")[2]
+        same_field = [name for name in valid if name.rpartition(".")[2] == field]
+        close = same_field or nearest(path, valid) or _of_near_section(path, valid)
         remedy = f"did you mean {' or '.join(close)}?" if close else ""
     return Problem(
         what=f"unknown override path {path!r}",

@@ -29,11 +29,29 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
         resume: ask to continue an earlier run, which this version cannot.
 
     Raises:
-        UserError: when `out` holds something, and `overwrite` is not set or what it holds is
-            not a run; when `resume` is set; when `out` cannot be created.
+        UserError: for `claim_problems`, and when `out` cannot be created.
     """
-    if resume:
+    found = claim_problems(out, overwrite, resume)
+    if found:
+        raise UserError(found)
+    try:
+        if out.is_dir() and any(out.iterdir()):
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as wrong:
         raise UserError(
+            Problem("cannot use the run folder", f"--out {out}", str(wrong), "a writable folder")
+        ) from wrong
+
+
+def claim_problems(out: Path, overwrite: bool = False, resume: bool = False) -> list[Problem]:
+    """Why `claim` would refuse: what `out` holds without `overwrite`, or what is not a run with it.
+
+    Nothing is changed; a dry run asks too.
+    """
+    found = []
+    if resume:
+        found.append(
             Problem(
                 "resuming a run comes with a later version",
                 "--resume",
@@ -43,13 +61,13 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
             )
         )
     try:
-        if out.is_dir() and any(out.iterdir()):
-            _clear(out, overwrite)
-        out.mkdir(parents=True, exist_ok=True)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            found += _occupied(out, overwrite)
     except OSError as wrong:
-        raise UserError(
-            Problem("cannot use the run folder", f"--out {out}", str(wrong), "a writable folder")
-        ) from wrong
+        found.append(
+            Problem("cannot use the run folder", f"--out {out}", str(wrong), "a readable folder")
+        )
+    return found
 
 
 def set_aside(out: Path) -> Path | None:
@@ -78,26 +96,27 @@ def prepare_folder(start: Path) -> Path:
     return start.with_name(start.name + ".prepare")
 
 
-def _clear(out: Path, overwrite: bool) -> None:
+def _occupied(out: Path, overwrite: bool) -> list[Problem]:
     is_run = any((out / name).exists() for name in (CONFIG, METRICS))
+    holds = "a file" if not out.is_dir() else "a folder that is not empty"
     if not overwrite:
-        raise UserError(
+        return [
             Problem(
                 "the run folder exists",
                 f"--out {out}",
-                "an earlier run" if is_run else "a folder that is not empty",
+                "an earlier run" if is_run else holds,
                 "a new or empty folder",
                 "choose another --out, or replace the run with --overwrite" if is_run else "",
             )
+        ]
+    if is_run:
+        return []
+    return [
+        Problem(
+            "--overwrite removes runs only",
+            f"--out {out}",
+            f"a folder without {CONFIG} and {METRICS}" if out.is_dir() else holds,
+            "the folder of an earlier run",
+            "choose another --out",
         )
-    if not is_run:
-        raise UserError(
-            Problem(
-                "--overwrite removes runs only",
-                f"--out {out}",
-                f"a folder without {CONFIG} and {METRICS}",
-                "the folder of an earlier run",
-                "choose another --out",
-            )
-        )
-    shutil.rmtree(out)
+    ]

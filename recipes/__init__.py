@@ -41,45 +41,44 @@ def build(
     Raises:
         UserError: lists an unknown recipe, precision and algorithm and every bad override.
     """
-    problems: list[Problem] = []
-    if name not in RECIPES:
-        problems.append(unknown_name("recipe", "RECIPE", name, list(RECIPES)))
-    # The rest is checked even then: every recipe has the same fields.
-    config = RECIPES.get(name, sanity.tiny_dense)()
-    try:
-        config = change(config, precision, algo, overrides)
-    except UserError as wrong:
-        problems.extend(wrong.problems)
+    config, problems = examine(recipe(name), precision, algo, overrides)
     if problems:
         raise UserError(problems)
     return config
 
 
-def change(
+def recipe(name: str) -> RunConfig:
+    """A recipe as it stands.
+
+    Raises:
+        UserError: for a name that is not in `RECIPES`.
+    """
+    if name not in RECIPES:
+        raise UserError(unknown_name("recipe", "RECIPE", name, list(RECIPES)))
+    return RECIPES[name]()
+
+
+def examine(
     config: RunConfig,
     precision: str | None = None,
     algo: str | None = None,
     overrides: Sequence[str] = (),
-) -> RunConfig:
-    """A configuration with what the user changed, by the arguments of `build`.
+) -> tuple[RunConfig, list[Problem]]:
+    """A configuration with what could be changed of what the user asked, by `build`'s arguments.
 
-    Raises:
-        UserError: lists an unknown precision and algorithm and every bad override.
+    Returns:
+        The changed configuration, and the problems of an unknown precision and algorithm and of
+        every bad override; what they name is left as it was.
     """
     problems: list[Problem] = []
     changes = list(overrides)
-    if precision is not None:
+    if precision is not None and is_precision(precision):
         changes.insert(0, f"precision={precision}")
-        if not is_precision(precision):
-            problems.append(unknown_precision("--precision", precision))
-    if algo is not None:
+    elif precision is not None:
+        problems.append(unknown_precision("--precision", precision))
+    if algo in ALGORITHMS:
         changes.insert(0, f"algo.name={algo}")
-        if algo not in ALGORITHMS:
-            problems.append(unknown_name("algorithm", "--algo", algo, list(ALGORITHMS)))
-    try:
-        config = typed.apply(config, changes)
-    except UserError as wrong:
-        problems.extend(wrong.problems)
-    if problems:
-        raise UserError(problems)
-    return config
+    elif algo is not None:
+        problems.append(unknown_name("algorithm", "--algo", algo, list(ALGORITHMS)))
+    config, wrong = typed.examine(config, changes)
+    return config, [*problems, *wrong]

@@ -63,6 +63,7 @@ def test_help_comes_within_a_second(command: str) -> None:
         ["train", "--help"],
         ["train", "sanity.tiny_dense", "--dryrun"],
         ["train", "sanity.tiny_dens", "--out", "x"],
+        ["train", "sanity.tiny_dense", "--start-from", "/nope", "--dryrun"],
         ["report", "nowhere"],
     ],
 )
@@ -82,6 +83,28 @@ def test_nothing_heavy_is_imported_to_answer(argv: list[str]) -> None:
             ["3 problems", "2 / 3", "parallel.tp_size"],
         ),
         ([], ["no recipe", "sanity.tiny_moe"]),
+        (
+            ["--set", "seed=1", "sanity.tiny_moe"],
+            ["no recipe", "the recipe first: sanity.tiny_moe"],
+        ),
+        (["sanity.tiny_dense", "--set", "tran.x=1"], ["unknown override", "train.iterations"]),
+        (["sanity.tiny_dense", "--set", "loss_scale.initial=author"], ["did you mean authors?"]),
+        (["sanity.tiny_dense", "--set", "train.iterations=2**400"], ["an integer of 64 bits"]),
+        (
+            # Everything at once: options, values, layout, sampling and folders.
+            [
+                "sanity.tiny_dense",
+                "--algo",
+                "POP",
+                "--start-from",
+                "/nope",
+                "--set",
+                "seed=x",
+                "parallel.tp_size=3",
+                "rollout.top_p=0.9",
+            ],
+            ["7 problems", "did you mean PPO?", "seed", "2 / 3", "top_p", "no prepared start"],
+        ),
     ],
 )
 @pytest.mark.parametrize("front", [["-m", "megatron_precision", "train"], ["launch.py"]])
@@ -94,6 +117,20 @@ def test_a_mistake_ends_in_exit_code_2_with_what_would_be_right(
     assert "Traceback" not in done.stderr
     for hint in hints:
         assert hint in done.stderr
+
+
+def test_a_dry_run_refuses_the_folders_that_a_run_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / run_folder.CONFIG).touch()
+    argv = ["train", "sanity.tiny_dense", "--dryrun", "--out", str(tmp_path)]
+    assert cli.main([*argv, "--resume", "--start-from", "/nope"]) == 2
+    shown = capsys.readouterr().err
+    for wrong in ("3 problems", "--overwrite", "later version", "/nope"):
+        assert wrong in shown
+    assert cli.main([*argv, "--overwrite"]) == 0
+    assert f"--out {tmp_path} --overwrite" in capsys.readouterr().out
+    assert (tmp_path / run_folder.CONFIG).exists()
 
 
 def test_a_layout_of_two_needs_torchrun_and_says_what_to_type() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -113,8 +113,7 @@ class Actor:
         pieces = []
         for name, parameter in self.model.module.named_parameters():
             for piece in megatron_pieces(name, tuple(parameter.shape), self._run.model, at):
-                spans = tuple(slice(begin, end) for begin, end in piece.index)
-                pieces.append((piece, parameter.data.view(piece.view)[spans]))
+                pieces.append((piece, parameter.data.view(piece.view)[piece.spans]))
         return pieces
 
     @torch.no_grad()
@@ -128,11 +127,7 @@ class Actor:
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 parameter.zero_()
         for piece, view in self.weight_pieces():
-            box = tuple(
-                slice(start, start + size)
-                for start, size in zip(piece.start, piece.shape, strict=True)
-            )
-            view.copy_(tensors[piece.hf_name][box].reshape(view.shape))
+            view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
         self.optimizer.reload_main_params()
 
     # ---- passes --------------------------------------------------------------------------
@@ -282,15 +277,7 @@ class Actor:
                 f"the loss is {result.loss} in {self.policy.params}, which has the range of fp32: "
                 "look at the weights and at the learning rate"
             )
-        outcome = self.optimizer.step()
-        return StepResult(
-            outcome,
-            result.loss,
-            result.finite_forward,
-            result.sums,
-            result.maxima,
-            result.logprobs,
-        )
+        return replace(result, outcome=self.optimizer.step())
 
     def gradients_are_finite(self) -> bool:
         """Whether this rank's accumulated gradients hold no inf or nan."""
@@ -314,11 +301,7 @@ class Actor:
 
     def _share(self, rows: torch.Tensor) -> None:
         """Sum each row from the one rank that computed it; in place, on every rank."""
-        owner = (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.is_pipeline_last_stage()
-        )
-        if not owner:
+        if not _owns_losses():
             rows.zero_()
         dist.all_reduce(rows)
 
@@ -326,11 +309,7 @@ class Actor:
         self, losses: list[torch.Tensor], sums: dict[str, float], maxima: dict[str, float]
     ) -> tuple[float, dict[str, float], dict[str, float]]:
         """Add up over the data-parallel ranks of the last stage, and tell every rank."""
-        owner = (
-            parallel_state.get_tensor_model_parallel_rank() == 0
-            and parallel_state.is_pipeline_last_stage()
-        )
-        local = (float(torch.stack(losses).sum()), sums, maxima) if owner else None
+        local = (float(torch.stack(losses).sum()), sums, maxima) if _owns_losses() else None
         everyone: list[tuple[float, dict[str, float], dict[str, float]] | None]
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, local)
@@ -340,3 +319,11 @@ class Actor:
             {name: sum(part[1][name] for part in parts) for name in parts[0][1]},
             {name: max(part[2][name] for part in parts) for name in parts[0][2]},
         )
+
+
+def _owns_losses() -> bool:
+    """Whether this rank speaks for its data-parallel replica: its peers hold the same losses."""
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.is_pipeline_last_stage()
+    )

@@ -51,6 +51,7 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
     files.mkdir(parents=True, exist_ok=True)
     page = _template().render(
         title=_title(runs),
+        recipes=_recipes(runs),
         runs=runs,
         config=_first_config(runs),
         warnings=_warnings(runs),
@@ -70,12 +71,14 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
 
 
 def final_table(run_dirs: list[Path]) -> str:
-    """The figures of some runs as a plain text table, for the end of a job.
+    """The figures of some runs as a plain text table with its warnings, for the end of a job.
 
     Raises:
         UserError: as `write_report` does.
     """
-    return figures.text_table(figures.final_figures(load_runs(run_dirs)))
+    runs = load_runs(run_dirs)
+    warnings = [f"warning: {warning}" for warning in _warnings(runs)]
+    return "\n".join([figures.text_table(figures.final_figures(runs)), *warnings])
 
 
 def _template() -> jinja2.Template:
@@ -88,6 +91,10 @@ def _template() -> jinja2.Template:
 def _title(runs: list[RunData]) -> str:
     labels = [run.label for run in runs]
     return " against ".join(labels) if len(labels) <= 2 else f"{len(labels)} runs"
+
+
+def _recipes(runs: list[RunData]) -> str:
+    return ", ".join(dict.fromkeys(run.config["recipe"] for run in runs if "recipe" in run.config))
 
 
 def _first_config(runs: list[RunData]) -> dict[str, Any]:

@@ -9,11 +9,17 @@ Hooks on the trainer's layers record, for the micro-batch that is being watched,
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from megatron_precision.precision.dtypes import FP16_SMALLEST_NORMAL
+
+
+def larger_or_nan(so_far: float, value: float) -> float:
+    """The larger of two, or nan where either is: max() drops a nan, which must not be dropped."""
+    return math.nan if math.isnan(so_far) or math.isnan(value) else max(so_far, value)
 
 
 class RangeWatch:
@@ -50,8 +56,7 @@ class RangeWatch:
     def _record_activation(self, activation: torch.Tensor) -> None:
         if activation.numel():
             largest = float(activation.detach().abs().amax())
-            # max() would drop a nan; a nan activation is exactly what must not be dropped.
-            self.act_max = largest if largest != largest else max(self.act_max, largest)
+            self.act_max = larger_or_nan(self.act_max, largest)
 
     def _watch_input(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.active:

@@ -17,6 +17,7 @@ import torch
 
 from megatron_precision.config import RunConfig
 from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.weights.qwen3 import ShardCoordinates
 
@@ -199,9 +200,7 @@ class VllmEngine:
 
         def record(tensor: torch.Tensor) -> None:
             if tensor.numel():
-                largest = float(tensor.abs().amax())
-                # max() would drop a nan; a nan activation is exactly what must not be dropped.
-                self._act_max = largest if largest != largest else max(self._act_max, largest)
+                self._act_max = larger_or_nan(self._act_max, float(tensor.abs().amax()))
 
         for name, module in self.model.named_modules():
             leaf = name.rpartition(".")[2]

@@ -20,6 +20,7 @@ from megatron_precision.observe.metrics import MetricsWriter
 from megatron_precision.observe.sinks import make_sinks
 from megatron_precision.platform import startup
 from megatron_precision.precision.overflow import calibrate, classify
+from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rl.advantages import group_mean_centred, zero_variance_share
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.mismatch import mismatch_stats
@@ -248,7 +249,7 @@ class Trainer:
 
     def _watch_trainer_range(self) -> None:
         watch = self.actor.range_watch
-        self._trainer_act_max = max(self._trainer_act_max, watch.act_max)
+        self._trainer_act_max = larger_or_nan(self._trainer_act_max, watch.act_max)
         self._last_subnormal_share = watch.grad_subnormal_share
         self._subnormal_shares.append(watch.grad_subnormal_share)
 
@@ -274,6 +275,7 @@ class Trainer:
         shares = self._subnormal_shares
         engine_act_max = self.session.engine.take_act_max()
         ranges = torch.tensor([self._trainer_act_max, engine_act_max, peak_memory_gib()])
+        ranges.nan_to_num_(nan=float("inf"), posinf=float("inf"))  # a maximum can drop a nan
         dist.all_reduce(ranges, op=dist.ReduceOp.MAX)
         self._iteration |= {
             "precision/act_max_trainer": float(ranges[0]),

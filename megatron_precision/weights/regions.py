@@ -52,6 +52,16 @@ class Piece:
         """Elements in the piece."""
         return math.prod(self.shape)
 
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """Indexes the Hugging Face tensor; the result has `shape`."""
+        return tuple(slice(a, a + n) for a, n in zip(self.start, self.shape, strict=True))
+
+    @property
+    def spans(self) -> tuple[slice, ...]:
+        """Indexes the parameter viewed as `view`."""
+        return tuple(slice(begin, end) for begin, end in self.index)
+
 
 def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Piece:
     """A parameter that is one whole Hugging Face tensor (norms, the router)."""

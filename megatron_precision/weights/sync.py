@@ -86,8 +86,8 @@ class TensorGather:
                 if not first:
                     continue
                 owned.add((piece.hf_name, piece.start))
-                box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-                slots.append(_Slot(piece.hf_name, box, piece.shape, offset, offset + piece.numel))
+                end = offset + piece.numel
+                slots.append(_Slot(piece.hf_name, piece.box, piece.shape, offset, end))
                 offset += piece.numel
             self._slots.append(slots)
         longest = max(slots[-1].end if slots else 0 for slots in self._slots)

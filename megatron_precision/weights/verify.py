@@ -75,10 +75,8 @@ def expected_parameter(
     # Padding rows are zero on both sides; a rank may hold nothing else.
     expected = torch.zeros(shape, dtype=next(iter(tensors.values())).dtype)
     for piece in vllm_pieces(name, shape, model, at):
-        box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-        spans = tuple(slice(begin, end) for begin, end in piece.index)
-        view = expected.view(piece.view)[spans]
-        view.copy_(tensors[piece.hf_name][box].reshape(view.shape))
+        view = expected.view(piece.view)[piece.spans]
+        view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
     return expected
 
 
