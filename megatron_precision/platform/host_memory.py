@@ -1,8 +1,13 @@
-"""Keep the C heap: a CPU step frees and asks for the same large activations again and again.
+"""Memory of a CPU process: a heap that is kept, and kernel caches that end.
 
-By default glibc hands every block of some megabytes back to the kernel when it is freed, and the
-next one is paid for page by page: a fifth of a tiny model's step. Both settings are of this
-process alone and change no number.
+A CPU step frees and asks for the same large activations again and again. By default glibc hands every block of some megabytes back to the kernel when it is freed, and the
+next one is paid for page by page: a fifth of a tiny model's step.
+
+oneDNN keeps a compiled kernel for every shape it has met, up to 1024 in each of two caches. The
+experts of an MoE model meet new shapes in every micro-batch, and memory grew by 35 MiB an
+iteration (PyTorch 2.13, BF16).
+
+All settings are of this process alone and change no number.
 """
 
 from __future__ import annotations
@@ -13,6 +18,15 @@ import os
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _NEVER = 2**31 - 1
+
+
+def bound_kernel_caches(kernels: int = 128) -> None:
+    """Keep the last `kernels` of oneDNN and of PyTorch's binding to it; call before torch's import.
+
+    What the user has set stays. 128 hold every shape of a dense model's step.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(kernels))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", str(kernels))
 
 
 def keep_freed_blocks() -> bool:

@@ -8,7 +8,7 @@ import sys
 import warnings
 from importlib import metadata
 
-from megatron_precision.platform import process
+from megatron_precision.platform import host_memory, process
 
 
 def start(seed: int) -> None:
@@ -18,6 +18,7 @@ def start(seed: int) -> None:
         UpstreamChangedError: where an upstream name that the CPU platform patches has gone.
     """
     process.adopt_job()
+    host_memory.bound_kernel_caches()
     _quieten()
     import numpy as np
     import torch
@@ -26,7 +27,7 @@ def start(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if not torch.cuda.is_available():
-        from megatron_precision.platform import cpu, host_memory
+        from megatron_precision.platform import cpu
 
         host_memory.keep_freed_blocks()
         cpu.apply_megatron_patches()
