@@ -1,7 +1,8 @@
 """Memory of a CPU process: a heap that is kept, and kernel caches that end.
 
-A CPU step frees and asks for the same large activations again and again. By default glibc hands every block of some megabytes back to the kernel when it is freed, and the
-next one is paid for page by page: a fifth of a tiny model's step.
+A CPU step frees and asks for the same large activations again and again. By default glibc hands
+every block of some megabytes back to the kernel when it is freed, and the next one is paid for
+page by page: a fifth of a tiny model's step.
 
 oneDNN keeps a compiled kernel for every shape it has met, up to 1024 in each of two caches. The
 experts of an MoE model meet new shapes in every micro-batch, and memory grew by 35 MiB an
