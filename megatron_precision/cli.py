@@ -98,10 +98,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     try:
         config, found = recipes.examine(_chosen(args), args.precision, args.algo, overrides)
     except UserError as wrong:
-        # Without a configuration, mistakes in the options alone can still be told.
-        some = recipes.RECIPES["sanity.tiny_dense"]()
-        _, found = recipes.examine(some, args.precision, args.algo, overrides)
-        raise UserError([*wrong.problems, *found, *problems]) from None
+        wrong = recipes.with_all_problems(wrong, args.precision, args.algo, overrides)
+        raise UserError([*wrong.problems, *problems]) from None
     problems = [*found, *validation.problems(config), *problems]
     if problems:
         raise UserError(problems)

@@ -24,10 +24,11 @@ class ModelConfig:
 
     A dense model has `num_experts == 0`; an MoE model has experts in every layer. The default is
     a model that learns the arithmetic task within a minute: with a large model's initial weights
-    (0.02) and rotary base (10000) it needed about twice the steps.
+    (0.02) and rotary base (10000) it needed about twice the steps. A `rope_scaling_factor` other
+    than 1 is Llama 3's scaling of the rotary frequencies.
     """
 
-    model_type: Literal["qwen3", "qwen3_moe"] = "qwen3"
+    model_type: Literal["qwen3", "qwen3_moe", "qwen2", "llama"] = "qwen3"
     vocab_size: int = 32
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -36,6 +37,7 @@ class ModelConfig:
     num_key_value_heads: int = 2
     head_dim: int = 32
     rope_theta: float = 500.0
+    rope_scaling_factor: float = 1.0
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     initializer_range: float = 0.06

@@ -15,6 +15,7 @@ from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.precision.policy import DTYPES, policy
 from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.weights.architectures import ARCHITECTURES
 
 # Tokens in one KV cache block of vLLM's CPU build, the largest of the platforms we run on.
 KV_BLOCK_TOKENS = 128
@@ -102,7 +103,8 @@ _AT_LEAST_ZERO = (
     "eval.temperature",
 )  # fmt: skip
 _ABOVE_ZERO = (
-    "model.rope_theta", "model.rms_norm_eps", "model.initializer_range",
+    "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",
+    "model.initializer_range",
     "warm_start.learning_rate",
     "optimizer.learning_rate", "optimizer.eps", "rollout.temperature",
     "algo.clip_low", "algo.clip_high", "algo.log_weight_clamp",
@@ -211,12 +213,12 @@ def _trainer_layout(config: RunConfig) -> Iterator[Problem]:
 
 def _expert_layout(config: RunConfig) -> Iterator[Problem]:
     layout, model = config.parallel, config.model
-    if (model.model_type == "qwen3_moe") != (model.num_experts > 0):
+    if ARCHITECTURES[model.model_type].experts != (model.num_experts > 0):
         yield Problem(
             what="the architecture and the number of experts disagree",
             where="model.model_type, model.num_experts",
             got=f"{model.model_type} with {model.num_experts} experts",
-            expected="qwen3_moe with experts, or qwen3 with none",
+            expected="qwen3_moe with experts, or a dense architecture with none",
         )
     elif model.num_experts:
         yield from _experts(config)

@@ -41,10 +41,23 @@ def build(
     Raises:
         UserError: lists an unknown recipe, precision and algorithm and every bad override.
     """
-    config, problems = examine(recipe(name), precision, algo, overrides)
+    try:
+        base = recipe(name)
+    except UserError as wrong:
+        raise with_all_problems(wrong, precision, algo, overrides) from None
+    config, problems = examine(base, precision, algo, overrides)
     if problems:
         raise UserError(problems)
     return config
+
+
+def with_all_problems(
+    wrong: UserError, precision: str | None, algo: str | None, overrides: Sequence[str]
+) -> UserError:
+    """`wrong`, and what can be told of the options without the configuration they change."""
+    # Every recipe has the same fields.
+    _, found = examine(sanity.tiny_dense(), precision, algo, overrides)
+    return UserError([*wrong.problems, *found])
 
 
 def recipe(name: str) -> RunConfig:

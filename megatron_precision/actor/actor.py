@@ -28,7 +28,7 @@ from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
 from megatron_precision.precision.range_watch import RangeWatch
-from megatron_precision.weights.qwen3 import megatron_pieces
+from megatron_precision.weights.megatron_layout import megatron_pieces
 from megatron_precision.weights.regions import Piece
 
 

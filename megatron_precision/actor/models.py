@@ -12,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
@@ -22,9 +23,16 @@ from megatron_precision.actor.norm import RMSNorm
 from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import PrecisionPolicy
+from megatron_precision.weights.architectures import architecture
 
 # The vocabulary is padded so that every tensor-parallel rank holds the same, even number of rows.
 VOCAB_MULTIPLE = 8
+
+
+# Checkpoints use the names of Transformer Engine's layer spec, which fuses a norm into the linear
+# layer after it; with experts the norm before them stands alone there too.
+_CHECKPOINT_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
@@ -36,7 +44,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, policy: PrecisionPolicy
 ) -> TransformerConfig:
-    """Megatron's config of a Qwen3 model. Fusions are off: they differ by platform and dtype."""
+    """Megatron's config of a model. Fusions are off: they differ by platform and dtype."""
     dtype = torch_dtype(policy.params)
     moe = (
         {
@@ -64,11 +72,11 @@ def transformer_config(
         normalization="RMSNorm",
         layernorm_epsilon=model.rms_norm_eps,
         init_method_std=model.initializer_range,
-        qk_layernorm=True,
+        qk_layernorm=architecture(model).qk_norm,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=architecture(model).qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
@@ -101,6 +109,7 @@ def transformer_config(
 def layer_spec(model: ModelConfig) -> ModuleSpec:
     """Megatron's own modules with an RMSNorm that knows sequence parallelism."""
     backend = LocalSpecProvider()
+    head_norm = RMSNorm if architecture(model).qk_norm else IdentityOp
     mlp = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=model.num_experts or None, moe_grouped_gemm=False
     )
@@ -115,14 +124,15 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
                     linear_qkv=backend.column_parallel_linear(),
                     core_attention=backend.core_attention(),
                     linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=_CHECKPOINT_NAMES | ({} if model.num_experts else _DENSE),
         ),
     )
 
@@ -147,4 +157,6 @@ def build_model(
         share_embeddings_and_output_weights=model.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=int(model.rope_theta),
+        rope_scaling=model.rope_scaling_factor != 1.0,
+        rope_scaling_factor=model.rope_scaling_factor,
     )

@@ -19,7 +19,7 @@ from megatron_precision.config import RunConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
-from megatron_precision.weights.qwen3 import ShardCoordinates
+from megatron_precision.weights.megatron_layout import ShardCoordinates
 
 
 class VllmEngine:

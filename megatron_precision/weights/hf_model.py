@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_precision.config import ModelConfig
-from megatron_precision.weights.qwen3 import hf_config
+from megatron_precision.weights.hf_config import hf_config
 
 
 def build_hf_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -85,10 +85,18 @@ def rows(
     local: Span,
     hf_start: int,
 ) -> Piece:
-    """Rows `local` of a parameter are rows of a Hugging Face tensor, from row `hf_start` on."""
-    count = local[1] - local[0]
+    """Rows `local` of a parameter are rows of a Hugging Face tensor, from row `hf_start` on.
+
+    Rows have any number of dimensions; those of a bias have none.
+    """
+    inner = shape[1:]
     return Piece(
-        hf_name, (hf_start, 0), (count, shape[1]), parameter, shape, (local, (0, shape[1]))
+        hf_name,
+        (hf_start, *(0 for _ in inner)),
+        (local[1] - local[0], *inner),
+        parameter,
+        shape,
+        (local, *((0, n) for n in inner)),
     )
 
 

@@ -20,7 +20,7 @@ from megatron_precision.actor.actor import Actor
 from megatron_precision.config import ModelConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.rollout.vllm_engine import VllmEngine
-from megatron_precision.weights.qwen3 import hf_shapes
+from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.regions import Piece, uncovered
 from megatron_precision.weights.verify import verify_engine
 

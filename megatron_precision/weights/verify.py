@@ -17,7 +17,8 @@ import torch
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.rollout.vllm_engine import VllmEngine
-from megatron_precision.weights.qwen3 import ShardCoordinates, vllm_pieces
+from megatron_precision.weights.megatron_layout import ShardCoordinates
+from megatron_precision.weights.vllm_layout import vllm_pieces
 
 
 def verify_engine(

@@ -38,6 +38,10 @@ EP2 = ParallelConfig(2, 1, 1, 2)
 TP2_EP2_SP = ParallelConfig(2, 2, 1, 2, sequence_parallel=True)
 TP2_ETP2_SP = ParallelConfig(2, 2, 1, 1, 2, sequence_parallel=True)
 
+QWEN2 = dataclasses.replace(DENSE, model_type="qwen2")
+# A base that is large enough for Llama 3's scaling to reach some of the frequencies.
+LLAMA = dataclasses.replace(TIED, model_type="llama", rope_theta=500000.0, rope_scaling_factor=8.0)
+
 # name: (model, layout, sequences, micro-batch size, temperature)
 Layout = tuple[ModelConfig, ParallelConfig, int, int, float]
 ONE_RANK: dict[str, Layout] = {
@@ -55,6 +59,8 @@ TWO_RANKS: dict[str, Layout] = {
     "dense PP2": (DENSE, PP2, 7, 3, 1.0),
     "dense PP2, tied embeddings": (TIED, PP2, 6, 2, 1.0),
     "dense DP2, uneven micro-batches": (DENSE, DP2, 10, 3, 1.0),
+    "Qwen2 TP2": (QWEN2, TP2, 6, 2, 1.0),
+    "Llama TP2 SP, tied embeddings": (LLAMA, TP2_SP, 6, 2, 1.0),
     "MoE EP2": (MOE, EP2, 10, 3, 1.0),
     "MoE TP2 EP2 SP": (MOE, TP2_EP2_SP, 6, 2, 1.0),
     "MoE TP2 ETP2 SP": (MOE, TP2_ETP2_SP, 6, 2, 1.0),

@@ -15,7 +15,7 @@ from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.parallel import divide_world, open_world
 from megatron_precision.config import RunConfig
 from megatron_precision.platform.startup import start
-from megatron_precision.weights.qwen3 import hf_shapes
+from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.sync import TensorGather
 
 

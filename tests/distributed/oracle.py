@@ -14,7 +14,7 @@ import transformers
 
 from megatron_precision.actor.batch import Batch, make_batch
 from megatron_precision.config import ModelConfig
-from megatron_precision.weights.qwen3 import hf_config
+from megatron_precision.weights.hf_config import hf_config
 
 # No two sizes are equal, and the vocabulary is odd, so that a transposed or padded one shows.
 DENSE = ModelConfig(

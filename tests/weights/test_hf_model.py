@@ -11,8 +11,8 @@ import transformers
 from oracle import DENSE, MOE, checkpoint, random_hf_model
 
 from megatron_precision.config import ModelConfig
+from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_model import build_hf_model, read_checkpoint, write_checkpoint
-from megatron_precision.weights.qwen3 import hf_shapes
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 MODELS = {"dense": DENSE, "tied": TIED, "MoE": MOE}

@@ -6,7 +6,8 @@ that they are the engines' own is proven by the tests that run the engines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,15 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_precision.config import ModelConfig
-from megatron_precision.weights.qwen3 import (
-    ShardCoordinates,
-    hf_shapes,
-    megatron_pieces,
-    vllm_pieces,
-)
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
 from megatron_precision.weights.regions import Piece, uncovered
+from megatron_precision.weights.vllm_layout import vllm_pieces
 
 Shapes = dict[str, tuple[int, ...]]
+DENSE = ("qwen3", "qwen2", "llama")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def trainers(draw: st.DrawFn) -> tuple[ModelConfig, Layout]:
     groups, per_group = tp * draw(st.integers(1, 3)), draw(st.integers(1, 3))
     moe = draw(st.booleans())
     model = ModelConfig(
-        model_type="qwen3_moe" if moe else "qwen3",
+        model_type="qwen3_moe" if moe else draw(st.sampled_from(DENSE)),
         vocab_size=draw(st.integers(3, 60)),
         hidden_size=draw(st.integers(2, 7)),
         intermediate_size=tp * draw(st.integers(1, 5)),
@@ -63,6 +62,28 @@ def padded(vocab_size: int, multiple: int) -> int:
     return -(-vocab_size // multiple) * multiple
 
 
+def attention_extras(model: ModelConfig, norms: Sequence[str], fused: str, rows: int) -> Shapes:
+    """What some architectures have and others have not."""
+    if model.model_type == "qwen2":
+        return {f"{fused}.bias": (rows,)}
+    if model.model_type == "llama":
+        return {}
+    return {f"{norm}.weight": (model.head_dim,) for norm in norms}
+
+
+def in_transformer_engines_names(shapes: Shapes) -> Shapes:
+    """The same parameters as Transformer Engine's layer spec names them, by hand."""
+    named: Shapes = {}
+    for name, shape in shapes.items():
+        moe = any(".mlp.router." in other for other in shapes)
+        name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+        if not moe:
+            name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        name = re.sub(r"local_experts\.(\d+)\.(linear_fc\d)\.weight", r"\2.weight\1", name)
+        named[name] = shape
+    return named
+
+
 def megatron_shapes(model: ModelConfig, layout: Layout, pp_rank: int) -> Shapes:
     """`named_parameters()` of Megatron's GPTModel with the local layer spec, by hand."""
     hidden, d, tp = model.hidden_size, model.head_dim, layout.tp
@@ -79,10 +100,11 @@ def megatron_shapes(model: ModelConfig, layout: Layout, pp_rank: int) -> Shapes:
             f"{at}.input_layernorm.weight": (hidden,),
             f"{at}.self_attention.linear_qkv.weight": ((heads + 2 * groups) * d, hidden),
             f"{at}.self_attention.linear_proj.weight": (hidden, heads * d),
-            f"{at}.self_attention.q_layernorm.weight": (d,),
-            f"{at}.self_attention.k_layernorm.weight": (d,),
             f"{at}.pre_mlp_layernorm.weight": (hidden,),
         }
+        norms = [f"{at}.self_attention.{n}_layernorm" for n in "qk"]
+        fused = f"{at}.self_attention.linear_qkv"
+        shapes |= attention_extras(model, norms, fused, (heads + 2 * groups) * d)
         if not model.num_experts:
             inner = model.intermediate_size // tp
             shapes[f"{at}.mlp.linear_fc1.weight"] = (2 * inner, hidden)
@@ -132,14 +154,6 @@ def numbered(model: ModelConfig) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def box(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-
-
-def spans(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(begin, end) for begin, end in piece.index)
-
-
 Table = Callable[[str, tuple[int, ...], ModelConfig, ShardCoordinates], list[Piece]]
 Ranks = list[tuple[Shapes, ShardCoordinates]]
 
@@ -165,16 +179,16 @@ def assert_round_trip(table: Table, model: ModelConfig, ranks: Ranks) -> None:
             local = torch.zeros(shape, dtype=torch.int64)
             written = torch.zeros(shape, dtype=torch.int64)
             for piece in table(name, shape, model, at):
-                view = local.view(piece.view)[spans(piece)]
-                view.copy_(source[piece.hf_name][box(piece)].reshape(view.shape))
-                written.view(piece.view)[spans(piece)] += 1
+                view = local.view(piece.view)[piece.spans]
+                view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
+                written.view(piece.view)[piece.spans] += 1
             # Only padded rows of the vocabulary may stay unwritten, nothing is written twice.
             assert written.max() <= 1
             if "embed" not in name and name not in ("output_layer.weight", "lm_head.weight"):
                 assert (written == 1).all(), name
             for piece in table(name, shape, model, at):
-                values = local.view(piece.view)[spans(piece)].reshape(piece.shape)
-                back[piece.hf_name][box(piece)] = values
+                values = local.view(piece.view)[piece.spans].reshape(piece.shape)
+                back[piece.hf_name][piece.box] = values
     for name, tensor in source.items():
         assert torch.equal(back[name], tensor), name
 
@@ -193,6 +207,14 @@ def test_megatron_pieces_scatter_and_gather_to_the_identity(
     assert_round_trip(megatron_pieces, made[0], list(trainer_ranks(*made)))
 
 
+@given(trainers())
+@settings(max_examples=20, deadline=None)
+def test_transformer_engines_names_hold_the_same_pieces(made: tuple[ModelConfig, Layout]) -> None:
+    ranks = [(in_transformer_engines_names(shapes), at) for shapes, at in trainer_ranks(*made)]
+    assert_covered_once(megatron_pieces, made[0], ranks)
+    assert_round_trip(megatron_pieces, made[0], ranks)
+
+
 @st.composite
 def engines(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     """A model and an engine's tensor-parallel size; ranks may outnumber KV heads."""
@@ -201,7 +223,7 @@ def engines(draw: st.DrawFn) -> tuple[ModelConfig, int]:
     per_group = draw(st.integers(1, 3).filter(lambda n: kv_heads * n % tp == 0))
     moe = draw(st.booleans())
     model = ModelConfig(
-        model_type="qwen3_moe" if moe else "qwen3",
+        model_type="qwen3_moe" if moe else draw(st.sampled_from(DENSE)),
         vocab_size=draw(st.integers(3, 150)),
         hidden_size=draw(st.integers(2, 7)),
         intermediate_size=tp * draw(st.integers(1, 5)),
@@ -218,7 +240,7 @@ def engines(draw: st.DrawFn) -> tuple[ModelConfig, int]:
 
 
 def vllm_shapes(model: ModelConfig, tp: int) -> Shapes:
-    """Parameters of vLLM's Qwen3 and Qwen3-MoE in loader layout, by hand."""
+    """Parameters of vLLM's models in loader layout, by hand."""
     hidden, d = model.hidden_size, model.head_dim
     vocabulary = (padded(model.vocab_size, 64) // tp, hidden)
     heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
@@ -235,9 +257,10 @@ def vllm_shapes(model: ModelConfig, tp: int) -> Shapes:
             f"{at}.post_attention_layernorm.weight": (hidden,),
             f"{at}.self_attn.qkv_proj.weight": ((heads + 2 * kv_heads) * d, hidden),
             f"{at}.self_attn.o_proj.weight": (hidden, heads * d),
-            f"{at}.self_attn.q_norm.weight": (d,),
-            f"{at}.self_attn.k_norm.weight": (d,),
         }
+        norms = [f"{at}.self_attn.{n}_norm" for n in "qk"]
+        rows = (heads + 2 * kv_heads) * d
+        shapes |= attention_extras(model, norms, f"{at}.self_attn.qkv_proj", rows)
         if model.num_experts:
             inner = model.moe_intermediate_size // tp
             experts = f"{at}.mlp.experts.routed_experts"
@@ -286,8 +309,8 @@ def test_megatron_interleaves_queries_keys_and_values_per_group() -> None:
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     at = ShardCoordinates(tp_rank=1, tp_size=2)
     for piece in megatron_pieces(name, (16, 3), model, at):
-        view = local.view(piece.view)[spans(piece)]
-        view.copy_(source[piece.hf_name][box(piece)].reshape(view.shape))
+        view = local.view(piece.view)[piece.spans]
+        view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
     assert torch.equal(local, by_hand)
 
 

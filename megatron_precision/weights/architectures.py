@@ -1,0 +1,89 @@
+"""Architectures by Hugging Face's `model_type`: what each has, and which tensors make it.
+
+One row of `ARCHITECTURES` says what an architecture has. The actor's model, the weight sync and
+the checkpoint converter all read it here; no other table of tensors exists. `hf_config.py` reads
+a checkpoint's own `config.json` into a `ModelConfig`, and refuses what these rows do not say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_precision.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What sets a decoder apart from the others.
+
+    All of them have RMSNorm before attention and MLP, rotary embeddings, grouped-query attention
+    and a gated SiLU MLP without biases.
+
+    Attributes:
+        hf_class: the name in `architectures` of a checkpoint's `config.json`.
+        qk_norm: an RMSNorm over each head of the queries and keys.
+        qkv_bias: biases of the query, key and value projections.
+        experts: the MLP of every layer is a mixture of experts with a linear router.
+    """
+
+    hf_class: str
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    experts: bool = False
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True),
+    "qwen3_moe": Architecture("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
+    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True),
+    "llama": Architecture("LlamaForCausalLM"),
+}
+
+
+def architecture(model: ModelConfig) -> Architecture:
+    """The row of a model."""
+    return ARCHITECTURES[model.model_type]
+
+
+def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the Hugging Face checkpoint, with its shape."""
+    hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
+    q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (model.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not model.tie_word_embeddings:
+        shapes["lm_head.weight"] = (model.vocab_size, hidden)
+    for i in range(model.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {
+            f"{layer}.input_layernorm.weight": (hidden,),
+            f"{layer}.post_attention_layernorm.weight": (hidden,),
+            f"{layer}.self_attn.q_proj.weight": (q, hidden),
+            f"{layer}.self_attn.k_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.v_proj.weight": (kv, hidden),
+            f"{layer}.self_attn.o_proj.weight": (hidden, q),
+        }
+        if has.qkv_bias:
+            biases = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+            shapes |= {f"{layer}.self_attn.{n}.bias": (size,) for n, size in biases.items()}
+        if has.qk_norm:
+            shapes |= {f"{layer}.self_attn.{n}.weight": (d,) for n in ("q_norm", "k_norm")}
+        if not has.experts:
+            shapes |= _mlp_shapes(f"{layer}.mlp", model.intermediate_size, hidden)
+            continue
+        shapes[f"{layer}.mlp.gate.weight"] = (model.num_experts, hidden)
+        for expert in range(model.num_experts):
+            shapes |= _mlp_shapes(
+                f"{layer}.mlp.experts.{expert}", model.moe_intermediate_size, hidden
+            )
+    return shapes
+
+
+def _mlp_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{prefix}.gate_proj.weight": (inner, hidden),
+        f"{prefix}.up_proj.weight": (inner, hidden),
+        f"{prefix}.down_proj.weight": (hidden, inner),
+    }

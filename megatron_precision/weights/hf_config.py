@@ -1,0 +1,219 @@
+"""A checkpoint's `config.json`, both ways, and never by a guess.
+
+Every field of a known architecture is either read into a `ModelConfig`, required to have the one
+value that Megatron's model here implements, or known to say nothing about the weights. A field
+that is none of these is an error that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.errors import Problem, UserError, unknown_name
+from megatron_precision.weights.architectures import ARCHITECTURES, architecture
+
+# Megatron Core's scaled rotary embedding has these constants written in, and the factor free.
+LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def hf_config(model: ModelConfig, dtype: str) -> dict[str, object]:
+    """The `config.json` of the model, as transformers and vLLM read it.
+
+    Args:
+        dtype: torch's name of the stored dtype, for example `float32`.
+    """
+    config: dict[str, object] = {
+        "architectures": [architecture(model).hf_class],
+        "model_type": model.model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_hidden_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.rms_norm_eps,
+        "rope_theta": model.rope_theta,
+        "tie_word_embeddings": model.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+    }
+    # Qwen2 has its biases without saying so.
+    if model.model_type != "qwen2":
+        config["attention_bias"] = False
+    if model.rope_scaling_factor != 1.0:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling_factor,
+            **LLAMA3_SCALING,
+        }
+    if model.num_experts:
+        config |= {
+            "num_experts": model.num_experts,
+            "num_experts_per_tok": model.num_experts_per_tok,
+            "moe_intermediate_size": model.moe_intermediate_size,
+            "norm_topk_prob": model.norm_topk_prob,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "output_router_logits": False,
+            "router_aux_loss_coef": 0.0,
+        }
+    return config
+
+
+# Fields that say nothing about what the weights compute.
+_IGNORED = frozenset(
+    {
+        "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "use_cache",
+        "transformers_version", "transformers.js_config", "bos_token_id", "eos_token_id",
+        "pad_token_id", "attention_dropout", "initializer_range", "is_llama_config",
+        "output_router_logits", "router_aux_loss_coef", "max_window_layers", "num_experts_per_tok",
+        "norm_topk_prob",
+    }
+)  # fmt: skip
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+_EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_OPTIONAL = frozenset(
+    {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
+     "rms_norm_eps", "tie_word_embeddings", "sliding_window", "layer_types"}
+)  # fmt: skip
+# The one value of each that Megatron's model here implements.
+_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_act": (lambda v: v == "silu", "silu"),
+    "attention_bias": (lambda v: v is False, "false"),
+    "mlp_bias": (lambda v: v is False, "false"),
+    "use_sliding_window": (lambda v: v is False, "false"),
+    "use_mrope": (lambda v: v is False, "false"),
+    "rope_interleaved": (lambda v: v is False, "false"),
+    "pretraining_tp": (lambda v: v == 1, "1"),
+    "decoder_sparse_step": (lambda v: v == 1, "1: experts in every layer"),
+    "mlp_only_layers": (lambda v: v == [], "[]: experts in every layer"),
+}
+
+
+def read_model(path: Path) -> ModelConfig:
+    """The model of a `config.json`.
+
+    Raises:
+        UserError: where the file cannot be read, or `model_from_hf` refuses what it says.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as wrong:
+        raise UserError(
+            Problem("cannot read the model's configuration", str(path), str(wrong), "JSON")
+        ) from wrong
+    return model_from_hf(values, str(path))
+
+
+def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The model that a `config.json` describes, by transformers 4's names or 5's.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        UserError: lists an unknown architecture, or every field that is missing, has no meaning
+            here, or has a value that is not implemented.
+    """
+    values = _by_one_name(values)
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            unknown_name("architecture", f"{where}: model_type", str(kind), list(ARCHITECTURES))
+        )
+    problems = list(_config_problems(values, where))
+    if problems:
+        raise UserError(problems)
+    rope = _rope(values)
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    experts = ARCHITECTURES[kind].experts
+    return ModelConfig(
+        model_type=kind,
+        **{name: values[name] for name in _SIZES},
+        num_key_value_heads=values.get("num_key_value_heads") or heads,
+        head_dim=values.get("head_dim") or hidden // heads,
+        rope_theta=float(rope.get("rope_theta") or 10000.0),
+        rope_scaling_factor=float(rope.get("factor") or 1.0),
+        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        **({name: values[name] for name in _EXPERT_FIELDS} if experts else {}),
+        norm_topk_prob=values.get("norm_topk_prob", False) if experts else True,
+    )
+
+
+def _by_one_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Transformers 5 writes one field by another name."""
+    values = dict(values)
+    if "num_local_experts" in values and "num_experts" not in values:
+        values["num_experts"] = values.pop("num_local_experts")
+    return values
+
+
+def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    kind = values["model_type"]
+    experts = ARCHITECTURES[kind].experts
+    read = {*_SIZES, *(_EXPERT_FIELDS if experts else ())}
+    for name in sorted(read - values.keys()):
+        yield Problem("missing field", where, name, "the field")
+    for name in sorted(values.keys() - read - _IGNORED - _OPTIONAL - _REQUIRED.keys()):
+        yield Problem(
+            f"a field that is not understood for {kind}",
+            f"{where}: {name}",
+            repr(values[name]),
+            "a field that changes nothing, or one that this version implements",
+        )
+    for name, (fits, expected) in _REQUIRED.items():
+        if name in values and not fits(values[name]):
+            yield Problem(
+                f"not implemented for {kind}", f"{where}: {name}", repr(values[name]), expected
+            )
+    window = values.get("sliding_window")
+    # Qwen2 names a window that it does not use.
+    if window is not None and values.get("use_sliding_window", True):
+        yield Problem("not implemented", f"{where}: sliding_window", repr(window), "no window")
+    if set(values.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        yield Problem(
+            "not implemented",
+            f"{where}: layer_types",
+            repr(values["layer_types"]),
+            "full_attention in every layer",
+        )
+    yield from _rope_problems(_rope(values), where)
+
+
+def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one dictionary: transformers 5 has it, 4 spreads it over two fields."""
+    rope = {"rope_theta": values.get("rope_theta")}
+    rope |= values.get("rope_scaling") or {}
+    return rope | (values.get("rope_parameters") or {})
+
+
+def _rope_problems(rope: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
+    if kind == "llama3":
+        rest.pop("factor", None)
+        expected: dict[str, Any] = LLAMA3_SCALING
+    else:
+        expected = {}
+    if kind not in ("default", "llama3") or rest != expected:
+        yield Problem(
+            "rotary scaling that is not implemented",
+            f"{where}: rope_scaling",
+            repr(dict(rope)),
+            f"none, or llama3 with {LLAMA3_SCALING} (Megatron Core has them written in)",
+        )

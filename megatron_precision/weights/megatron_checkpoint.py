@@ -1,0 +1,107 @@
+"""Megatron's `torch_dist` checkpoints: their tensors, as boxes of Hugging Face tensors.
+
+`megatron.core.dist_checkpointing` stores a model by names and shapes that no layout shows in:
+layers are stacked along a first axis, experts along a second, tensor-parallel shards are joined.
+So a checkpoint that was written at any TP, PP and EP loads at any other. This module says, for a
+`ModelConfig`, which tensors such a checkpoint holds and where each Hugging Face tensor lies in
+them; it needs neither torch nor Megatron.
+
+The names are those of Transformer Engine's layer spec. The local spec of `actor/models.py` maps
+its own to them, as Megatron's does; other writers' unmapped ones are in `ALIASES`.
+
+The vocabulary is stored without padding: Megatron loads embeddings of another padded size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.architectures import architecture
+from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
+from megatron_precision.weights.regions import Piece
+
+# What a local layer spec without Megatron's key map writes: the norm's own name.
+ALIASES = {
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (
+        "decoder.layers.input_layernorm.weight"
+    ),
+    "decoder.layers.mlp.linear_fc1.layer_norm_weight": "decoder.layers.pre_mlp_layernorm.weight",
+}
+_STACKED = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One layer's (or expert's) part of a stacked tensor; the whole of one that is not stacked.
+
+    Attributes:
+        key: the tensor's name in the checkpoint.
+        index: its place along the stacked axes: (), (layer,) or (layer, expert).
+        shape: of the part, without the stacked axes.
+        stack: sizes of the stacked axes.
+        pieces: what it holds, of Hugging Face tensors.
+    """
+
+    key: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def global_shape(self) -> tuple[int, ...]:
+        """Shape of the checkpoint's tensor."""
+        return (*self.stack, *self.shape)
+
+
+def slots(model: ModelConfig) -> list[Slot]:
+    """Every part of every tensor of the checkpoint, from the first layer to the last."""
+    return [_slot(name, shape, model) for name, shape in _parameters(model)]
+
+
+def _slot(name: str, shape: tuple[int, ...], model: ModelConfig) -> Slot:
+    pieces = tuple(megatron_pieces(name, shape, model, ShardCoordinates()))
+    layer = _STACKED.fullmatch(name)
+    if layer is None:
+        return Slot(name, (), shape, (), pieces)
+    if expert := _EXPERT.fullmatch(layer[2]):
+        key = f"decoder.layers.mlp.experts.experts.{expert[1]}.weight"
+        index = (int(layer[1]), int(expert[2]))
+        return Slot(key, index, shape, (model.num_hidden_layers, model.num_experts), pieces)
+    key = f"decoder.layers.{layer[2]}"
+    return Slot(key, (int(layer[1]),), shape, (model.num_hidden_layers,), pieces)
+
+
+def _parameters(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of an unsharded GPTModel with Transformer Engine's layer spec."""
+    hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
+    q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
+    yield "embedding.word_embeddings.weight", (model.vocab_size, hidden)
+    for i in range(model.num_hidden_layers):
+        attention, mlp = f"decoder.layers.{i}.self_attention", f"decoder.layers.{i}.mlp"
+        yield f"{attention}.linear_qkv.layer_norm_weight", (hidden,)
+        yield f"{attention}.linear_qkv.weight", (q + 2 * kv, hidden)
+        if has.qkv_bias:
+            yield f"{attention}.linear_qkv.bias", (q + 2 * kv,)
+        if has.qk_norm:
+            yield f"{attention}.q_layernorm.weight", (d,)
+            yield f"{attention}.k_layernorm.weight", (d,)
+        yield f"{attention}.linear_proj.weight", (hidden, q)
+        if not has.experts:
+            yield f"{mlp}.linear_fc1.layer_norm_weight", (hidden,)
+            yield f"{mlp}.linear_fc1.weight", (2 * model.intermediate_size, hidden)
+            yield f"{mlp}.linear_fc2.weight", (hidden, model.intermediate_size)
+            continue
+        yield f"decoder.layers.{i}.pre_mlp_layernorm.weight", (hidden,)
+        yield f"{mlp}.router.weight", (model.num_experts, hidden)
+        for e in range(model.num_experts):
+            inner = model.moe_intermediate_size
+            yield f"{mlp}.experts.linear_fc1.weight{e}", (2 * inner, hidden)
+            yield f"{mlp}.experts.linear_fc2.weight{e}", (hidden, inner)
+    yield "decoder.final_layernorm.weight", (hidden,)
+    if not model.tie_word_embeddings:
+        yield "output_layer.weight", (model.vocab_size, hidden)

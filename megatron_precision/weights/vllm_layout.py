@@ -1,0 +1,106 @@
+"""vLLM: what each parameter of an engine's rank holds, as boxes of Hugging Face tensors.
+
+In the layout of vLLM's loader, before any kernel's repacking:
+    qkv_proj       `[Q | K | V]` of the rank's heads; KV heads repeat where ranks outnumber them.
+    gate_up_proj   `[gate | up]` of the rank's part.
+    experts        stacked `w13 [E, 2I, H]` and `w2 [E, H, I]`.
+    vocabulary     padded rows belong to no Hugging Face tensor.
+"""
+
+from __future__ import annotations
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.architectures import architecture
+from megatron_precision.weights.megatron_layout import ShardCoordinates, gate_up, vocabulary_rows
+from megatron_precision.weights.regions import Piece, rows, split, whole
+
+_VLLM_WHOLE = (
+    "model.norm.weight",
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+    ".mlp.gate.weight",
+)
+
+
+def vllm_pieces(
+    parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
+) -> list[Piece]:
+    """What a vLLM parameter of this rank holds, in the layout of its loader.
+
+    Args:
+        parameter: its name in the engine's model.
+        shape: its local shape in loader layout (before any kernel's repacking).
+
+    Raises:
+        ValueError: for a parameter that this architecture does not have.
+    """
+    if parameter.endswith(_VLLM_WHOLE):
+        return [whole(parameter, parameter, shape)]
+    if parameter in ("model.embed_tokens.weight", "lm_head.weight"):
+        return vocabulary_rows(parameter, parameter, shape, model, at)
+    biased = architecture(model).qkv_bias and parameter.endswith(".qkv_proj.bias")
+    name = parameter.removesuffix(".bias" if biased else ".weight")
+    prefix, _, last = name.rpartition(".")
+    if last == "qkv_proj":
+        return _fused_qkv(prefix, parameter, shape, model, at)
+    if last == "gate_up_proj":
+        return gate_up(prefix, parameter, shape, at.tp_rank)
+    if last in ("o_proj", "down_proj"):
+        return [split(parameter, parameter, shape, 1, at.tp_rank)]
+    if last in ("w13_weight", "w2_weight"):
+        return _stacked_experts(prefix, last, parameter, shape, at)
+    raise ValueError(f"unknown vLLM parameter {parameter!r} for {model.model_type}")
+
+
+def _fused_qkv(
+    prefix: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
+) -> list[Piece]:
+    """vLLM's `[Q | K | V]`; where ranks outnumber KV heads, neighbours hold the same head."""
+    d, kind = model.head_dim, parameter.rpartition(".")[2]
+    q_heads = model.num_attention_heads // at.tp_size
+    kv_heads = max(1, model.num_key_value_heads // at.tp_size)
+    first_kv = at.tp_rank * model.num_key_value_heads // at.tp_size
+    q, kv = q_heads * d, kv_heads * d
+    return [
+        rows(f"{prefix}.q_proj.{kind}", parameter, shape, (0, q), at.tp_rank * q),
+        rows(f"{prefix}.k_proj.{kind}", parameter, shape, (q, q + kv), first_kv * d),
+        rows(f"{prefix}.v_proj.{kind}", parameter, shape, (q + kv, q + 2 * kv), first_kv * d),
+    ]
+
+
+def _stacked_experts(
+    prefix: str, which: str, parameter: str, shape: tuple[int, ...], at: ShardCoordinates
+) -> list[Piece]:
+    # The stack is `…experts.routed_experts.w13_weight` in newer vLLM, `…experts.w13_weight` before.
+    prefix = prefix.removesuffix(".routed_experts")
+    count, first, second = shape
+    pieces = []
+    for local in range(count):
+        expert = f"{prefix}.{at.first_expert + local}"
+        if which == "w2_weight":
+            pieces.append(
+                Piece(
+                    f"{expert}.down_proj.weight",
+                    (0, at.etp_rank * second),
+                    (first, second),
+                    parameter,
+                    shape,
+                    ((local, local + 1), (0, first), (0, second)),
+                )
+            )
+            continue
+        inner = first // 2
+        for name, begin in (("gate_proj", 0), ("up_proj", inner)):
+            pieces.append(
+                Piece(
+                    f"{expert}.{name}.weight",
+                    (at.etp_rank * inner, 0),
+                    (inner, second),
+                    parameter,
+                    shape,
+                    ((local, local + 1), (begin, begin + inner), (0, second)),
+                )
+            )
+    return pieces

@@ -1,0 +1,34 @@
+"""What the ranks do in tests of the converter: Megatron's own loading and saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from actor_bodies import make_actor
+from megatron.core import dist_checkpointing
+
+from megatron_precision.config import RunConfig
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.sync import TensorGather
+
+
+def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[str, torch.Tensor]:
+    """Load a converted checkpoint at this layout; returns it as Hugging Face tensors in FP32.
+
+    Args:
+        source: a folder that the converter wrote.
+        target: where Megatron writes it again, at this layout.
+    """
+    zeros = {name: torch.zeros(shape) for name, shape in hf_shapes(config.model).items()}
+    actor = make_actor(config, zeros)
+    module = actor.model.module
+    loaded = dist_checkpointing.load(module.sharded_state_dict(), source)
+    module.load_state_dict(loaded)
+    if target is not None:
+        if torch.distributed.get_rank() == 0:
+            Path(target).mkdir()
+        torch.distributed.barrier()
+        dist_checkpointing.save(module.sharded_state_dict(), target)
+    gathered = TensorGather(actor, config.model).gather()
+    return {name: tensor.float().clone() for name, tensor in gathered.items()}

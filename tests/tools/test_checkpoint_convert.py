@@ -1,0 +1,309 @@
+"""Conversion there and back, on checkpoints that transformers wrote; faults, named."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from harness import run_distributed
+from oracle import DENSE, MOE, random_hf_model
+from safetensors.torch import load_file, save_file
+
+from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.errors import UserError
+from megatron_precision.weights import megatron_checkpoint
+from megatron_precision.weights.megatron_layout import megatron_pieces
+from tools.checkpoint_convert import convert, safetensors_folder, source, torch_dist_folder
+from tools.checkpoint_convert.cli import main
+
+MODELS = {
+    "qwen3": DENSE,
+    "qwen3_moe": MOE,
+    "qwen2": dataclasses.replace(DENSE, model_type="qwen2"),
+    "llama": dataclasses.replace(
+        DENSE,
+        model_type="llama",
+        tie_word_embeddings=True,
+        rope_theta=500000.0,
+        rope_scaling_factor=8.0,
+    ),
+}
+
+
+def save(model: ModelConfig, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A checkpoint as transformers saves it, in several shards, with files beside it."""
+    random_hf_model(model).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer.json").write_text('{"a": 1}', encoding="utf-8")
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(params=list(MODELS))
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[ModelConfig, Path]:
+    return MODELS[request.param], save(MODELS[request.param], tmp_path / "hf")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """By the safetensors library, not by the converter."""
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def test_there_and_back_is_bit_exact_and_loads_in_transformers(
+    saved: tuple[ModelConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, hf = saved
+    megatron, back = tmp_path / "megatron", tmp_path / "back"
+    assert main(["import", str(hf), str(megatron)]) == 0
+    assert main(["export", str(megatron), str(back)]) == 0
+    for a, b in ((hf, megatron), (megatron, back), (hf, back)):
+        assert main(["verify", str(a), str(b)]) == 0
+    assert "0 differ" in capsys.readouterr().out
+    before, after = tensors_of(hf), tensors_of(back)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n].view(torch.int16), after[n].view(torch.int16)) for n in before)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (hf / name).read_bytes() == (back / name).read_bytes()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(back, dtype=torch.bfloat16)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.bfloat16)
+    prompt = torch.tensor([[1, 5, 7, 2]])
+    assert torch.equal(loaded(prompt).logits, expected(prompt).logits)
+    assert model.vocab_size == loaded.config.vocab_size
+
+
+LAYOUTS = {
+    "qwen3": (ParallelConfig(2, tp_size=2, rollout_tp_size=2), "TP2"),
+    "qwen2": (ParallelConfig(2, tp_size=1, pp_size=2, rollout_tp_size=2), "PP2"),
+    "llama": (ParallelConfig(2, tp_size=2, rollout_tp_size=2), "TP2"),
+    "qwen3_moe": (ParallelConfig(2, tp_size=1, ep_size=2, rollout_tp_size=2), "EP2"),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_megatron_loads_it_at_another_layout_and_what_it_saves_exports(
+    name: str, tmp_path: Path
+) -> None:
+    model, hf, megatron = MODELS[name], save(MODELS[name], tmp_path / "hf"), tmp_path / "megatron"
+    convert.import_checkpoint(hf, megatron)
+    config = RunConfig("test", precision="bf16", model=model, parallel=LAYOUTS[name][0])
+    again = tmp_path / "again"
+    held = run_distributed("checkpoint_bodies.load_and_save", 2, config, str(megatron), str(again))
+    before = tensors_of(hf)
+    for tensor_name, tensor in before.items():
+        assert torch.equal(held[tensor_name], tensor.float()), tensor_name
+    # Megatron's own checkpoint carries no configuration.
+    back = tmp_path / "back"
+    assert main(["export", str(again), str(back), "--config", str(hf)]) == 0
+    assert main(["verify", str(hf), str(back)]) == 0
+
+
+# ---- dtypes ------------------------------------------------------------------------------
+
+
+def plant(hf: Path, name: str, values: list[float]) -> None:
+    """Overwrite the first elements of a tensor."""
+    for file in hf.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            flat = tensors[name].view(-1)
+            flat[: len(values)] = torch.tensor(values, dtype=flat.dtype)
+            save_file(tensors, file, {"format": "pt"})
+
+
+def test_a_change_of_dtype_reports_what_it_costs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    name = "model.layers.1.mlp.down_proj.weight"
+    plant(hf, name, [1e5, -3e38, 2.0**-24, 2.0**-26, 2.0**-15, 1.0])
+    assert main(["audit", str(hf), "--dtype", "fp16"]) == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.endswith(name))
+    overflowed, zeroed, subnormal = (int(word) for word in line.split()[:3])
+    assert (overflowed, zeroed) == (2, 1)
+    assert subnormal >= 2
+    target = tmp_path / "fp16"
+    assert main(["import", str(hf), str(target), "--dtype", "fp16"]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert "2 of " in error
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert main(["import", str(hf), str(target), "--dtype", "fp16", "--allow-overflow"]) == 0
+    back = tmp_path / "back"
+    assert main(["export", str(target), str(back)]) == 0
+    row = tensors_of(back)[name].view(-1)
+    assert row.dtype == torch.float16
+    assert row[:6].tolist() == [65504.0, -65504.0, 2.0**-24, 0.0, 2.0**-15, 1.0]
+
+
+def test_fp16_hurts_nothing_that_it_can_hold(tmp_path: Path) -> None:
+    hf = save(DENSE, tmp_path / "hf", torch.float16)
+    part = convert.import_checkpoint(hf, tmp_path / "wide", torch.float32)
+    assert not any(loss.any for loss in part.losses.values())
+
+
+# ---- faults ------------------------------------------------------------------------------
+
+
+def break_missing(hf: Path) -> str:
+    file = sorted(hf.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    tensors["model.stranger"] = tensors.pop(name)
+    save_file(tensors, file)
+    return "model.stranger"
+
+
+def break_shard(hf: Path) -> str:
+    file = sorted(hf.glob("*.safetensors"))[1]
+    file.unlink()
+    return file.name
+
+
+def break_size(hf: Path) -> str:
+    file = sorted(hf.glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:-3])
+    return "cut short"
+
+
+def break_config(hf: Path) -> str:
+    values = json.loads((hf / "config.json").read_text())
+    values |= {"sliding_window": 128, "use_sliding_window": True, "n_shared_experts": 2}
+    (hf / "config.json").write_text(json.dumps(values))
+    return "n_shared_experts"
+
+
+def break_shape(hf: Path) -> str:
+    values = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(values | {"intermediate_size": 41}))
+    return "down_proj"
+
+
+def break_architecture(hf: Path) -> str:
+    values = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(values | {"model_type": "qwen4"}))
+    return "qwen3"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [break_missing, break_shard, break_size, break_config, break_shape, break_architecture],
+)
+def test_a_source_that_is_not_whole_is_refused_and_nothing_is_left(
+    damage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    hint = damage(hf)
+    assert main(["import", str(hf), str(tmp_path / "out")]) == 2
+    assert hint in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_an_output_that_exists_and_a_full_disk_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="the output exists"):
+        convert.import_checkpoint(hf, tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(UserError, match="no room on the disk"):
+        convert.import_checkpoint(hf, tmp_path / "other")
+    assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.mark.parametrize("side", ["megatron", "back"])
+def test_a_flipped_bit_is_found_and_its_tensor_named(
+    side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    convert.import_checkpoint(hf, tmp_path / "megatron")
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    files = [*tmp_path.glob(f"{side}/*.distcp"), *tmp_path.glob(f"{side}/*.safetensors")]
+    file = max(files, key=lambda path: path.stat().st_size)
+    wanted = tensors_of(hf)["model.layers.0.mlp.down_proj.weight"]
+    needle = wanted.view(torch.uint8).numpy().tobytes()
+    data = bytearray(file.read_bytes())
+    data[data.index(needle) + 7] ^= 4
+    file.write_bytes(data)
+    assert main(["verify", str(hf), str(tmp_path / side)]) == 1
+    shown = capsys.readouterr().out
+    assert "model.layers.0.mlp.down_proj.weight" in shown
+    assert "1 differ" in shown
+
+
+def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    convert.import_checkpoint(hf, tmp_path / "megatron")
+
+    class Trap:
+        def __reduce__(self):  # type: ignore[no-untyped-def]
+            return (open, (str(tmp_path / "sprung"), "w"))
+
+    metadata = tmp_path / "megatron" / torch_dist_folder.METADATA
+    data = pickle.dumps(Trap())
+    metadata.write_bytes(data + b"\0" * (metadata.stat().st_size - len(data)))
+    with pytest.raises(UserError, match="has no place in checkpoint metadata"):
+        source.open_source(tmp_path / "megatron")
+    assert not (tmp_path / "sprung").exists()
+
+
+def entries(model: ModelConfig) -> list[str]:
+    """One parameter of each kind that a Megatron checkpoint of a model has."""
+    names = [name for name, _ in megatron_checkpoint._parameters(model)]
+    kinds = {"".join("#" if c.isdigit() else c for c in name): name for name in names}
+    return list(kinds.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter"), [(kind, name) for kind in MODELS for name in entries(MODELS[kind])]
+)
+def test_every_broken_entry_of_the_table_is_caught_by_verify(
+    kind: str, parameter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = save(MODELS[kind], tmp_path / "hf")
+
+    def broken(name, shape, model, at):  # type: ignore[no-untyped-def]
+        pieces = megatron_pieces(name, shape, model, at)
+        if name != parameter:
+            return pieces
+        if len(pieces) > 1:  # fused: the first and the last of equal shape change places
+            a, b = pieces[-2:]
+            swapped = [
+                dataclasses.replace(a, view=b.view, index=b.index),
+                dataclasses.replace(b, view=a.view, index=a.index),
+            ]
+            return [*pieces[:-2], *swapped]
+        others = [n for n, s in source.open_source(hf).tensors.items() if s.shape == shape]
+        wrong = next(n for n in others if n != pieces[0].hf_name)
+        return [dataclasses.replace(pieces[0], hf_name=wrong)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(megatron_checkpoint, "megatron_pieces", broken)
+        try:
+            convert.import_checkpoint(hf, tmp_path / "megatron")
+        except StopIteration:
+            pytest.skip("no other tensor has its shape: shapes alone refuse a wrong entry")
+    # The manifest knows the true hashes; a folder without one must be caught too.
+    (tmp_path / "megatron" / "manifest.json").unlink()
+    assert main(["verify", str(hf), str(tmp_path / "megatron")]) == 1
+
+
+def test_blocks_put_together_are_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large tensors are read and written in several blocks: here every one is."""
+    monkeypatch.setattr(source, "BLOCK_BYTES", 300)
+    hf = save(DENSE, tmp_path / "hf")
+    convert.import_checkpoint(hf, tmp_path / "megatron")
+    convert.export_checkpoint(tmp_path / "megatron", tmp_path / "back")
+    before, after = tensors_of(hf), tensors_of(tmp_path / "back")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    opened = source.open_source(tmp_path / "megatron")
+    assert len(list(opened.blocks("lm_head.weight"))) > 4
+    assert safetensors_folder.SafetensorsFolder(tmp_path / "back").tensors == opened.tensors

@@ -1,0 +1,197 @@
+"""The commands of the converter. torch is imported by the commands, not by `--help`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_precision.errors import UserError
+
+if TYPE_CHECKING:
+    from tools.checkpoint_convert.casting import Loss
+
+DTYPES = ("fp16", "bf16", "fp32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, 1 where `verify` found a difference or `audit` an overflow, 2 for a mistake or a
+        damaged checkpoint.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except UserError as wrong:
+        print(wrong, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.checkpoint_convert",
+        description="Hugging Face checkpoints to Megatron's torch_dist format and back.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text, run in (
+        ("import", "Hugging Face to Megatron", _import),
+        ("export", "Megatron to Hugging Face", _export),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("source", type=Path, metavar="FROM")
+        command.add_argument("target", type=Path, metavar="TO", help="a new folder")
+        command.add_argument("--dtype", choices=DTYPES, help="default: each tensor keeps its own")
+        command.add_argument(
+            "--allow-overflow", action="store_true", help="clamp what the dtype cannot hold"
+        )
+        if name == "export":
+            _add_config(command)
+        command.set_defaults(run=run)
+
+    verify = commands.add_parser("verify", help="compare two checkpoints, bit for bit")
+    verify.add_argument("first", type=Path, metavar="A")
+    verify.add_argument("second", type=Path, metavar="B")
+    _add_config(verify)
+    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds")
+    inspect.add_argument("folder", type=Path, metavar="DIR")
+    _add_config(inspect)
+    inspect.set_defaults(run=_inspect)
+
+    audit = commands.add_parser("audit", help="what a dtype would cost, without writing anything")
+    audit.add_argument("folder", type=Path, metavar="DIR")
+    audit.add_argument("--dtype", choices=DTYPES, required=True)
+    _add_config(audit)
+    audit.set_defaults(run=_audit)
+    return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="HF_DIR",
+        help="the configuration of a Megatron checkpoint that carries none",
+    )
+
+
+def _import(args: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.convert import import_checkpoint
+    from tools.checkpoint_convert.source import open_source
+
+    with _progress(sum(info.bytes for info in open_source(args.source).tensors.values())) as told:
+        part = import_checkpoint(
+            args.source, args.target, _dtype(args.dtype), args.allow_overflow, told
+        )
+    return _done(args.target, part.losses)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.convert import export_checkpoint
+    from tools.checkpoint_convert.source import open_source
+
+    source = open_source(args.source, args.config)
+    with _progress(sum(info.bytes for info in source.tensors.values())) as told:
+        part = export_checkpoint(
+            args.source, args.target, _dtype(args.dtype), args.allow_overflow, told, args.config
+        )
+    return _done(args.target, part.losses)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.source import open_source
+    from tools.checkpoint_convert.verify import compare
+
+    source = open_source(args.first, args.config)
+    with _progress(sum(info.bytes for info in source.tensors.values())) as told:
+        compared, differences = compare(args.first, args.second, args.config, told)
+    for difference in differences:
+        print(difference)
+    print(f"{compared} tensors compared, {len(differences)} differ")
+    return 1 if differences else 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.source import open_source
+
+    source = open_source(args.folder, args.config)
+    for name, info in source.tensors.items():
+        print(f"{name}  {str(info.dtype).removeprefix('torch.')}  {list(info.shape)}")
+    size = sum(info.bytes for info in source.tensors.values())
+    hashed = "hashes of every tensor" if source.manifest else "no manifest"
+    print(
+        f"\n{source.model.model_type}, {len(source.tensors)} tensors, {size / 2**30:.3f} GiB, "
+        f"{hashed}"
+    )
+    return 0
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from tools.checkpoint_convert.casting import Loss, cast
+    from tools.checkpoint_convert.source import checked_blocks, open_source
+
+    source, dtype = open_source(args.folder, args.config), _dtype(args.dtype)
+    assert dtype is not None
+    losses: dict[str, Loss] = {}
+    with _progress(sum(info.bytes for info in source.tensors.values())) as told:
+        for name in source.tensors:
+            losses[name] = Loss()
+            for block in checked_blocks(source, name):
+                cast(block, dtype, losses[name])
+                told(block.nbytes)
+    _print_losses(losses)
+    return 1 if any(loss.overflowed for loss in losses.values()) else 0
+
+
+def _done(target: Path, losses: dict[str, Loss]) -> int:
+    if losses:
+        _print_losses(losses)
+    print(f"written: {target}")
+    return 0
+
+
+def _print_losses(losses: dict[str, Loss]) -> None:
+    hurt = {name: loss for name, loss in losses.items() if loss.any or loss.subnormal}
+    if hurt:
+        print(f"{'overflowed':>12}{'zeroed':>12}{'subnormal':>12}{'changed':>14}{'rel. error':>12}")
+    for name, loss in hurt.items():
+        print(
+            f"{loss.overflowed:>12,}{loss.zeroed:>12,}{loss.subnormal:>12,}{loss.changed:>14,}"
+            f"{loss.relative_error:>12.2e}  {name}"
+        )
+    print(f"{len(hurt)} of {len(losses)} tensors are changed or hold subnormal values")
+
+
+def _dtype(name: str | None):  # type: ignore[no-untyped-def]
+    from megatron_precision.precision.dtypes import torch_dtype
+
+    return torch_dtype(name) if name else None
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, rate and time left on a terminal, nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.update(task, advance=count)

@@ -1,0 +1,288 @@
+"""Import and export: one Hugging Face tensor after another, in row blocks, into a new folder.
+
+Everything is written into `<target>.partial`, the manifest last; then the folder is renamed. A
+conversion that was killed leaves the partial folder, which the next one removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.weights.megatron_checkpoint import Slot, slots
+from tools.checkpoint_convert.casting import Loss, cast
+from tools.checkpoint_convert.manifest import Manifest, file_sizes
+from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter, copy_sidecar
+from tools.checkpoint_convert.source import (
+    Source,
+    TensorInfo,
+    checked_blocks,
+    open_source,
+    raw_bytes,
+)
+from tools.checkpoint_convert.torch_dist_folder import SIDECAR, TorchDistWriter, Written, finish
+
+# Beyond the tensors: headers, tokenizer, metadata.
+_ROOM_FOR_THE_REST = 64 * 2**20
+Progress = Callable[[int], None]
+
+
+@dataclass
+class Part:
+    """What one worker made.
+
+    Attributes:
+        hashes: Hugging Face name → SHA-256 of its bytes as written.
+        losses: of every tensor that was cast.
+        written: boxes in `.distcp` files; none for an export.
+    """
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    written: list[Written] = field(default_factory=list)
+
+
+class Reader:
+    """Blocks of a source in the wanted dtype, hashed as they will be written."""
+
+    def __init__(self, source: Source, dtype: torch.dtype | None, part: Part, progress: Progress):
+        self._source, self._dtype, self._part, self._progress = source, dtype, part, progress
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Row blocks of a Hugging Face tensor."""
+        digest, loss = hashlib.sha256(), Loss()
+        for block in checked_blocks(self._source, name):
+            self._progress(block.nbytes)
+            result = cast(block, self._dtype or block.dtype, loss)
+            digest.update(raw_bytes(result))
+            yield result
+        self._part.hashes[name] = digest.hexdigest()
+        if self._dtype is not None:
+            self._part.losses[name] = loss
+
+
+def import_part(
+    source: Source,
+    folder: Path,
+    number: int,
+    mine: Sequence[Slot],
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Part:
+    """Write some slots of a Megatron checkpoint into one file of `folder`."""
+    part = Part()
+    reader = Reader(source, dtype, part, progress)
+    writer = TorchDistWriter(folder, number)
+    for slot in mine:
+        if len(slot.pieces) == 1:
+            row = 0
+            for block in reader.blocks(slot.pieces[0].hf_name):
+                writer.write(slot, (row, *(0 for _ in slot.shape[1:])), block)
+                row += block.shape[0]
+        else:
+            writer.write(slot, (0,) * len(slot.shape), _fused(slot, reader, source, dtype))
+        if ".linear_" in slot.key and slot.key.endswith(".weight"):
+            writer.write_extra_state(slot)
+    part.written = writer.close()
+    return part
+
+
+def _fused(slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None) -> torch.Tensor:
+    """A parameter that holds several Hugging Face tensors."""
+    stored = source.tensors[slot.pieces[0].hf_name].dtype
+    whole = torch.empty(slot.shape, dtype=dtype or stored)
+    for piece in slot.pieces:
+        view = whole.view(piece.view)[piece.spans]
+        rows = torch.empty(piece.shape, dtype=whole.dtype)
+        filled = 0
+        for block in reader.blocks(piece.hf_name):
+            rows[filled : filled + block.shape[0]] = block
+            filled += block.shape[0]
+        view.copy_(rows.view(view.shape))
+    return whole
+
+
+def export_part(
+    source: Source,
+    writer: SafetensorsWriter,
+    shards: Sequence[int],
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> Part:
+    """Write some shards of a Hugging Face checkpoint."""
+    part = Part()
+    reader = Reader(source, dtype, part, progress)
+    for shard in shards:
+        names = writer.shards[shard]
+        writer.write_shard(shard, ((n, block) for n in names for block in reader.blocks(n)))
+    return part
+
+
+def import_checkpoint(
+    source_path: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    allow_overflow: bool = False,
+    progress: Progress = lambda _bytes: None,
+) -> Part:
+    """Hugging Face to Megatron.
+
+    Args:
+        dtype: of every tensor; by default each keeps its own.
+        allow_overflow: clamp what the dtype cannot hold, rather than refuse.
+        progress: told the bytes of every block that was read.
+
+    Raises:
+        UserError: for a source that is not whole, a target that exists, too little room, and
+            overflows that were not allowed; nothing is left behind.
+    """
+    source = open_source(source_path)
+    dtypes = _stacked_dtypes(source, dtype)
+    with new_folder(target, _bytes(source, dtype)) as folder:
+        part = import_part(source, folder, 0, slots(source.model), dtype, progress)
+        refuse_overflows(part, allow_overflow)
+        finish(folder, part.written, dtypes, source.model)
+        (folder / SIDECAR).mkdir()
+        copy_sidecar(source.sidecar, folder / SIDECAR)
+        Manifest(part.hashes, file_sizes(folder)).write(folder)
+    return part
+
+
+def export_checkpoint(
+    source_path: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    allow_overflow: bool = False,
+    progress: Progress = lambda _bytes: None,
+    config: Path | None = None,
+) -> Part:
+    """Megatron to Hugging Face; arguments and errors as `import_checkpoint`'s.
+
+    Args:
+        config: a Hugging Face folder with the configuration, for a checkpoint without one.
+    """
+    source = open_source(source_path, config)
+    tensors = {
+        name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()
+    }
+    with new_folder(target, _bytes(source, dtype)) as folder:
+        writer = SafetensorsWriter(folder, tensors)
+        part = export_part(source, writer, range(len(writer.shards)), dtype, progress)
+        refuse_overflows(part, allow_overflow)
+        writer.write_index()
+        copy_sidecar(source.sidecar, folder)
+        Manifest(part.hashes, file_sizes(folder)).write(folder)
+    return part
+
+
+def refuse_overflows(part: Part, allowed: bool) -> None:
+    """Raise a UserError that names every tensor with an overflow, unless they are allowed."""
+    found = {name: loss for name, loss in part.losses.items() if loss.overflowed}
+    if found and not allowed:
+        raise UserError(
+            Problem(
+                what="values that the dtype cannot hold",
+                where=name,
+                got=f"{loss.overflowed} of {loss.elements} beyond its largest number",
+                expected="none",
+                remedy="--allow-overflow clamps them",
+            )
+            for name, loss in found.items()
+        )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, size: int) -> Iterator[Path]:
+    """A folder beside `target` to write into; it becomes `target` when the block succeeds.
+
+    Args:
+        size: bytes that will be written.
+
+    Raises:
+        UserError: where `target` exists, another conversion writes it, or room is short.
+    """
+    if target.exists():
+        raise UserError(
+            Problem("the output exists", str(target), "a file or folder", "a new folder")
+        )
+    partial = target.with_name(target.name + ".partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                Problem("another conversion is writing it", str(target), "a lock", "one at a time")
+            ) from None
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < size + _ROOM_FOR_THE_REST:
+            raise UserError(
+                Problem(
+                    "no room on the disk",
+                    str(target.parent),
+                    f"{free / 2**30:.2f} GiB free",
+                    f"{(size + _ROOM_FOR_THE_REST) / 2**30:.2f} GiB",
+                )
+            )
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        else:
+            _sync_folder(partial)
+            partial.rename(target)
+            _sync_folder(target.parent)
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _bytes(source: Source, dtype: torch.dtype | None) -> int:
+    return sum(
+        torch.Size(info.shape).numel() * (dtype or info.dtype).itemsize
+        for info in source.tensors.values()
+    )
+
+
+def _stacked_dtypes(source: Source, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """The dtype of each Megatron tensor: one for all layers and all that is fused into it.
+
+    Raises:
+        UserError: where the parts of one differ, and no dtype was asked for.
+    """
+    found: dict[str, set[torch.dtype]] = {}
+    for slot in slots(source.model):
+        names = [piece.hf_name for piece in slot.pieces]
+        found.setdefault(slot.key, set()).update(dtype or source.tensors[n].dtype for n in names)
+    mixed = {key: kinds for key, kinds in found.items() if len(kinds) > 1}
+    if mixed:
+        raise UserError(
+            Problem(
+                what="Megatron stores these tensors in one dtype",
+                where=f"{source.path}: {key}",
+                got=", ".join(sorted(map(str, kinds))),
+                expected="one dtype over all layers",
+                remedy="--dtype, for example --dtype fp32, which loses nothing",
+            )
+            for key, kinds in mixed.items()
+        )
+    return {key: next(iter(kinds)) for key, kinds in found.items()}

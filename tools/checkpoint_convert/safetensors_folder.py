@@ -1,0 +1,266 @@
+"""Hugging Face folders: safetensors in shards, read and written in row blocks.
+
+The format is eight bytes of header length, a JSON header of dtypes, shapes and offsets, and the
+tensors' bytes. Blocks are read with plain reads and written in order: the library maps whole
+files, or wants whole shards in memory, and either makes memory grow with the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.hf_config import read_model
+from tools.checkpoint_convert import manifest
+from tools.checkpoint_convert.source import TensorInfo, raw_bytes, row_blocks
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SHARD_BYTES = 4 * 2**30
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAX_HEADER = 100 * 2**20
+# Buffers that old checkpoints store and every reader computes.
+_COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: Path
+    begin: int
+
+
+class SafetensorsFolder:
+    """A Hugging Face folder as a `Source`.
+
+    Raises:
+        UserError: lists every shard that is missing or damaged, and every tensor that is missing,
+            unexpected, or of another shape than the configuration says.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = self.sidecar = path
+        self.model = read_model(path / "config.json")
+        self.manifest = manifest.read(path)
+        found, problems = _read_headers(path)
+        expected = hf_shapes(self.model)
+        if self.model.tie_word_embeddings:
+            found.pop("lm_head.weight", None)  # some writers repeat the embedding
+        found = {name: at for name, at in found.items() if not _COMPUTED.fullmatch(name)}
+        problems += _differences(path, expected, {name: info for name, (info, _) in found.items()})
+        if problems:
+            raise UserError(problems)
+        self.tensors = {name: found[name][0] for name in expected}
+        self._places = {name: place for name, (_, place) in found.items()}
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Row blocks of a tensor."""
+        info, place = self.tensors[name], self._places[name]
+        with open(place.file, "rb", buffering=0) as file:
+            file.seek(place.begin)
+            for begin, end in row_blocks(info):
+                block = torch.empty((end - begin, *info.shape[1:]), dtype=info.dtype)
+                _read_into(file, raw_bytes(block))
+                yield block
+
+
+class SafetensorsWriter:
+    """Writes the shards of a folder, tensor by tensor, in the order given to it.
+
+    Args:
+        folder: exists.
+        tensors: name → what will be written.
+        shard_bytes: a shard is closed before it would grow beyond this.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorInfo], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self._folder = folder
+        self._tensors = dict(tensors)
+        self.shards: list[list[str]] = [[]]
+        filled = 0
+        for name, info in tensors.items():
+            if self.shards[-1] and filled + info.bytes > shard_bytes:
+                self.shards.append([])
+                filled = 0
+            self.shards[-1].append(name)
+            filled += info.bytes
+
+    def file_of(self, shard: int) -> Path:
+        """The shard's file."""
+        if len(self.shards) == 1:
+            return self._folder / SINGLE
+        return self._folder / f"model-{shard + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+    def write_shard(self, shard: int, blocks: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Write one shard.
+
+        Args:
+            blocks: (name, row block), of the shard's tensors in its order.
+
+        Raises:
+            ValueError: where the blocks are not those of the shard.
+        """
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        ends, offset = {}, 0
+        for name in self.shards[shard]:
+            info = self._tensors[name]
+            end = offset + info.bytes
+            header[name] = {
+                "dtype": _CODES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [offset, end],
+            }
+            ends[name] = offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with open(self.file_of(shard), "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            written = 0
+            for name, block in blocks:
+                if block.dtype != self._tensors[name].dtype:
+                    raise ValueError(f"{name}: a block of {block.dtype}")
+                written += file.write(raw_bytes(block))
+                if written > ends[name]:
+                    raise ValueError(f"{name}: more bytes than its shape has, or out of order")
+            if written != offset:
+                raise ValueError(f"{file.name}: {written} of {offset} bytes were written")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write_index(self) -> None:
+        """Write the index of several shards; one shard needs none."""
+        if len(self.shards) == 1:
+            return
+        total = sum(info.bytes for info in self._tensors.values())
+        weight_map = {
+            name: self.file_of(number).name
+            for number, names in enumerate(self.shards)
+            for name in names
+        }
+        values = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (self._folder / INDEX).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_sidecar(source: Path, target: Path) -> None:
+    """Carry config, generation config, tokenizer and chat template along, byte for byte."""
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
+        if path.is_file() and not weights and path.name not in (INDEX, manifest.FILE):
+            shutil.copyfile(path, target / path.name)
+
+
+def _read_headers(
+    folder: Path,
+) -> tuple[dict[str, tuple[TensorInfo, _Place]], list[Problem]]:
+    files, listed, problems = _files(folder)
+    found: dict[str, tuple[TensorInfo, _Place]] = {}
+    for file in files:
+        try:
+            for name, info, begin in _read_header(file):
+                found[name] = (info, _Place(file, begin))
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as wrong:
+            problems.append(
+                Problem("a damaged shard", str(file), str(wrong), "a whole safetensors file")
+            )
+    for name, file_name in listed.items():
+        place = found.get(name)
+        if (place is None or place[1].file.name != file_name) and (folder / file_name).is_file():
+            problems.append(
+                Problem(
+                    "the index is wrong", f"{folder}/{INDEX}", f"{name} in {file_name}",
+                    "the shard that holds it",
+                )
+            )  # fmt: skip
+    return found, problems
+
+
+def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:
+    """The shards that are there, the index's map, and what is wrong with either."""
+    if not (folder / INDEX).is_file():
+        single = folder / SINGLE
+        if single.is_file():
+            return [single], {}, []
+        expected = f"{SINGLE}, or {INDEX} with its shards"
+        return [], {}, [Problem("no weights", str(folder), "no safetensors", expected)]
+    try:
+        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(listed.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
+        problem = Problem("cannot read the index", f"{folder}/{INDEX}", repr(wrong), "a weight_map")
+        return [], {}, [problem]
+    files = [folder / name for name in names]
+    missing = [
+        Problem("the index names a shard that is not there", str(file), "no file", "the shard")
+        for file in files
+        if not file.is_file()
+    ]
+    return [file for file in files if file.is_file()], listed, missing
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo, int]]:
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > min(_MAX_HEADER, size - 8):
+            raise ValueError(f"a header of {length} bytes in a file of {size}")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    first, last = 8 + length, 0
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name}: dtype {entry['dtype']} is not a floating-point one")
+        info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        if end - begin != info.bytes:
+            raise ValueError(f"{name}: {end - begin} bytes for a shape of {info.bytes}")
+        last = max(last, end)
+        yield name, info, first + begin
+    if first + last != size:
+        raise ValueError(f"{size} bytes, {first + last} by its header: cut short or overwritten")
+
+
+def _differences(
+    folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorInfo]
+) -> Iterator[Problem]:
+    for name, shape in expected.items():
+        if name not in found:
+            yield Problem("a missing tensor", f"{folder}: {name}", "nothing", f"shape {shape}")
+        elif found[name].shape != shape:
+            yield Problem(
+                "a tensor of another shape", f"{folder}: {name}", str(found[name].shape), str(shape)
+            )
+    for name in found:
+        if name not in expected:
+            yield Problem(
+                "an unexpected tensor",
+                f"{folder}: {name}",
+                f"shape {found[name].shape}",
+                "the tensors of the architecture in config.json, and no others",
+            )
+
+
+def _read_into(file: BinaryIO | Any, target: memoryview) -> None:
+    filled = 0
+    while filled < len(target):
+        count = file.readinto(target[filled:])
+        if not count:
+            raise UserError(Problem("a file ended early", str(file.name), "its end", "more bytes"))
+        filled += count

@@ -1,0 +1,119 @@
+"""What every command reads: a checkpoint of either format, seen as Hugging Face tensors.
+
+A tensor comes in row blocks of at most `BLOCK_BYTES`, in order; a block's bytes are checked
+against the manifest when the last of its tensor has been read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.errors import Problem, UserError
+from tools.checkpoint_convert.manifest import Manifest
+
+BLOCK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """A checkpoint of either format.
+
+    Attributes:
+        path: its folder.
+        model: what its configuration says.
+        sidecar: the folder that holds config, tokenizer and chat template.
+        tensors: Hugging Face names, in the order in which they are cheapest to read.
+        manifest: of the folder, where it has one.
+    """
+
+    path: Path
+    model: ModelConfig
+    sidecar: Path
+    tensors: dict[str, TensorInfo]
+    manifest: Manifest | None
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Row blocks of a tensor, unchecked; use `checked_blocks`."""
+        ...
+
+
+def row_blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    """`[begin, end)` rows of each block."""
+    count = info.shape[0]
+    step = max(1, BLOCK_BYTES * count // max(1, info.bytes))
+    for begin in range(0, count, step):
+        yield begin, min(count, begin + step)
+
+
+def checked_blocks(source: Source, name: str) -> Iterator[torch.Tensor]:
+    """The row blocks of a tensor, compared with the manifest's hash at the end.
+
+    Raises:
+        UserError: where the bytes are not those that were written.
+    """
+    digest = hashlib.sha256()
+    for block in source.blocks(name):
+        digest.update(raw_bytes(block))
+        yield block
+    expected = source.manifest.hash_of(name) if source.manifest else None
+    if expected is not None and digest.hexdigest() != expected:
+        raise UserError(
+            Problem(
+                what="a tensor's bytes are not those that were written",
+                where=f"{source.path}: {name}",
+                got=f"sha256 {digest.hexdigest()[:16]}…",
+                expected=f"sha256 {expected[:16]}… by the manifest",
+                remedy="the file was damaged after it was written: convert again",
+            )
+        )
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor of any dtype, without a copy."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def open_source(path: Path, config: Path | None = None) -> Source:
+    """Open a folder as what it is.
+
+    Args:
+        config: a Hugging Face folder with the configuration of a Megatron checkpoint that carries
+            none.
+
+    Raises:
+        UserError: where it is neither format, or incomplete.
+    """
+    from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
+    from tools.checkpoint_convert.torch_dist_folder import TorchDistFolder
+
+    if (path / ".metadata").is_file():
+        return TorchDistFolder(path, config)
+    if (path / "config.json").is_file():
+        return SafetensorsFolder(path)
+    raise UserError(
+        Problem(
+            what="not a checkpoint",
+            where=str(path),
+            got="a folder without config.json and .metadata" if path.is_dir() else "no folder",
+            expected="a Hugging Face folder, or a Megatron torch_dist folder",
+        )
+    )
