@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +104,87 @@ def test_megatron_loads_it_at_another_layout_and_what_it_saves_exports(
     back = tmp_path / "back"
     assert main(["export", str(again), str(back), "--config", str(hf)]) == 0
     assert main(["verify", str(hf), str(back)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3", ["--tp", "2", "--pp", "2"]),
+        ("qwen3_moe", ["--tp", "2", "--ep", "2", "--etp", "2"]),
+    ],
+)
+def test_files_cut_for_a_layout_and_written_by_several_processes_hold_the_same(
+    name: str, options: list[str], tmp_path: Path
+) -> None:
+    hf, megatron, back = save(MODELS[name], tmp_path / "hf"), tmp_path / "megatron", tmp_path / "b"
+    assert main(["import", str(hf), str(megatron), "--workers", "2", *options]) == 0
+    assert len(list(megatron.glob("*.distcp"))) > 1
+    assert main(["export", str(megatron), str(back), "--workers", "2"]) == 0
+    assert len(list(back.glob("*.safetensors"))) > 1
+    assert main(["verify", str(hf), str(back)]) == 0
+
+
+def test_a_part_for_one_rank_is_one_box(tmp_path: Path) -> None:
+    """What a rank of the layout reads, Megatron's own sharding says: nothing of another's."""
+    hf = save(DENSE, tmp_path / "hf")
+    layout = ParallelConfig(1, tp_size=2, rollout_tp_size=1)
+    convert.import_checkpoint(hf, tmp_path / "megatron", layout=layout)
+    opened = source.open_source(tmp_path / "megatron")
+    assert isinstance(opened, torch_dist_folder.TorchDistFolder)
+    known = opened._metadata.state_dict_metadata
+    boxes = {
+        key.removeprefix("decoder.layers."): [tuple(chunk.sizes) for chunk in known[key].chunks[:4]]
+        for key in known
+        if key.startswith("decoder.layers.") and key.endswith(".weight")
+    }
+    # Two layers × two ranks; the MLP's first layer has a gate and an up part a rank.
+    assert boxes["self_attention.linear_qkv.weight"] == [(1, 40, 24)] * 4
+    assert boxes["self_attention.linear_proj.weight"] == [(1, 24, 24)] * 4
+    assert boxes["mlp.linear_fc1.weight"] == [(1, 20, 24)] * 4
+    assert boxes["mlp.linear_fc2.weight"] == [(1, 24, 20)] * 4
+
+
+def test_a_layout_that_does_not_divide_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    words = ["import", str(hf), str(tmp_path / "out"), "--tp", "3", "--pp", "5", "--ep", "2"]
+    assert main(words) == 2
+    assert "4 problems" in capsys.readouterr().err
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    began = time.monotonic()
+    convert.import_checkpoint(hf, tmp_path / "timed")
+    convert.export_checkpoint(tmp_path / "timed", tmp_path / "timed_back")
+    whole_s = time.monotonic() - began
+    chance, killed = random.Random(0), 0
+    for number in range(25):
+        megatron, back = tmp_path / f"m{number}", tmp_path / f"b{number}"
+        child = os.fork()
+        if child == 0:
+            convert.import_checkpoint(hf, megatron)
+            convert.export_checkpoint(megatron, back)
+            os._exit(0)
+        time.sleep(chance.random() * whole_s)
+        os.kill(child, signal.SIGKILL)
+        killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+        for folder in (megatron, back):
+            if folder.exists():
+                assert main(["verify", str(hf), str(folder)]) == 0
+            partial = folder.with_name(folder.name + ".partial")
+            # Its tensors are whole once the configuration stands beside them.
+            if partial.exists() and not (partial / "config.json").exists():
+                with pytest.raises((OSError, ValueError)):
+                    transformers.AutoModelForCausalLM.from_pretrained(partial)
+                assert main(["verify", str(hf), str(partial)]) != 0
+        shutil.rmtree(back, ignore_errors=True)
+        if not megatron.exists():
+            convert.import_checkpoint(hf, megatron)
+        convert.export_checkpoint(megatron, back)
+        assert main(["verify", str(hf), str(back)]) == 0
+    assert killed > 10
 
 
 # ---- dtypes ------------------------------------------------------------------------------

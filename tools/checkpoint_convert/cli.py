@@ -9,12 +9,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_precision.errors import UserError
+from megatron_precision.config import ParallelConfig
+from megatron_precision.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from tools.checkpoint_convert.casting import Loss
 
 DTYPES = ("fp16", "bf16", "fp32")
+# Any layout loads any cut; the ranks of this one read nothing but their own parts.
+LAYOUT = {
+    "tp": "tensor parallelism",
+    "pp": "pipeline parallelism",
+    "ep": "expert parallelism",
+    "etp": "tensor parallelism inside an expert",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +59,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--allow-overflow", action="store_true", help="clamp what the dtype cannot hold"
         )
+        command.add_argument(
+            "--workers", type=int, default=1, metavar="N", help="processes; default: 1"
+        )
         if name == "export":
             _add_config(command)
+        else:
+            for size, what in LAYOUT.items():
+                command.add_argument(
+                    f"--{size}", type=int, default=1, metavar="N", help=f"cut for this {what}"
+                )
         command.set_defaults(run=run)
 
     verify = commands.add_parser("verify", help="compare two checkpoints, bit for bit")
@@ -89,7 +105,13 @@ def _import(args: argparse.Namespace) -> int:
 
     with _progress(sum(info.bytes for info in open_source(args.source).tensors.values())) as told:
         part = import_checkpoint(
-            args.source, args.target, _dtype(args.dtype), args.allow_overflow, told
+            args.source,
+            args.target,
+            _dtype(args.dtype),
+            args.allow_overflow,
+            told,
+            ParallelConfig(1, args.tp, args.pp, args.ep, args.etp, rollout_tp_size=1),
+            _workers(args),
         )
     return _done(args.target, part.losses)
 
@@ -101,7 +123,13 @@ def _export(args: argparse.Namespace) -> int:
     source = open_source(args.source, args.config)
     with _progress(sum(info.bytes for info in source.tensors.values())) as told:
         part = export_checkpoint(
-            args.source, args.target, _dtype(args.dtype), args.allow_overflow, told, args.config
+            args.source,
+            args.target,
+            _dtype(args.dtype),
+            args.allow_overflow,
+            told,
+            args.config,
+            _workers(args),
         )
     return _done(args.target, part.losses)
 
@@ -168,6 +196,12 @@ def _print_losses(losses: dict[str, Loss]) -> None:
             f"{loss.relative_error:>12.2e}  {name}"
         )
     print(f"{len(hurt)} of {len(losses)} tensors are changed or hold subnormal values")
+
+
+def _workers(args: argparse.Namespace) -> int:
+    if args.workers < 1:
+        raise UserError(Problem("no workers", "--workers", str(args.workers), "1 or more"))
+    return int(args.workers)
 
 
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]

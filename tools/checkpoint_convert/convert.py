@@ -11,17 +11,22 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.megatron_checkpoint import Slot, slots
 from tools.checkpoint_convert.casting import Loss, cast
 from tools.checkpoint_convert.manifest import Manifest, file_sizes
-from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter, copy_sidecar
+from tools.checkpoint_convert.safetensors_folder import (
+    SHARD_BYTES,
+    SafetensorsWriter,
+    copy_sidecar,
+)
 from tools.checkpoint_convert.source import (
     Source,
     TensorInfo,
@@ -30,10 +35,10 @@ from tools.checkpoint_convert.source import (
     raw_bytes,
 )
 from tools.checkpoint_convert.torch_dist_folder import SIDECAR, TorchDistWriter, Written, finish
+from tools.checkpoint_convert.workers import Progress, run_tasks
 
 # Beyond the tensors: headers, tokenizer, metadata.
 _ROOM_FOR_THE_REST = 64 * 2**20
-Progress = Callable[[int], None]
 
 
 @dataclass
@@ -70,30 +75,72 @@ class Reader:
             self._part.losses[name] = loss
 
 
-def import_part(
-    source: Source,
-    folder: Path,
-    number: int,
-    mine: Sequence[Slot],
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> Part:
-    """Write some slots of a Megatron checkpoint into one file of `folder`."""
-    part = Part()
-    reader = Reader(source, dtype, part, progress)
-    writer = TorchDistWriter(folder, number)
-    for slot in mine:
-        if len(slot.pieces) == 1:
-            row = 0
-            for block in reader.blocks(slot.pieces[0].hf_name):
-                writer.write(slot, (row, *(0 for _ in slot.shape[1:])), block)
-                row += block.shape[0]
-        else:
-            writer.write(slot, (0,) * len(slot.shape), _fused(slot, reader, source, dtype))
-        if ".linear_" in slot.key and slot.key.endswith(".weight"):
-            writer.write_extra_state(slot)
-    part.written = writer.close()
-    return part
+@dataclass(frozen=True)
+class ImportTask:
+    """Some slots of a Megatron checkpoint, into one file.
+
+    Attributes:
+        first, last: `[first, last)` of `slots(model)`.
+    """
+
+    source: Path
+    folder: Path
+    number: int
+    first: int
+    last: int
+    dtype: torch.dtype | None
+    tp_size: int
+    etp_size: int
+
+    def run(self, progress: Progress) -> Part:
+        """Write the file."""
+        part, source = Part(), open_source(self.source)
+        reader = Reader(source, self.dtype, part, progress)
+        writer = TorchDistWriter(self.folder, self.number)
+        for slot in slots(source.model)[self.first : self.last]:
+            size = self.etp_size if len(slot.index) == 2 else self.tp_size
+            if len(slot.pieces) == 1:
+                row = 0
+                for block in reader.blocks(slot.pieces[0].hf_name):
+                    _write_shards(writer, slot, row, block, size)
+                    row += block.shape[0]
+            else:
+                whole = _fused(slot, reader, source, self.dtype)
+                _write_shards(writer, slot, 0, whole, size)
+            if ".linear_" in slot.key and slot.key.endswith(".weight"):
+                writer.write_extra_state(slot)
+        part.written = writer.close()
+        return part
+
+
+def _write_shards(
+    writer: TorchDistWriter, slot: Slot, row: int, rows: torch.Tensor, size: int
+) -> None:
+    """Write rows of a slot, cut where tensor-parallel ranks divide it.
+
+    Any layout loads from any cut; ranks of this layout read nothing but their own.
+    """
+    for start, box in shards(slot, row, rows, size):
+        writer.write(slot, start, box)
+
+
+def shards(
+    slot: Slot, row: int, rows: torch.Tensor, size: int
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """(start, box) of every part of `rows`, which begin at `row` of the slot."""
+    linear = slot.key.rpartition(".")[0].rpartition(".")[2]
+    if linear in ("linear_proj", "linear_fc2") and rows.ndim == 2:
+        width = rows.shape[1] // size
+        for column in range(0, rows.shape[1], width):
+            yield (row, column), rows[:, column : column + width]
+        return
+    # [gate | up] of a rank are two runs of rows.
+    cuts = {"linear_fc1": 2 * size, "linear_qkv": size}.get(linear, 1)
+    if slot.key.endswith("layer_norm_weight"):
+        cuts = 1
+    height = rows.shape[0] // cuts
+    for begin in range(0, rows.shape[0], height):
+        yield (row + begin, *(0 for _ in rows.shape[1:])), rows[begin : begin + height]
 
 
 def _fused(slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None) -> torch.Tensor:
@@ -111,20 +158,34 @@ def _fused(slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None
     return whole
 
 
-def export_part(
-    source: Source,
-    writer: SafetensorsWriter,
-    shards: Sequence[int],
-    dtype: torch.dtype | None,
-    progress: Progress,
-) -> Part:
-    """Write some shards of a Hugging Face checkpoint."""
-    part = Part()
-    reader = Reader(source, dtype, part, progress)
-    for shard in shards:
-        names = writer.shards[shard]
-        writer.write_shard(shard, ((n, block) for n in names for block in reader.blocks(n)))
-    return part
+@dataclass(frozen=True)
+class ExportTask:
+    """Some shards of a Hugging Face checkpoint."""
+
+    source: Path
+    config: Path | None
+    writer: SafetensorsWriter
+    shards: tuple[int, ...]
+    dtype: torch.dtype | None
+
+    def run(self, progress: Progress) -> Part:
+        """Write the shards."""
+        part = Part()
+        reader = Reader(open_source(self.source, self.config), self.dtype, part, progress)
+        for shard in self.shards:
+            names = self.writer.shards[shard]
+            blocks = ((name, block) for name in names for block in reader.blocks(name))
+            self.writer.write_shard(shard, blocks)
+        return part
+
+
+def _joined(parts: Sequence[Part]) -> Part:
+    whole = Part()
+    for part in parts:
+        whole.hashes |= part.hashes
+        whole.losses |= part.losses
+        whole.written += part.written
+    return whole
 
 
 def import_checkpoint(
@@ -133,11 +194,15 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     allow_overflow: bool = False,
     progress: Progress = lambda _bytes: None,
+    layout: ParallelConfig | None = None,
+    workers: int = 1,
 ) -> Part:
     """Hugging Face to Megatron.
 
     Args:
         dtype: of every tensor; by default each keeps its own.
+        layout: whose TP, PP, EP and ETP the files are cut for; any other loads them too.
+        workers: processes that write at once.
         allow_overflow: clamp what the dtype cannot hold, rather than refuse.
         progress: told the bytes of every block that was read.
 
@@ -146,9 +211,15 @@ def import_checkpoint(
             overflows that were not allowed; nothing is left behind.
     """
     source = open_source(source_path)
+    layout = layout or ParallelConfig(1, tp_size=1, rollout_tp_size=1)
+    refuse_layout(source.model, layout)
     dtypes = _stacked_dtypes(source, dtype)
     with new_folder(target, _bytes(source, dtype)) as folder:
-        part = import_part(source, folder, 0, slots(source.model), dtype, progress)
+        tasks = [
+            ImportTask(source_path, folder, number, *span, dtype, layout.tp_size, layout.etp_size)
+            for number, span in enumerate(_spans(source, layout, workers))
+        ]
+        part = _joined(run_tasks(tasks, workers, progress))
         refuse_overflows(part, allow_overflow)
         finish(folder, part.written, dtypes, source.model)
         (folder / SIDECAR).mkdir()
@@ -164,6 +235,7 @@ def export_checkpoint(
     allow_overflow: bool = False,
     progress: Progress = lambda _bytes: None,
     config: Path | None = None,
+    workers: int = 1,
 ) -> Part:
     """Megatron to Hugging Face; arguments and errors as `import_checkpoint`'s.
 
@@ -175,13 +247,66 @@ def export_checkpoint(
         name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()
     }
     with new_folder(target, _bytes(source, dtype)) as folder:
-        writer = SafetensorsWriter(folder, tensors)
-        part = export_part(source, writer, range(len(writer.shards)), dtype, progress)
+        # A worker writes whole shards: several of them want several.
+        size = sum(info.bytes for info in tensors.values())
+        writer = SafetensorsWriter(folder, tensors, min(SHARD_BYTES, size // workers + 1))
+        tasks = [
+            ExportTask(source_path, config, writer, (shard,), dtype)
+            for shard in range(len(writer.shards))
+        ]
+        part = _joined(run_tasks(tasks, workers, progress))
         refuse_overflows(part, allow_overflow)
         writer.write_index()
         copy_sidecar(source.sidecar, folder)
         Manifest(part.hashes, file_sizes(folder)).write(folder)
     return part
+
+
+def refuse_layout(model: ModelConfig, layout: ParallelConfig) -> None:
+    """Raise a UserError that lists every size which the layout does not divide."""
+    sizes = [
+        ("tp", layout.tp_size, "KV heads", model.num_key_value_heads),
+        ("pp", layout.pp_size, "layers", model.num_hidden_layers),
+    ]
+    if model.num_experts:
+        sizes += [
+            ("ep", layout.ep_size, "experts", model.num_experts),
+            ("etp", layout.etp_size, "the experts' MLP", model.moe_intermediate_size),
+        ]
+    else:
+        sizes.append(("tp", layout.tp_size, "the MLP", model.intermediate_size))
+    problems = [
+        Problem(
+            f"{what} do not divide", f"--{option}", f"{count} / {size}", f"a divisor of {count}"
+        )
+        for option, size, what, count in sizes
+        if size < 1 or count % size
+    ]
+    if not model.num_experts and layout.ep_size * layout.etp_size != 1:
+        problems.append(Problem("a dense model has no experts", "--ep, --etp", "more than 1", "1"))
+    if problems:
+        raise UserError(problems)
+
+
+def _spans(source: Source, layout: ParallelConfig, workers: int) -> list[tuple[int, int]]:
+    """`[first, last)` slots of each file: cut at pipeline stages and expert ranks, then evenly."""
+    found = slots(source.model)
+    stage = source.model.num_hidden_layers // layout.pp_size
+    experts = max(1, source.model.num_experts // layout.ep_size)
+    sizes = [sum(source.tensors[p.hf_name].bytes for p in slot.pieces) for slot in found]
+    limit = sum(sizes) // workers + 1
+    spans, first, filled = [], 0, 0
+    group: tuple[int, int] | None = None
+    for number, slot in enumerate(found):
+        at = (slot.index[0] // stage if slot.index else -1,
+              slot.index[1] // experts if len(slot.index) == 2 else -1)  # fmt: skip
+        moved = layout.pp_size > 1 and at[0] >= 0 and group is not None and at[0] != group[0]
+        moved |= layout.ep_size > 1 and group is not None and at[1] != group[1]
+        if number > first and (moved or filled + sizes[number] > limit):
+            spans.append((first, number))
+            first, filled = number, 0
+        group, filled = at, filled + sizes[number]
+    return [*spans, (first, len(found))]
 
 
 def refuse_overflows(part: Part, allowed: bool) -> None:
