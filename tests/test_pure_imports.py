@@ -22,12 +22,23 @@ PURE_MODULES = (
     "megatron_precision.rl.correction",
     "megatron_precision.rl.losses",
     "megatron_precision.rl.mismatch",
+    "megatron_precision.weights.architectures",
+    "megatron_precision.weights.hf_config",
+    "megatron_precision.weights.megatron_checkpoint",
+    "megatron_precision.weights.megatron_layout",
     "megatron_precision.weights.regions",
+    "megatron_precision.weights.vllm_layout",
 )
 TORCH_FREE_MODULES = (
     "megatron_precision.config",
     "megatron_precision.precision.policy",
     "megatron_precision.rl.algorithms",
+    "megatron_precision.weights.architectures",
+    "megatron_precision.weights.hf_config",
+    "megatron_precision.weights.megatron_checkpoint",
+    "megatron_precision.weights.megatron_layout",
+    "megatron_precision.weights.regions",
+    "megatron_precision.weights.vllm_layout",
 )
 
 BLOCK_ENGINES = """

@@ -74,9 +74,9 @@ def hf_config(model: ModelConfig, dtype: str) -> dict[str, object]:
 # Fields that say nothing about what the weights compute.
 _IGNORED = frozenset(
     {
-        "_name_or_path", "architectures", "model_type", "torch_dtype", "dtype", "use_cache",
+        "architectures", "model_type", "torch_dtype", "dtype", "use_cache",
         "transformers_version", "transformers.js_config", "bos_token_id", "eos_token_id",
-        "pad_token_id", "attention_dropout", "initializer_range", "is_llama_config",
+        "pad_token_id", "unk_token_id", "attention_dropout", "initializer_range", "is_llama_config",
         "output_router_logits", "router_aux_loss_coef", "max_window_layers", "num_experts_per_tok",
         "norm_topk_prob",
     }
@@ -170,6 +170,8 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
     for name in sorted(read - values.keys()):
         yield Problem("missing field", where, name, "the field")
     for name in sorted(values.keys() - read - _IGNORED - _OPTIONAL - _REQUIRED.keys()):
+        if name.startswith("_"):  # transformers' own notes
+            continue
         yield Problem(
             f"a field that is not understood for {kind}",
             f"{where}: {name}",

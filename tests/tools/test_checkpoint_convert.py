@@ -231,6 +231,18 @@ def test_fp16_hurts_nothing_that_it_can_hold(tmp_path: Path) -> None:
     assert not any(loss.any for loss in part.losses.values())
 
 
+def test_inspect_lists_what_a_checkpoint_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    convert.import_checkpoint(hf, tmp_path / "megatron")
+    for folder, last in ((hf, "no manifest"), (tmp_path / "megatron", "hashes of every tensor")):
+        assert main(["inspect", str(folder)]) == 0
+        shown = capsys.readouterr().out
+        assert "model.layers.1.self_attn.k_norm.weight  bfloat16  [8]" in shown
+        assert shown.rstrip().endswith(last)
+
+
 # ---- faults ------------------------------------------------------------------------------
 
 

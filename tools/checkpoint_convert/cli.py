@@ -7,12 +7,13 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
 
 if TYPE_CHECKING:
+    from megatron_precision.precision.policy import DType
     from tools.checkpoint_convert.casting import Loss
 
 DTYPES = ("fp16", "bf16", "fp32")
@@ -74,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="compare two checkpoints, bit for bit")
     verify.add_argument("first", type=Path, metavar="A")
     verify.add_argument("second", type=Path, metavar="B")
+    verify.add_argument(
+        "--logits",
+        action="store_true",
+        help="also forward both, one with transformers and one with Megatron Core",
+    )
     _add_config(verify)
     verify.set_defaults(run=_verify)
 
@@ -144,7 +150,18 @@ def _verify(args: argparse.Namespace) -> int:
     for difference in differences:
         print(difference)
     print(f"{compared} tensors compared, {len(differences)} differ")
-    return 1 if differences else 0
+    wrong = bool(differences)
+    if args.logits:
+        from tools.checkpoint_convert.logits import TOLERANCE, compare_logits
+
+        found = compare_logits(args.first, args.second, args.config)
+        kind = "tokens of text" if found.from_text else "random tokens"
+        print(
+            f"log-probs of {found.tokens} {kind}: largest difference {found.largest:.2e} nats, "
+            f"mean {found.mean:.2e}, the same choice at {found.same_choice:.1%}"
+        )
+        wrong |= found.largest > TOLERANCE
+    return 1 if wrong else 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -207,7 +224,7 @@ def _workers(args: argparse.Namespace) -> int:
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]
     from megatron_precision.precision.dtypes import torch_dtype
 
-    return torch_dtype(name) if name else None
+    return torch_dtype(cast("DType", name)) if name else None
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from tools.checkpoint_convert.safetensors_folder import (
     copy_sidecar,
 )
 from tools.checkpoint_convert.source import (
+    PARTIAL,
     Source,
     TensorInfo,
     checked_blocks,
@@ -339,7 +340,7 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         raise UserError(
             Problem("the output exists", str(target), "a file or folder", "a new folder")
         )
-    partial = target.with_name(target.name + ".partial")
+    partial = target.with_name(target.name + PARTIAL)
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(f".{target.name}.lock"), "w", encoding="ascii") as lock:
         try:

@@ -7,6 +7,7 @@ files, or wants whole shards in memory, and either makes memory grow with the mo
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -257,7 +258,7 @@ def _differences(
             )
 
 
-def _read_into(file: BinaryIO | Any, target: memoryview) -> None:
+def _read_into(file: io.FileIO, target: memoryview) -> None:
     filled = 0
     while filled < len(target):
         count = file.readinto(target[filled:])

@@ -7,6 +7,7 @@ against the manifest when the last of its tensor has been read.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_precision.errors import Problem, UserError
 from tools.checkpoint_convert.manifest import Manifest
 
 BLOCK_BYTES = 256 * 2**20
+# The folder of a conversion that is under way, or was killed.
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class TensorInfo:
     @property
     def bytes(self) -> int:
         """Stored bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 class Source(Protocol):
@@ -105,6 +108,13 @@ def open_source(path: Path, config: Path | None = None) -> Source:
     from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
     from tools.checkpoint_convert.torch_dist_folder import TorchDistFolder
 
+    if path.name.endswith(PARTIAL):
+        raise UserError(
+            Problem(
+                "an unfinished conversion", str(path), f"a folder named *{PARTIAL}",
+                "a finished one", "convert again",
+            )
+        )  # fmt: skip
     if (path / ".metadata").is_file():
         return TorchDistFolder(path, config)
     if (path / "config.json").is_file():

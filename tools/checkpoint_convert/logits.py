@@ -1,0 +1,135 @@
+"""The same tokens through transformers and through Megatron Core, each with its own loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_precision.config import ParallelConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.precision.policy import policy
+from tools.checkpoint_convert.source import Source, open_source
+from tools.checkpoint_convert.torch_dist_folder import METADATA
+
+TEXT = (
+    "The bridge was closed for repairs in the spring of 1987, and for eleven months everyone in "
+    "the valley took the long road around the lake. When it opened again, the first to cross was "
+    "a baker with forty loaves of bread: 17 + 25 = 42, he said, counting what he had sold."
+)
+# FP32 on both sides, other kernels: what rounding makes of some 30 layers.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """Log-probabilities of every vocabulary entry at every position.
+
+    Attributes:
+        tokens: positions that were compared.
+        from_text: whether they are real text, by the checkpoint's own tokenizer.
+        largest, mean: absolute difference of log-probabilities (nats).
+        same_choice: share of positions whose most likely token is the same.
+    """
+
+    tokens: int
+    from_text: bool
+    largest: float
+    mean: float
+    same_choice: float
+
+
+def compare_logits(first: Path, second: Path, config: Path | None = None) -> LogitsComparison:
+    """Forward both checkpoints in FP32, in this process.
+
+    Args:
+        first, second: one of each format, in either order.
+
+    Raises:
+        UserError: where they are of one format.
+    """
+    megatron = [path for path in (first, second) if (path / METADATA).is_file()]
+    if len(megatron) != 1:
+        raise UserError(
+            Problem(
+                "--logits compares the two formats",
+                f"{first}, {second}",
+                "one format twice",
+                "a Hugging Face folder and a Megatron folder",
+            )
+        )
+    hf = second if megatron[0] == first else first
+    source = open_source(hf)
+    tokens, from_text = _tokens(source)
+    # Megatron's platform first: it patches what transformers does not touch.
+    ours = _megatron_logprobs(megatron[0], source, tokens)
+    theirs = _hf_logprobs(hf, tokens)
+    gap = (ours - theirs).abs()
+    same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+    return LogitsComparison(
+        tokens.numel(), from_text, float(gap.max()), float(gap.mean()), float(same)
+    )
+
+
+def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
+    """[1, length] int64; without a tokenizer, random ones."""
+    import transformers
+
+    vocabulary = source.model.vocab_size
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.sidecar)
+        ids = tokenizer(TEXT).input_ids
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as missing:
+        print(f"no tokenizer ({type(missing).__name__}): random tokens are used")
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, vocabulary, (1, 64), generator=generator), False
+    longest = source.model.max_position_embeddings
+    return torch.tensor([ids[:longest]]), True
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model(tokens).logits[0].float().log_softmax(-1)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _megatron_logprobs(folder: Path, source: Source, tokens: torch.Tensor) -> torch.Tensor:
+    _world_of_one()
+    from megatron_precision.platform import startup
+
+    startup.start(seed=0)
+    from megatron.core import dist_checkpointing
+
+    from megatron_precision.actor import models, parallel
+
+    layout = ParallelConfig(1, tp_size=1, rollout_tp_size=1)
+    if not torch.distributed.is_initialized():
+        parallel.open_world(startup.backend())
+    parallel.divide_world(layout, seed=0)
+    config = models.transformer_config(source.model, layout, policy("fp32"))
+    module = models.build_model(source.model, layout, config).eval()
+    module.load_state_dict(dist_checkpointing.load(module.sharded_state_dict(), str(folder)))
+    positions = torch.arange(tokens.shape[1])[None]
+    logits = module(tokens, positions, attention_mask=None)[0]
+    torch.distributed.destroy_process_group()
+    return logits[:, : source.model.vocab_size].float().log_softmax(-1)
+
+
+def _world_of_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
