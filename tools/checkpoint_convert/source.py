@@ -19,7 +19,7 @@ from megatron_precision.config import ModelConfig
 from megatron_precision.errors import Problem, UserError
 from tools.checkpoint_convert.manifest import Manifest
 
-BLOCK_BYTES = 256 * 2**20
+BLOCK_BYTES = 32 * 2**20
 # The folder of a conversion that is under way, or was killed.
 PARTIAL = ".partial"
 
