@@ -26,6 +26,7 @@ from tools.checkpoint_convert.safetensors_folder import (
     SHARD_BYTES,
     SafetensorsWriter,
     copy_sidecar,
+    state_dtype,
 )
 from tools.checkpoint_convert.source import (
     PARTIAL,
@@ -225,6 +226,7 @@ def import_checkpoint(
         finish(folder, part.written, dtypes, source.model)
         (folder / SIDECAR).mkdir()
         copy_sidecar(source.sidecar, folder / SIDECAR)
+        state_dtype(folder / SIDECAR / "config.json", dtypes.values())
         Manifest(part.hashes, file_sizes(folder)).write(folder)
     return part
 
@@ -259,6 +261,7 @@ def export_checkpoint(
         refuse_overflows(part, allow_overflow)
         writer.write_index()
         copy_sidecar(source.sidecar, folder)
+        state_dtype(folder / "config.json", (info.dtype for info in tensors.values()))
         Manifest(part.hashes, file_sizes(folder)).write(folder)
     return part
 

@@ -1,4 +1,4 @@
-"""`manifest.json`: what a finished folder holds, written last.
+"""`conversion_manifest.json`: what a finished folder holds, written last.
 
 One SHA-256 a Hugging Face tensor, over its bytes in row-major order. The hash does not depend on
 the format or on how a checkpoint is divided, so that both sides of a conversion carry the same.
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_precision.errors import Problem, UserError
 
-FILE = "manifest.json"
+FILE = "conversion_manifest.json"
 VERSION = 1
 
 

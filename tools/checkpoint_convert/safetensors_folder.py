@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,19 @@ def copy_sidecar(source: Path, target: Path) -> None:
         weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
         if path.is_file() and not weights and path.name not in (INDEX, manifest.FILE):
             shutil.copyfile(path, target / path.name)
+
+
+def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
+    """Make `config.json` say the dtype that the weights have: readers load them in what it says.
+
+    Where it says so already, or the weights have several, the file stays byte for byte.
+    """
+    kinds = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    values = json.loads(config.read_text(encoding="utf-8"))
+    field = "dtype" if "dtype" in values else "torch_dtype"
+    if len(kinds) == 1 and values.get(field) not in kinds:
+        values[field] = kinds.pop()
+        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_headers(
