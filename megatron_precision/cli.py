@@ -47,15 +47,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="P", help="fp16, bf16, fp32, or TRAIN/ROLLOUT such as bf16/fp16"
     )
     parser.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="PATH=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="typed overrides, for example train.iterations=40",
-    )
+    _add_overrides(parser, "typed overrides, for example train.iterations=40")
     parser.add_argument(
         "--mismatch-every",
         type=int,
@@ -67,6 +59,18 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run",
         action="store_true",
         help="print the resolved configuration and what would run, and stop",
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="PATH=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help=text,
     )
 
 
@@ -297,15 +301,7 @@ def _parser() -> argparse.ArgumentParser:
     sanity = commands.add_parser("sanity", help="the sanity experiment: BF16 against FP16")
     sanity.add_argument("--model", choices=("dense", "moe"), default="dense", help="default: dense")
     sanity.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sanity-MODEL")
-    sanity.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="PATH=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="typed overrides of both runs, for example train.iterations=10",
-    )
+    _add_overrides(sanity, "typed overrides of both runs, for example train.iterations=10")
     sanity.set_defaults(run=_sanity)
 
     report = commands.add_parser("report", help="compare runs in one HTML file")

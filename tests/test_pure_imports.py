@@ -13,6 +13,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+TABLES = (
+    "megatron_precision.weights.architectures",
+    "megatron_precision.weights.hf_config",
+    "megatron_precision.weights.megatron_checkpoint",
+    "megatron_precision.weights.megatron_layout",
+    "megatron_precision.weights.regions",
+    "megatron_precision.weights.vllm_layout",
+)
 PURE_MODULES = (
     "megatron_precision.config",
     "megatron_precision.precision.policy",
@@ -22,23 +30,13 @@ PURE_MODULES = (
     "megatron_precision.rl.correction",
     "megatron_precision.rl.losses",
     "megatron_precision.rl.mismatch",
-    "megatron_precision.weights.architectures",
-    "megatron_precision.weights.hf_config",
-    "megatron_precision.weights.megatron_checkpoint",
-    "megatron_precision.weights.megatron_layout",
-    "megatron_precision.weights.regions",
-    "megatron_precision.weights.vllm_layout",
+    *TABLES,
 )
 TORCH_FREE_MODULES = (
     "megatron_precision.config",
     "megatron_precision.precision.policy",
     "megatron_precision.rl.algorithms",
-    "megatron_precision.weights.architectures",
-    "megatron_precision.weights.hf_config",
-    "megatron_precision.weights.megatron_checkpoint",
-    "megatron_precision.weights.megatron_layout",
-    "megatron_precision.weights.regions",
-    "megatron_precision.weights.vllm_layout",
+    *TABLES,
 )
 
 BLOCK_ENGINES = """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from megatron_precision import rank
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.policy import policy
@@ -103,7 +103,8 @@ def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _megatron_logprobs(folder: Path, source: Source, tokens: torch.Tensor) -> torch.Tensor:
-    _world_of_one()
+    rank.become_world_of_one()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from megatron_precision.platform import startup
 
     startup.start(seed=0)
@@ -122,14 +123,3 @@ def _megatron_logprobs(folder: Path, source: Source, tokens: torch.Tensor) -> to
     logits = module(tokens, positions, attention_mask=None)[0]
     torch.distributed.destroy_process_group()
     return logits[:, : source.model.vocab_size].float().log_softmax(-1)
-
-
-def _world_of_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

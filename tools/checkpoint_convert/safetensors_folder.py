@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_config import read_model
 from tools.checkpoint_convert import manifest
@@ -31,9 +32,9 @@ SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 DTYPES = {
     "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "F32": torch_dtype("fp32"),
+    "F16": torch_dtype("fp16"),
+    "BF16": torch_dtype("bf16"),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
