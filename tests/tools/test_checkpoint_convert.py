@@ -193,6 +193,45 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> 
     assert killed > 10
 
 
+def test_nothing_is_removed_but_what_a_conversion_made(tmp_path: Path) -> None:
+    hf, own = save(DENSE, tmp_path / "hf"), tmp_path / "out.partial"
+    own.mkdir()
+    (own / "thesis.txt").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match="somebody else"):
+        convert.import_checkpoint(hf, tmp_path / "out")
+    assert (own / "thesis.txt").exists()
+    hf.rename(tmp_path / "src.partial")
+    (tmp_path / "link").symlink_to(tmp_path / "src.partial")
+    with pytest.raises(UserError, match="unfinished"):
+        convert.import_checkpoint(tmp_path / "link", tmp_path / "src")
+    assert (tmp_path / "src.partial" / "config.json").exists()
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    hf = save(MODELS["llama"], tmp_path / "hf")
+    file = next(f for f in hf.glob("*.safetensors") if "model.embed_tokens.weight" in load_file(f))
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    for change, refused in ((0.0, False), (7.0, True)):
+        save_file(tensors | {"lm_head.weight": head + change}, file)
+        if refused:
+            with pytest.raises(UserError, match="head of its own"):
+                source.open_source(hf)
+        else:
+            assert "lm_head.weight" not in source.open_source(hf).tensors
+
+
+def test_a_manifest_without_a_tensor_is_not_believed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf, megatron = save(DENSE, tmp_path / "hf"), tmp_path / "megatron"
+    convert.import_checkpoint(hf, megatron)
+    values = json.loads((megatron / manifest.FILE).read_text())
+    (megatron / manifest.FILE).write_text(json.dumps(values | {"tensors": {}}))
+    assert main(["export", str(megatron), str(tmp_path / "back")]) == 2
+    assert "no hash" in capsys.readouterr().err
+
+
 # ---- dtypes ------------------------------------------------------------------------------
 
 
@@ -313,7 +352,7 @@ def test_an_output_that_exists_and_a_full_disk_are_refused(
 ) -> None:
     hf = save(DENSE, tmp_path / "hf")
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="the output exists"):
+    with pytest.raises(UserError, match="not a new folder"):
         convert.import_checkpoint(hf, tmp_path / "out")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))

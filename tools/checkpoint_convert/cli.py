@@ -39,6 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as wrong:
         print(wrong, file=sys.stderr)
         return 2
+    except OSError as wrong:
+        where = str(wrong.filename or wrong)
+        print(
+            UserError(
+                Problem("a file cannot be used", where, str(wrong), "a usable file or folder")
+            ),
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -40,6 +40,8 @@ from tools.checkpoint_convert.source import (
 from tools.checkpoint_convert.torch_dist_folder import SIDECAR, TorchDistWriter, Written, finish
 from tools.checkpoint_convert.workers import Progress, run_tasks
 
+# In the folder of a conversion that is under way.
+MARK = ".conversion"
 # Beyond the tensors: headers, tokenizer, metadata.
 _ROOM_FOR_THE_REST = 64 * 2**20
 
@@ -274,11 +276,22 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
     Raises:
         UserError: where `target` exists, another conversion writes it, or room is short.
     """
-    if target.exists():
-        raise UserError(
-            Problem("the output exists", str(target), "a file or folder", "a new folder")
-        )
+    target = target.resolve()
+    if target.exists() or target.name.endswith(PARTIAL):
+        got = "a file or folder" if target.exists() else f"a name that ends in {PARTIAL}"
+        raise UserError(Problem("not a new folder", str(target), got, "a new folder"))
     partial = target.with_name(target.name + PARTIAL)
+    if partial.exists() and not (partial / MARK).is_file():
+        # Only what a conversion has made is ever removed.
+        raise UserError(
+            Problem(
+                "a folder of somebody else's is in the way",
+                str(partial),
+                "a file or folder that no conversion made",
+                "nothing, or an unfinished conversion",
+                "choose another output",
+            )
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_name(f".{target.name}.lock"), "w", encoding="ascii") as lock:
         try:
@@ -299,12 +312,14 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
                 )
             )
         partial.mkdir()
+        (partial / MARK).touch()
         try:
             yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         else:
+            (partial / MARK).unlink()
             _sync_folder(partial)
             partial.rename(target)
             _sync_folder(target.parent)

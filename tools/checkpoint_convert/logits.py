@@ -83,6 +83,8 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source.sidecar)
         ids = tokenizer(TEXT).input_ids
+        if not ids:
+            raise ValueError("a tokenizer without a vocabulary")
     except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as missing:
         print(f"no tokenizer ({type(missing).__name__}): random tokens are used")
         generator = torch.Generator().manual_seed(0)

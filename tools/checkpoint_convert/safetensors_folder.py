@@ -63,7 +63,7 @@ class SafetensorsFolder:
         found, problems = _read_headers(path)
         expected = hf_shapes(self.model)
         if self.model.tie_word_embeddings:
-            found.pop("lm_head.weight", None)  # some writers repeat the embedding
+            problems += _untied_head(path, found)
         found = {name: at for name, at in found.items() if not _COMPUTED.fullmatch(name)}
         problems += _differences(path, expected, {name: info for name, (info, _) in found.items()})
         if problems:
@@ -73,13 +73,7 @@ class SafetensorsFolder:
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Row blocks of a tensor."""
-        info, place = self.tensors[name], self._places[name]
-        with open(place.file, "rb", buffering=0) as file:
-            file.seek(place.begin)
-            for begin, end in row_blocks(info):
-                block = torch.empty((end - begin, *info.shape[1:]), dtype=info.dtype)
-                _read_into(file, raw_bytes(block))
-                yield block
+        yield from _blocks(self.tensors[name], self._places[name])
 
 
 class SafetensorsWriter:
@@ -182,6 +176,15 @@ def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def _blocks(info: TensorInfo, place: _Place) -> Iterator[torch.Tensor]:
+    with open(place.file, "rb", buffering=0) as file:
+        file.seek(place.begin)
+        for begin, end in row_blocks(info):
+            block = torch.empty((end - begin, *info.shape[1:]), dtype=info.dtype)
+            _read_into(file, raw_bytes(block))
+            yield block
+
+
 def _read_headers(
     folder: Path,
 ) -> tuple[dict[str, tuple[TensorInfo, _Place]], list[Problem]]:
@@ -250,6 +253,25 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo, int]]:
         yield name, info, first + begin
     if first + last != size:
         raise ValueError(f"{size} bytes, {first + last} by its header: cut short or overwritten")
+
+
+def _untied_head(folder: Path, found: dict[str, tuple[TensorInfo, _Place]]) -> Iterator[Problem]:
+    """Take the head that some writers repeat out of what was found; it must be the embedding."""
+    head = found.pop("lm_head.weight", None)
+    embedding = found.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    same = head[0] == embedding[0] and all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(_blocks(*head), _blocks(*embedding), strict=True)
+    )
+    if not same:
+        yield Problem(
+            "tied embeddings with a head of its own",
+            f"{folder}: lm_head.weight",
+            "other values than model.embed_tokens.weight",
+            "the same, or tie_word_embeddings false in config.json",
+        )
 
 
 def _differences(

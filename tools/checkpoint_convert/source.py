@@ -77,8 +77,10 @@ def checked_blocks(source: Source, name: str) -> Iterator[torch.Tensor]:
     for block in source.blocks(name):
         digest.update(raw_bytes(block))
         yield block
-    expected = source.manifest.hash_of(name) if source.manifest else None
-    if expected is not None and digest.hexdigest() != expected:
+    if source.manifest is None:
+        return
+    expected = source.manifest.hash_of(name) or "no hash"
+    if digest.hexdigest() != expected:
         raise UserError(
             Problem(
                 what="a tensor's bytes are not those that were written",
@@ -108,7 +110,7 @@ def open_source(path: Path, config: Path | None = None) -> Source:
     from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
     from tools.checkpoint_convert.torch_dist_folder import TorchDistFolder
 
-    if path.name.endswith(PARTIAL):
+    if path.resolve().name.endswith(PARTIAL):
         raise UserError(
             Problem(
                 "an unfinished conversion", str(path), f"a folder named *{PARTIAL}",
