@@ -9,6 +9,8 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -191,6 +193,17 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path) -> 
         convert.export_checkpoint(megatron, back)
         assert main(["verify", str(hf), str(back)]) == 0
     assert killed > 10
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_both_sides_compute_the_same_logits(name: str, tmp_path: Path) -> None:
+    hf, megatron = save(MODELS[name], tmp_path / "hf"), tmp_path / "megatron"
+    convert.import_checkpoint(hf, megatron)
+    words = [sys.executable, "-m", "tools.checkpoint_convert", "verify", str(megatron), str(hf)]
+    done = subprocess.run([*words, "--logits"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "64 random tokens" in done.stdout
+    assert "the same choice at 100.0%" in done.stdout
 
 
 def test_nothing_is_removed_but_what_a_conversion_made(tmp_path: Path) -> None:

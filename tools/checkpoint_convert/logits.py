@@ -65,9 +65,10 @@ def compare_logits(first: Path, second: Path, config: Path | None = None) -> Log
     hf = second if megatron[0] == first else first
     source = open_source(hf)
     tokens, from_text = _tokens(source)
-    # Megatron's platform first: it patches what transformers does not touch.
-    ours = _megatron_logprobs(megatron[0], source, tokens)
+    # transformers first: once the CPU platform has patched torch's factories for Megatron, loading
+    # a model leaves its rotary frequencies uninitialised.
     theirs = _hf_logprobs(hf, tokens)
+    ours = _megatron_logprobs(megatron[0], source, tokens)
     gap = (ours - theirs).abs()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     return LogitsComparison(
