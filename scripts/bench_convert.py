@@ -4,7 +4,11 @@
 
 A synthetic checkpoint with the layers of Qwen3-14B (hidden 5120, MLP 17408, 40 heads, 8 KV heads;
 a smaller vocabulary) is copied, imported and exported in turn. Every copy ends on the disk (fsync).
-Times are medians over the rounds; memory is each command's largest resident set.
+Times are medians over the rounds, of whole commands: some 3 s of each are Python and torch
+starting, which `inspect` shows. Memory is each command's largest resident set.
+
+A child's figure for that begins with its parent's, so this script imports no torch; it makes the
+checkpoint in a process of its own (`--make`).
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -23,16 +28,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from megatron_precision.config import ModelConfig  # noqa: E402
 from megatron_precision.weights.architectures import hf_shapes  # noqa: E402
 from megatron_precision.weights.hf_config import hf_config  # noqa: E402
-from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter  # noqa: E402
-from tools.checkpoint_convert.source import TensorInfo, row_blocks  # noqa: E402
 
 QWEN3_14B = ModelConfig(
     vocab_size=16384,
@@ -50,11 +51,17 @@ TOOL = [sys.executable, "-m", "tools.checkpoint_convert"]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", default=[3, 6], help="0.62 GiB each")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=int, nargs="+", default=[3, 9], help="0.62 GiB each")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary one")
+    parser.add_argument("--make", type=Path, help="only make a checkpoint there")
     args = parser.parse_args()
+    if args.make:
+        make_checkpoint(args.make, dataclasses.replace(QWEN3_14B, num_hidden_layers=args.layers[0]))
+        return
+    if args.out is None:
+        parser.error("--out is missing")
     found: dict[str, Any] = {
         "command": " ".join(["scripts/bench_convert.py", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
@@ -70,7 +77,9 @@ def main() -> None:
 def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     """All commands, round by round."""
     hf, megatron = folder / "hf", folder / "megatron"
-    size = make_checkpoint(hf, dataclasses.replace(QWEN3_14B, num_hidden_layers=layers))
+    run([sys.executable, str(Path(__file__)), "--make", str(hf), "--layers", str(layers)])
+    shapes = hf_shapes(dataclasses.replace(QWEN3_14B, num_hidden_layers=layers))
+    size = 2 * sum(math.prod(shape) for shape in shapes.values())
     run([*TOOL, "import", str(hf), str(megatron)])
     out = folder / "out"
     commands = {
@@ -79,6 +88,7 @@ def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
         "import, 2 workers": [*TOOL, "import", str(hf), str(out), "--workers", "2"],
         "export": [*TOOL, "export", str(megatron), str(out)],
         "export, 2 workers": [*TOOL, "export", str(megatron), str(out), "--workers", "2"],
+        "inspect": [*TOOL, "inspect", str(hf)],
         "verify": [*TOOL, "verify", str(hf), str(megatron)],
     }
     samples: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
@@ -110,8 +120,13 @@ def run(words: list[str]) -> dict[str, float]:
     return {"s": seconds, "peak_gib": usage.ru_maxrss * 1024 / 2**30}
 
 
-def make_checkpoint(folder: Path, model: ModelConfig) -> int:
-    """A checkpoint of normal numbers in BF16; returns its bytes."""
+def make_checkpoint(folder: Path, model: ModelConfig) -> None:
+    """A checkpoint of normal numbers in BF16."""
+    import torch
+
+    from tools.checkpoint_convert.safetensors_folder import SafetensorsWriter
+    from tools.checkpoint_convert.source import TensorInfo, row_blocks
+
     folder.mkdir()
     tensors = {name: TensorInfo(s, torch.bfloat16) for name, s in hf_shapes(model).items()}
     longest = max(torch.Size(info.shape).numel() for info in tensors.values())
@@ -128,7 +143,6 @@ def make_checkpoint(folder: Path, model: ModelConfig) -> int:
         )
     writer.write_index()
     (folder / "config.json").write_text(json.dumps(hf_config(model, "bfloat16")))
-    return sum(info.bytes for info in tensors.values())
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from megatron_precision.actor.attention import FusedAttention
 from megatron_precision.actor.norm import RMSNorm
 from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.precision.dtypes import torch_dtype
@@ -106,9 +107,10 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     """Megatron's own modules with an RMSNorm that knows sequence parallelism."""
     backend = LocalSpecProvider()
+    rounds = config.fp16 or config.bf16
     head_norm = RMSNorm if architecture(model).qk_norm else IdentityOp
     mlp = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=model.num_experts or None, moe_grouped_gemm=False
@@ -122,7 +124,7 @@ def layer_spec(model: ModelConfig) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention(),
+                    core_attention=backend.core_attention() if rounds else FusedAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -141,7 +143,7 @@ def build_model(
     model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig
 ) -> torch.nn.Module:
     """This rank's stage of the model, parameters initialised by Megatron."""
-    spec = layer_spec(model)
+    spec = layer_spec(model, config)
     local_layers = model.num_hidden_layers // parallel.pp_size
     last = parallel_state.is_pipeline_last_stage()
     return GPTModel(

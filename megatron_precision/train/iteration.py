@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_precision.actor.actor import LossFunction
+from megatron_precision.actor.actor import LossFunction, StepResult
 from megatron_precision.actor.batch import Batch, MicroBatch, make_batch
 from megatron_precision.actor.parallel import agree_any
 from megatron_precision.config import RunConfig, fingerprint, to_dict
@@ -161,22 +161,37 @@ class Trainer:
         return list(torch.arange(len(batch)).chunk(self.config.train.steps_per_iteration))
 
     def old_logprobs(self, iteration: int, batch: Batch) -> Batch:
-        """The trainer's log-probs before the update, where the algorithm or the user asks."""
+        """The trainer's log-probs before the update, where the algorithm or the user asks.
+
+        Those of the first mini-batch are left zero: its own step computes them, before any update.
+        """
         every = self.config.train.mismatch_every
         asked = every > 0 and iteration % every == 0
         if not (self.algorithm.needs_old_logprobs or asked):
             return batch
         with self._clock.phase("old_logprobs"):
-            old = self.actor.logprobs(batch, self.mini_batches(batch))
-        self._record_mismatch(old, batch, torch.arange(len(batch)))
+            old = self.actor.logprobs(batch, self.mini_batches(batch)[1:])
         return batch.with_old_logprobs(old)
 
-    def _record_mismatch(self, logprobs: torch.Tensor, batch: Batch, rows: torch.Tensor) -> None:
-        """Statistics of engine against trainer, for rows whose weights are the same on both."""
+    def _record_mismatch(self, step: StepResult, batch: Batch, rows: torch.Tensor) -> None:
+        """Statistics of engine against trainer, of all rows whose old log-probs are known.
+
+        Args:
+            step: the first of the iteration, which kept its log-probs.
+            rows: its sequences.
+        """
+        assert step.logprobs is not None
+        known = torch.ones(len(batch), dtype=torch.bool)
+        if batch.old_logprobs is None:
+            known.zero_()
+        known[rows] = step.finite_forward
+        if not known.any():
+            return
+        old = step.logprobs if batch.old_logprobs is None else batch.old_logprobs + step.logprobs
         stats = mismatch_stats(
-            old_logprobs=logprobs[rows],
-            rollout_logprobs=batch.rollout_logprobs[rows],
-            mask=batch.response_mask[rows],
+            old_logprobs=old[known],
+            rollout_logprobs=batch.rollout_logprobs[known],
+            mask=batch.response_mask[known],
         )
         self._iteration.update(stats.metrics())
 
@@ -189,16 +204,16 @@ class Trainer:
                 batch,
                 rows,
                 self.config.rollout.max_response_tokens,
+                before_update=number == 0,
             )
             plan = self.actor.plan(batch, rows)
             if not self._calibrated:
                 self._calibrate(batch, plan, loss)
-            # Before the first update both sides hold the same weights: the mismatch is free.
-            measure = number == 0 and "mismatch/num_tokens" not in self._iteration
             clock = PhaseClock()
-            result = self.actor.step(batch, plan, loss, keep_logprobs=measure)
-        if measure and result.logprobs is not None and result.finite_forward:
-            self._record_mismatch(result.logprobs, batch, rows)
+            # Before the first update both sides hold the same weights: the mismatch is free.
+            result = self.actor.step(batch, plan, loss, keep_logprobs=number == 0)
+        if number == 0:
+            self._record_mismatch(result, batch, rows)
         cause = ""
         if result.outcome.skipped:
             self._skipped += 1

@@ -18,11 +18,14 @@ def policy_objective(
     batch: Batch,
     rows: torch.Tensor,
     max_response_tokens: int,
+    before_update: bool = False,
 ) -> LossFunction:
     """The RL loss of the mini-batch `rows`, normalised over the whole job.
 
     Args:
         rows: [sequences of the mini-batch] int64, rows of `batch`.
+        before_update: the weights are still those of the rollout, so that the old log-probs are
+            the step's own; those of `batch` are not read.
     """
     norm = normaliser(
         algorithm.aggregation,
@@ -37,7 +40,7 @@ def policy_objective(
             algorithm,
             constants,
             train_logprobs=train_logprobs,
-            old_logprobs=part.old_logprobs,
+            old_logprobs=train_logprobs.detach() if before_update else part.old_logprobs,
             rollout_logprobs=part.rollout_logprobs,
             advantages=part.advantages,
             mask=mask,

@@ -112,6 +112,8 @@ def read_model(path: Path) -> ModelConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"a {type(values).__name__}, not an object")
     except (OSError, ValueError) as wrong:
         raise UserError(
             Problem("cannot read the model's configuration", str(path), str(wrong), "JSON")
@@ -169,6 +171,7 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
     read = {*_SIZES, *(_EXPERT_FIELDS if experts else ())}
     for name in sorted(read - values.keys()):
         yield Problem("missing field", where, name, "the field")
+    yield from _type_problems(values, read, where)
     for name in sorted(values.keys() - read - _IGNORED - _OPTIONAL - _REQUIRED.keys()):
         if name.startswith("_"):  # transformers' own notes
             continue
@@ -195,6 +198,27 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
             "full_attention in every layer",
         )
     yield from _rope_problems(_rope(values), where)
+
+
+def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> Iterator[Problem]:
+    """Sizes are positive integers, constants are numbers; only what has a default may be null."""
+
+    def problem(name: str, expected: str) -> Problem:
+        return Problem("a value of another kind", f"{where}: {name}", repr(values[name]), expected)
+
+    derived = {"num_key_value_heads", "head_dim"}
+    for name in sorted((sizes | derived) & values.keys()):
+        value = values[name]
+        if value is None and name in derived:
+            continue
+        if type(value) is not int or value < 1:
+            yield problem(name, "a positive integer")
+    for name in ("rms_norm_eps", "rope_theta"):
+        value = values.get(name, 1.0)
+        if type(value) not in (int, float) or value <= 0:
+            yield problem(name, "a positive number")
+    if type(values.get("tie_word_embeddings", False)) is not bool:
+        yield problem("tie_word_embeddings", "true or false")
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ The vocabulary is stored without padding: Megatron loads embeddings of another p
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,67 @@ class Slot:
     def global_shape(self) -> tuple[int, ...]:
         """Shape of the checkpoint's tensor."""
         return (*self.stack, *self.shape)
+
+    @property
+    def extra_states(self) -> list[str]:
+        """Names of the empty states that modules ask for when they load, beside this slot.
+
+        Megatron's linear layers have one each; Transformer Engine's norms and attention too. Other
+        layer specs leave them alone.
+        """
+        module, _, kind = self.key.rpartition(".")
+        if kind != "weight" or not re.search(r"linear_\w+$|layernorm$", module):
+            return []  # Transformer Engine's fused norms are part of their linear layer
+        modules = [module]
+        if module.endswith("self_attention.linear_proj"):
+            modules.append(module.replace("linear_proj", "core_attention"))
+        at = (".".join(map(str, axes)) for axes in (self.index or (0,), self.stack or (1,)))
+        shard = "_".join(("shard", *at))
+        return [f"{name}._extra_state/{shard}" for name in modules]
+
+
+@dataclass(frozen=True)
+class RowRun:
+    """Consecutive rows of a Hugging Face tensor that are consecutive rows of a slot.
+
+    Attributes:
+        hf_row: the first, in the Hugging Face tensor.
+        slot_row: the first, in the slot.
+        rows: how many.
+    """
+
+    hf_row: int
+    slot_row: int
+    rows: int
+
+    def within(self, begin: int, end: int) -> RowRun | None:
+        """The part of it in the rows `[begin, end)` of the Hugging Face tensor."""
+        first, last = max(begin, self.hf_row), min(end, self.hf_row + self.rows)
+        if first >= last:
+            return None
+        return RowRun(first, self.slot_row + first - self.hf_row, last - first)
+
+
+def row_runs(slot: Slot, piece: Piece) -> list[RowRun]:
+    """Where the rows of a slot's piece lie, in their order: one run, or one for each KV group."""
+    inner = len(slot.shape) - 1
+    leading = len(piece.view) - inner
+    if piece.shape[1:] != slot.shape[1:]:
+        raise ValueError(f"{piece.hf_name}: rows of {piece.shape[1:]}, not of {slot.shape[1:]}")
+    *outer, (begin, end) = piece.index[:leading]
+    found: list[RowRun] = []
+    row = 0
+    for at in itertools.product(*(range(*span) for span in outer)):
+        first = 0
+        for place, size in zip((*at, begin), piece.view[:leading], strict=True):
+            first = first * size + place
+        last = found[-1] if found else None
+        if last is not None and last.slot_row + last.rows == first:
+            found[-1] = RowRun(last.hf_row, last.slot_row, last.rows + end - begin)
+        else:
+            found.append(RowRun(row, first, end - begin))
+        row += end - begin
+    return found
 
 
 def slots(model: ModelConfig) -> list[Slot]:

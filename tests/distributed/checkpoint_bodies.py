@@ -8,7 +8,10 @@ import torch
 from actor_bodies import make_actor
 from megatron.core import dist_checkpointing
 
+from megatron_precision.actor.parallel import divide_world
 from megatron_precision.config import RunConfig
+from megatron_precision.platform.startup import start
+from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.sync import TensorGather
 
@@ -32,3 +35,11 @@ def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[st
         dist_checkpointing.save(module.sharded_state_dict(), target)
     gathered = TensorGather(actor, config.model).gather()
     return {name: tensor.float().clone() for name, tensor in gathered.items()}
+
+
+def engine_scores(config: RunConfig, folder: str, prompts: list[list[int]]) -> list[list[float]]:
+    """Log-probs of each prompt's tokens but the first, by vLLM from a folder as it stands."""
+    start(config.seed)
+    divide_world(config.parallel, config.seed)
+    engine = VllmEngine(config, Path(folder), eos_id=0)
+    return engine.score(prompts)

@@ -92,3 +92,21 @@ def test_the_warm_start_minimises_cross_entropy_per_response_token() -> None:
         for cut in ([0, 3], [1, 2, 4])
     ]
     assert float(sum(parts).detach()) == pytest.approx(-float(logprobs.detach().sum()) / 11)
+
+
+def test_before_an_update_the_old_logprobs_are_the_steps_own() -> None:
+    """The batch's, left zero there, are not read: the ratio is one, the gradient the same."""
+    batch, logprobs = make()
+    rows = torch.arange(len(batch))
+    arguments = (ALGORITHMS["PPO"], AlgorithmConfig("PPO"), batch, rows, LIMIT)
+    own = policy_objective(*arguments, before_update=True)(
+        batch, logprobs, torch.ones(len(batch), 1)
+    )
+    (gradient,) = torch.autograd.grad(own.loss, logprobs)
+    given = batch.with_old_logprobs(logprobs.detach().clone())
+    other = policy_objective(*arguments)(given, logprobs, torch.ones(len(batch), 1))
+    (expected,) = torch.autograd.grad(other.loss, logprobs)
+    assert torch.equal(gradient, expected)
+    assert float(gradient.abs().max()) > 0
+    assert own.maxima["ratio"] == 1.0
+    assert own.sums["ratio"] == float(batch.response_mask.sum())

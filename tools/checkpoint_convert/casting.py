@@ -16,6 +16,7 @@ class Loss:
 
     Attributes:
         elements: of the tensor.
+        nonfinite: elements that are infinite or nan; a cast keeps them.
         changed: elements that the new dtype does not hold exactly.
         overflowed: finite elements beyond its largest number.
         zeroed: elements that became zero and were not.
@@ -24,6 +25,7 @@ class Loss:
     """
 
     elements: int = 0
+    nonfinite: int = 0
     changed: int = 0
     overflowed: int = 0
     zeroed: int = 0
@@ -36,36 +38,50 @@ class Loss:
         return self.changed > 0
 
 
-def cast(block: torch.Tensor, dtype: torch.dtype, loss: Loss) -> torch.Tensor:
-    """`block` in another dtype, rounded to nearest even; overflows are clamped to its largest.
+def cast(block: torch.Tensor, result: torch.Tensor, loss: Loss) -> None:
+    """Put `block` into `result`, rounded to nearest even; overflows are clamped to its largest.
 
     Args:
+        block, result: contiguous, of one shape.
         loss: what was lost is added to it.
     """
-    loss.elements += block.numel()
-    if block.dtype == dtype:
-        return block
-    result = torch.empty(block.shape, dtype=dtype)
     for before, after in zip(
-        block.reshape(-1).split(_SLICE), result.view(-1).split(_SLICE), strict=True
+        block.view(-1).split(_SLICE), result.view(-1).split(_SLICE), strict=True
     ):
         _cast_slice(before, after, loss)
-    return result
 
 
 def _cast_slice(before: torch.Tensor, after: torch.Tensor, loss: Loss) -> None:
     limits = torch.finfo(after.dtype)
     wide = before.double()
-    after.copy_(before)
-    overflowed = after.isinf() & wide.isfinite()
+    twice = before.dtype == torch.float64 and after.dtype.itemsize == 2  # torch goes through FP32
+    after.copy_(_sticky(before) if twice else before)
+    finite = wide.isfinite()
+    overflowed = after.isinf() & finite
     if overflowed.any():
-        loss.overflowed += int(overflowed.sum())
         after[overflowed] = (wide[overflowed].sign() * limits.max).to(after.dtype)
-    changed = (after.double() != wide) & ~wide.isnan()
+    narrow = after.double()
+    changed = (narrow != wide) & ~wide.isnan()
+    loss.elements += before.numel()
+    loss.nonfinite += before.numel() - int(finite.sum())
+    loss.overflowed += int(overflowed.sum())
     loss.changed += int(changed.sum())
-    loss.zeroed += int(((after == 0) & (wide != 0)).sum())
-    loss.subnormal += int(((after != 0) & (after.abs().double() < limits.tiny)).sum())
+    loss.zeroed += int(((narrow == 0) & (wide != 0)).sum())
+    loss.subnormal += int(((narrow != 0) & (narrow.abs() < limits.tiny)).sum())
     exact = changed & ~overflowed
     if exact.any():
-        error = (after.double() - wide).abs()[exact] / wide[exact].abs()
+        error = (narrow - wide).abs()[exact] / wide[exact].abs()
         loss.relative_error = max(loss.relative_error, float(error.max()))
+
+
+def _sticky(wide: torch.Tensor) -> torch.Tensor:
+    """FP64 as FP32 rounded to odd: rounding that again gives what rounding once would.
+
+    Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms
+    using rounding to odd" (2008).
+    """
+    near = wide.float()
+    bits = near.view(torch.int32)
+    beyond = near.double().abs() > wide.abs()  # rounded away from zero: one step back
+    inexact = (near.double() != wide) & ~wide.isnan()
+    return torch.where(inexact, (bits - beyond.int()) | 1, bits).view(torch.float32)

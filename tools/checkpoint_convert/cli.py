@@ -7,7 +7,8 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
+from typing import cast as typed
 
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
@@ -30,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0, 1 where `verify` found a difference or `audit` an overflow, 2 for a mistake or a
-        damaged checkpoint.
+        0, 1 where `verify` found a difference or `audit` a value that the dtype cannot hold, 2 for
+        a mistake or a damaged checkpoint.
     """
     args = _parser().parse_args(argv)
     try:
@@ -88,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
         "--logits",
         action="store_true",
         help="also forward both, one with transformers and one with Megatron Core",
+    )
+    verify.add_argument(
+        "--dtype", choices=DTYPES, help="compare both as a conversion with --dtype would write them"
     )
     _add_config(verify)
     verify.set_defaults(run=_verify)
@@ -155,21 +159,24 @@ def _verify(args: argparse.Namespace) -> int:
 
     source = open_source(args.first, args.config)
     with _progress(sum(info.bytes for info in source.tensors.values())) as told:
-        compared, differences = compare(args.first, args.second, args.config, told)
-    for difference in differences:
+        found = compare(args.first, args.second, args.config, _dtype(args.dtype), told)
+    for difference in found.differences:
         print(difference)
-    print(f"{compared} tensors compared, {len(differences)} differ")
-    wrong = bool(differences)
+    differ = len(found.differences)
+    print(f"{found.compared} tensors compared, {differ} difference{'s' * (differ != 1)}")
+    if found.damaged:
+        raise UserError(found.damaged)
+    wrong = bool(found.differences)
     if args.logits:
         from tools.checkpoint_convert.logits import TOLERANCE, compare_logits
 
-        found = compare_logits(args.first, args.second, args.config)
-        kind = "tokens of text" if found.from_text else "random tokens"
+        logits = compare_logits(args.first, args.second, args.config)
+        kind = "tokens of text" if logits.from_text else "random tokens"
         print(
-            f"log-probs of {found.tokens} {kind}: largest difference {found.largest:.2e} nats, "
-            f"mean {found.mean:.2e}, the same choice at {found.same_choice:.1%}"
+            f"log-probs of {logits.tokens} {kind}: largest difference {logits.largest:.2e} nats, "
+            f"mean {logits.mean:.2e}, the same choice at {logits.same_choice:.1%}"
         )
-        wrong |= found.largest > TOLERANCE
+        wrong |= logits.largest > TOLERANCE
     return 1 if wrong else 0
 
 
@@ -190,19 +197,20 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def _audit(args: argparse.Namespace) -> int:
     from tools.checkpoint_convert.casting import Loss, cast
-    from tools.checkpoint_convert.source import checked_blocks, open_source
+    from tools.checkpoint_convert.source import Scratch, checked_blocks, open_source
 
     source, dtype = open_source(args.folder, args.config), _dtype(args.dtype)
     assert dtype is not None
     losses: dict[str, Loss] = {}
+    scratch = Scratch()
     with _progress(sum(info.bytes for info in source.tensors.values())) as told:
         for name in source.tensors:
             losses[name] = Loss()
             for block in checked_blocks(source, name):
-                cast(block, dtype, losses[name])
+                cast(block, scratch.take(tuple(block.shape), dtype), losses[name])
                 told(block.nbytes)
     _print_losses(losses)
-    return 1 if any(loss.overflowed for loss in losses.values()) else 0
+    return 1 if any(loss.overflowed or loss.nonfinite for loss in losses.values()) else 0
 
 
 def _done(target: Path, losses: dict[str, Loss]) -> int:
@@ -213,15 +221,18 @@ def _done(target: Path, losses: dict[str, Loss]) -> int:
 
 
 def _print_losses(losses: dict[str, Loss]) -> None:
-    hurt = {name: loss for name, loss in losses.items() if loss.any or loss.subnormal}
+    hurt = {n: loss for n, loss in losses.items() if loss.any or loss.subnormal or loss.nonfinite}
     if hurt:
-        print(f"{'overflowed':>12}{'zeroed':>12}{'subnormal':>12}{'changed':>14}{'rel. error':>12}")
+        print(
+            f"{'inf or nan':>12}{'overflowed':>12}{'zeroed':>12}{'subnormal':>12}{'changed':>14}"
+            f"{'rel. error':>12}"
+        )
     for name, loss in hurt.items():
         print(
-            f"{loss.overflowed:>12,}{loss.zeroed:>12,}{loss.subnormal:>12,}{loss.changed:>14,}"
-            f"{loss.relative_error:>12.2e}  {name}"
+            f"{loss.nonfinite:>12,}{loss.overflowed:>12,}{loss.zeroed:>12,}{loss.subnormal:>12,}"
+            f"{loss.changed:>14,}{loss.relative_error:>12.2e}  {name}"
         )
-    print(f"{len(hurt)} of {len(losses)} tensors are changed or hold subnormal values")
+    print(f"{len(hurt)} of {len(losses)} tensors are changed, or hold subnormal, inf or nan values")
 
 
 def _workers(args: argparse.Namespace) -> int:
@@ -233,7 +244,7 @@ def _workers(args: argparse.Namespace) -> int:
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]
     from megatron_precision.precision.dtypes import torch_dtype
 
-    return torch_dtype(cast("DType", name)) if name else None
+    return torch_dtype(typed("DType", name)) if name else None
 
 
 @contextlib.contextmanager

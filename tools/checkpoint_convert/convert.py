@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,10 @@ import torch
 
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
-from megatron_precision.weights.megatron_checkpoint import Slot, slots
+from megatron_precision.weights.megatron_checkpoint import Slot, row_runs, slots
+from tools.checkpoint_convert import manifest
 from tools.checkpoint_convert.casting import Loss, cast
 from tools.checkpoint_convert.cutting import file_spans, refuse_layout, shards
-from tools.checkpoint_convert.manifest import Manifest, file_sizes
 from tools.checkpoint_convert.safetensors_folder import (
     SHARD_BYTES,
     SafetensorsWriter,
@@ -31,17 +30,17 @@ from tools.checkpoint_convert.safetensors_folder import (
 )
 from tools.checkpoint_convert.source import (
     PARTIAL,
+    BlockHash,
+    Scratch,
     Source,
     TensorInfo,
     checked_blocks,
     open_source,
-    raw_bytes,
 )
-from tools.checkpoint_convert.torch_dist_folder import SIDECAR, TorchDistWriter, Written, finish
+from tools.checkpoint_convert.torch_dist_folder import SIDECAR
+from tools.checkpoint_convert.torch_dist_writer import TorchDistWriter, Written, finish
 from tools.checkpoint_convert.workers import Progress, run_tasks
 
-# In the folder of a conversion that is under way.
-MARK = ".conversion"
 # Beyond the tensors: headers, tokenizer, metadata.
 _ROOM_FOR_THE_REST = 64 * 2**20
 
@@ -66,18 +65,26 @@ class Reader:
 
     def __init__(self, source: Source, dtype: torch.dtype | None, part: Part, progress: Progress):
         self._source, self._dtype, self._part, self._progress = source, dtype, part, progress
+        self._casted = Scratch()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Row blocks of a Hugging Face tensor."""
-        digest, loss = hashlib.sha256(), Loss()
-        for block in checked_blocks(self._source, name):
-            self._progress(block.nbytes)
-            result = cast(block, self._dtype or block.dtype, loss)
-            digest.update(raw_bytes(result))
-            yield result
-        self._part.hashes[name] = digest.hexdigest()
+        """Row blocks of a Hugging Face tensor; each is overwritten by the next."""
+        digest, dtype = BlockHash(), self._dtype or self._source.tensors[name].dtype
         if self._dtype is not None:
-            self._part.losses[name] = loss
+            self._part.losses[name] = Loss()
+        if dtype == self._source.tensors[name].dtype:  # what is read is what will be written
+            for block in checked_blocks(self._source, name, digest):
+                self._progress(block.nbytes)
+                yield block
+        else:
+            for block in checked_blocks(self._source, name):
+                self._progress(block.nbytes)
+                result = self._casted.take(tuple(block.shape), dtype)
+                cast(block, result, self._part.losses[name])
+                digest.add(result)
+                yield result
+                digest.wait()
+        self._part.hashes[name] = digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,46 +109,42 @@ class ImportTask:
         part, source = Part(), open_source(self.source)
         reader = Reader(source, self.dtype, part, progress)
         writer = TorchDistWriter(self.folder, self.number)
+        fused = Scratch()
         for slot in slots(source.model)[self.first : self.last]:
             size = self.etp_size if len(slot.index) == 2 else self.tp_size
-            if len(slot.pieces) == 1:
-                row = 0
-                for block in reader.blocks(slot.pieces[0].hf_name):
-                    _write_shards(writer, slot, row, block, size)
-                    row += block.shape[0]
-            else:
-                whole = _fused(slot, reader, source, self.dtype)
-                _write_shards(writer, slot, 0, whole, size)
-            if ".linear_" in slot.key and slot.key.endswith(".weight"):
-                writer.write_extra_state(slot)
+            for row, rows in _slot_rows(slot, reader, source, self.dtype, fused):
+                # Any layout loads from any cut; ranks of this one read nothing but their own.
+                for start, box in shards(slot, row, rows, size):
+                    writer.write(slot, start, box)
+            writer.write_extra_states(slot)
         part.written = writer.close()
         return part
 
 
-def _write_shards(
-    writer: TorchDistWriter, slot: Slot, row: int, rows: torch.Tensor, size: int
-) -> None:
-    """Write rows of a slot, cut where tensor-parallel ranks divide it.
-
-    Any layout loads from any cut; ranks of this layout read nothing but their own.
-    """
-    for start, box in shards(slot, row, rows, size):
-        writer.write(slot, start, box)
-
-
-def _fused(slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None) -> torch.Tensor:
-    """A parameter that holds several Hugging Face tensors."""
-    stored = source.tensors[slot.pieces[0].hf_name].dtype
-    whole = torch.empty(slot.shape, dtype=dtype or stored)
-    for piece in slot.pieces:
-        view = whole.view(piece.view)[piece.spans]
-        rows = torch.empty(piece.shape, dtype=whole.dtype)
-        filled = 0
-        for block in reader.blocks(piece.hf_name):
-            rows[filled : filled + block.shape[0]] = block
-            filled += block.shape[0]
-        view.copy_(rows.view(view.shape))
-    return whole
+def _slot_rows(
+    slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None, fused: Scratch
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows) of a slot, in blocks; Q, K and V, which interleave, in one."""
+    runs = {piece.hf_name: row_runs(slot, piece) for piece in slot.pieces}
+    whole = None
+    if any(len(found) > 1 for found in runs.values()):
+        stored = source.tensors[slot.pieces[0].hf_name].dtype
+        whole = fused.take(slot.shape, dtype or stored)
+    for name, found in runs.items():
+        row = 0
+        for block in reader.blocks(name):
+            for run in found:
+                part = run.within(row, row + block.shape[0])
+                if part is None:
+                    continue
+                rows = block[part.hf_row - row : part.hf_row - row + part.rows]
+                if whole is None:
+                    yield part.slot_row, rows
+                else:
+                    whole[part.slot_row : part.slot_row + part.rows] = rows
+            row += block.shape[0]
+    if whole is not None:
+        yield 0, whole
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ def import_checkpoint(
         (folder / SIDECAR).mkdir()
         copy_sidecar(source.sidecar, folder / SIDECAR)
         state_dtype(folder / SIDECAR / "config.json", dtypes.values())
-        Manifest(part.hashes, file_sizes(folder)).write(folder)
+        manifest.made(part.hashes, folder).write(folder)
     return part
 
 
@@ -246,7 +249,7 @@ def export_checkpoint(
         writer.write_index()
         copy_sidecar(source.sidecar, folder)
         state_dtype(folder / "config.json", (info.dtype for info in tensors.values()))
-        Manifest(part.hashes, file_sizes(folder)).write(folder)
+        manifest.made(part.hashes, folder).write(folder)
     return part
 
 
@@ -281,25 +284,19 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
         got = "a file or folder" if target.exists() else f"a name that ends in {PARTIAL}"
         raise UserError(Problem("not a new folder", str(target), got, "a new folder"))
     partial = target.with_name(target.name + PARTIAL)
-    if partial.exists() and not (partial / MARK).is_file():
-        # Only what a conversion has made is ever removed.
-        raise UserError(
-            Problem(
-                "a folder of somebody else's is in the way",
-                str(partial),
-                "a file or folder that no conversion made",
-                "nothing, or an unfinished conversion",
-                "choose another output",
-            )
-        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(f".{target.name}.lock"), "w", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    with _lock(target) as interrupted:
+        if partial.exists() and not interrupted:
+            # Only what a conversion has made is ever removed.
             raise UserError(
-                Problem("another conversion is writing it", str(target), "a lock", "one at a time")
-            ) from None
+                Problem(
+                    "a folder of somebody else's is in the way",
+                    str(partial),
+                    "a file or folder that no conversion made",
+                    "nothing, or an unfinished conversion",
+                    "choose another output",
+                )
+            )
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if free < size + _ROOM_FOR_THE_REST:
@@ -312,19 +309,36 @@ def new_folder(target: Path, size: int) -> Iterator[Path]:
                 )
             )
         partial.mkdir()
-        (partial / MARK).touch()
         try:
             yield partial
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        else:
-            (partial / MARK).unlink()
-            _sync_folder(partial)
-            partial.rename(target)
-            _sync_folder(target.parent)
+        _sync_folder(partial)
+        partial.rename(target)
+        _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _lock(target: Path) -> Iterator[bool]:
+    """Keep other conversions away from a target.
+
+    Yields:
+        Whether one was killed here: it leaves its lock, and perhaps an unfinished folder.
+    """
+    path = target.with_name(f".{target.name}.lock")
+    interrupted = path.exists()
+    with open(path, "a", encoding="ascii") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                Problem("another conversion is writing it", str(target), "a lock", "one at a time")
+            ) from None
+        try:
+            yield interrupted
         finally:
-            Path(lock.name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

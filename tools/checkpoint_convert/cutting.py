@@ -18,7 +18,11 @@ from tools.checkpoint_convert.source import Source
 def shards(
     slot: Slot, row: int, rows: torch.Tensor, size: int
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-    """(start, box) of every part of `rows`, which begin at `row` of the slot."""
+    """(start, box) of every part of `rows`, which begin at `row` of the slot.
+
+    Args:
+        size: tensor-parallel ranks that divide the slot.
+    """
     linear = slot.key.rpartition(".")[0].rpartition(".")[2]
     if linear in ("linear_proj", "linear_fc2") and rows.ndim == 2:
         width = rows.shape[1] // size
@@ -29,9 +33,11 @@ def shards(
     cuts = {"linear_fc1": 2 * size, "linear_qkv": size}.get(linear, 1)
     if slot.key.endswith("layer_norm_weight"):
         cuts = 1
-    height = rows.shape[0] // cuts
-    for begin in range(0, rows.shape[0], height):
-        yield (row + begin, *(0 for _ in rows.shape[1:])), rows[begin : begin + height]
+    height, begin = slot.shape[0] // cuts, 0
+    while begin < rows.shape[0]:
+        end = min(begin + height - (row + begin) % height, rows.shape[0])
+        yield (row + begin, *(0 for _ in rows.shape[1:])), rows[begin:end]
+        begin = end
 
 
 def refuse_layout(model: ModelConfig, layout: ParallelConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_precision import rank
-from megatron_precision.config import ParallelConfig
+from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.policy import policy
 from tools.checkpoint_convert.source import Source, open_source
@@ -63,12 +63,11 @@ def compare_logits(first: Path, second: Path, config: Path | None = None) -> Log
             )
         )
     hf = second if megatron[0] == first else first
-    source = open_source(hf)
-    tokens, from_text = _tokens(source)
+    tokens, from_text = _tokens(open_source(hf))
     # transformers first: once the CPU platform has patched torch's factories for Megatron, loading
     # a model leaves its rotary frequencies uninitialised.
     theirs = _hf_logprobs(hf, tokens)
-    ours = _megatron_logprobs(megatron[0], source, tokens)
+    ours = _megatron_logprobs(megatron[0], open_source(megatron[0], config).model, tokens)
     gap = (ours - theirs).abs()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     return LogitsComparison(
@@ -105,7 +104,7 @@ def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _megatron_logprobs(folder: Path, source: Source, tokens: torch.Tensor) -> torch.Tensor:
+def _megatron_logprobs(folder: Path, model: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
     rank.become_world_of_one()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from megatron_precision.platform import startup
@@ -119,10 +118,10 @@ def _megatron_logprobs(folder: Path, source: Source, tokens: torch.Tensor) -> to
     if not torch.distributed.is_initialized():
         parallel.open_world(startup.backend())
     parallel.divide_world(layout, seed=0)
-    config = models.transformer_config(source.model, layout, policy("fp32"))
-    module = models.build_model(source.model, layout, config).eval()
+    config = models.transformer_config(model, layout, policy("fp32"))
+    module = models.build_model(model, layout, config).eval()
     module.load_state_dict(dist_checkpointing.load(module.sharded_state_dict(), str(folder)))
     positions = torch.arange(tokens.shape[1])[None]
     logits = module(tokens, positions, attention_mask=None)[0]
     torch.distributed.destroy_process_group()
-    return logits[:, : source.model.vocab_size].float().log_softmax(-1)
+    return logits[:, : model.vocab_size].float().log_softmax(-1)

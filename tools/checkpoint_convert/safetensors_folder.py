@@ -7,7 +7,6 @@ files, or wants whole shards in memory, and either makes memory grow with the mo
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -25,7 +24,13 @@ from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_config import read_model
 from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.source import TensorInfo, raw_bytes, row_blocks
+from tools.checkpoint_convert.source import (
+    Scratch,
+    TensorInfo,
+    raw_bytes,
+    read_into,
+    row_blocks,
+)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -38,6 +43,13 @@ DTYPES = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100 * 2**20
+# Other formats' weights, which the new checkpoint's are not; any *.index.json belongs to weights.
+_WEIGHTS = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data",
+     ".ot", ".tflite"}
+)  # fmt: skip
+# The one folder beside the tokenizer that transformers reads.
+_TEMPLATES = "additional_chat_templates"
 # Buffers that old checkpoints store and every reader computes.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -70,10 +82,11 @@ class SafetensorsFolder:
             raise UserError(problems)
         self.tensors = {name: found[name][0] for name in expected}
         self._places = {name: place for name, (_, place) in found.items()}
+        self._scratch = Scratch()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Row blocks of a tensor."""
-        yield from _blocks(self.tensors[name], self._places[name])
+        """Row blocks of a tensor, each in the last one's place."""
+        yield from _blocks(self.tensors[name], self._places[name], self._scratch)
 
 
 class SafetensorsWriter:
@@ -156,11 +169,13 @@ class SafetensorsWriter:
 
 
 def copy_sidecar(source: Path, target: Path) -> None:
-    """Carry config, generation config, tokenizer and chat template along, byte for byte."""
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
-        if path.is_file() and not weights and path.name not in (INDEX, manifest.FILE):
-            shutil.copyfile(path, target / path.name)
+    """Carry config, generation config, tokenizer and chat templates along, byte for byte."""
+    for path in sorted([*source.iterdir(), *source.glob(f"{_TEMPLATES}/*")]):
+        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != manifest.FILE:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
@@ -176,12 +191,12 @@ def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _blocks(info: TensorInfo, place: _Place) -> Iterator[torch.Tensor]:
+def _blocks(info: TensorInfo, place: _Place, scratch: Scratch) -> Iterator[torch.Tensor]:
     with open(place.file, "rb", buffering=0) as file:
         file.seek(place.begin)
         for begin, end in row_blocks(info):
-            block = torch.empty((end - begin, *info.shape[1:]), dtype=info.dtype)
-            _read_into(file, raw_bytes(block))
+            block = scratch.take((end - begin, *info.shape[1:]), info.dtype)
+            read_into(file, raw_bytes(block))
             yield block
 
 
@@ -193,6 +208,9 @@ def _read_headers(
     for file in files:
         try:
             for name, info, begin in _read_header(file):
+                if name in found:
+                    two = f"{found[name][1].file.name} and {file.name}"
+                    problems.append(Problem("a tensor twice", f"{folder}: {name}", two, "one"))
                 found[name] = (info, _Place(file, begin))
         except (OSError, ValueError, KeyError, TypeError, struct.error) as wrong:
             problems.append(
@@ -212,8 +230,8 @@ def _read_headers(
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:
     """The shards that are there, the index's map, and what is wrong with either."""
+    single = folder / SINGLE
     if not (folder / INDEX).is_file():
-        single = folder / SINGLE
         if single.is_file():
             return [single], {}, []
         expected = f"{SINGLE}, or {INDEX} with its shards"
@@ -230,6 +248,9 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:
         for file in files
         if not file.is_file()
     ]
+    if single.is_file() and single not in files:
+        got = f"{SINGLE} beside {INDEX}, which does not list it"
+        missing.append(Problem("weights twice", str(folder), got, "one of them"))
     return [file for file in files if file.is_file()], listed, missing
 
 
@@ -242,14 +263,16 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo, int]]:
         header = json.loads(stream.read(length))
     header.pop("__metadata__", None)
     first, last = 8 + length, 0
-    for name, entry in header.items():
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name}: dtype {entry['dtype']} is not a floating-point one")
         info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        if begin != last:
+            raise ValueError(f"{name}: begins at {begin}, where {last} bytes are taken")
         if end - begin != info.bytes:
             raise ValueError(f"{name}: {end - begin} bytes for a shape of {info.bytes}")
-        last = max(last, end)
+        last = end
         yield name, info, first + begin
     if first + last != size:
         raise ValueError(f"{size} bytes, {first + last} by its header: cut short or overwritten")
@@ -263,7 +286,7 @@ def _untied_head(folder: Path, found: dict[str, tuple[TensorInfo, _Place]]) -> I
         return
     same = head[0] == embedding[0] and all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(_blocks(*head), _blocks(*embedding), strict=True)
+        for a, b in zip(_blocks(*head, Scratch()), _blocks(*embedding, Scratch()), strict=True)
     )
     if not same:
         yield Problem(
@@ -292,12 +315,3 @@ def _differences(
                 f"shape {found[name].shape}",
                 "the tensors of the architecture in config.json, and no others",
             )
-
-
-def _read_into(file: io.FileIO, target: memoryview) -> None:
-    filled = 0
-    while filled < len(target):
-        count = file.readinto(target[filled:])
-        if not count:
-            raise UserError(Problem("a file ended early", str(file.name), "its end", "more bytes"))
-        filled += count

@@ -1,13 +1,16 @@
 """What every command reads: a checkpoint of either format, seen as Hugging Face tensors.
 
-A tensor comes in row blocks of at most `BLOCK_BYTES`, in order; a block's bytes are checked
-against the manifest when the last of its tensor has been read.
+A tensor comes in row blocks of at most `BLOCK_BYTES`, in order; its bytes are checked against the
+manifest when the last block has been read. A block lives until the source is asked for the next:
+its memory is used again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +40,53 @@ class TensorInfo:
         return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
+class Scratch:
+    """Memory that is used again and again: fresh pages cost more than the bytes put into them."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor, in the place of the one that was taken before."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._bytes.numel() < size:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the old goes before the new comes
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(shape)
+
+
+class BlockHash:
+    """SHA-256 of a tensor's blocks, computed beside whatever else reads the same block."""
+
+    # Below, a thread costs more than the hash.
+    _THREAD_BYTES = 2**18
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread: threading.Thread | None = None
+
+    def add(self, block: torch.Tensor) -> None:
+        """Begin to hash a block; it may not change before `wait`."""
+        self.wait()
+        data = raw_bytes(block)
+        if len(data) < self._THREAD_BYTES:
+            self._digest.update(data)
+            return
+        self._thread = threading.Thread(target=self._digest.update, args=(data,))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until all blocks are hashed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def hexdigest(self) -> str:
+        """Hexadecimal, of all blocks so far."""
+        self.wait()
+        return self._digest.hexdigest()
+
+
 class Source(Protocol):
     """A checkpoint of either format.
 
@@ -55,7 +105,7 @@ class Source(Protocol):
     manifest: Manifest | None
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Row blocks of a tensor, unchecked; use `checked_blocks`."""
+        """Row blocks of a tensor, unchecked, each in the last one's place; use `checked_blocks`."""
         ...
 
 
@@ -67,25 +117,35 @@ def row_blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
         yield begin, min(count, begin + step)
 
 
-def checked_blocks(source: Source, name: str) -> Iterator[torch.Tensor]:
+def checked_blocks(
+    source: Source, name: str, digest: BlockHash | None = None
+) -> Iterator[torch.Tensor]:
     """The row blocks of a tensor, compared with the manifest's hash at the end.
+
+    Args:
+        digest: takes the blocks, for a caller who wants their hash.
 
     Raises:
         UserError: where the bytes are not those that were written.
     """
-    digest = hashlib.sha256()
+    if digest is None:
+        if source.manifest is None:
+            yield from source.blocks(name)
+            return
+        digest = BlockHash()
     for block in source.blocks(name):
-        digest.update(raw_bytes(block))
+        digest.add(block)
         yield block
+        digest.wait()
     if source.manifest is None:
         return
-    expected = source.manifest.hash_of(name) or "no hash"
-    if digest.hexdigest() != expected:
+    found, expected = digest.hexdigest(), source.manifest.hash_of(name) or "no hash"
+    if found != expected:
         raise UserError(
             Problem(
                 what="a tensor's bytes are not those that were written",
                 where=f"{source.path}: {name}",
-                got=f"sha256 {digest.hexdigest()[:16]}…",
+                got=f"sha256 {found[:16]}…",
                 expected=f"sha256 {expected[:16]}… by the manifest",
                 remedy="the file was damaged after it was written: convert again",
             )
@@ -95,6 +155,20 @@ def checked_blocks(source: Source, name: str) -> Iterator[torch.Tensor]:
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor of any dtype, without a copy."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def read_into(file: io.FileIO, target: memoryview) -> None:
+    """Fill `target` from a file that was opened without a buffer.
+
+    Raises:
+        UserError: where the file ends before that.
+    """
+    filled = 0
+    while filled < len(target):
+        count = file.readinto(target[filled:])
+        if not count:
+            raise UserError(Problem("a file ended early", str(file.name), "its end", "more bytes"))
+        filled += count
 
 
 def open_source(path: Path, config: Path | None = None) -> Source:

@@ -1,4 +1,4 @@
-"""Megatron's `torch_dist` folders, read and written without Megatron and without a process group.
+"""Megatron's `torch_dist` folders, read without Megatron and without a process group.
 
 `.metadata` says which boxes of which tensors lie where in the `.distcp` files; each box is one
 `torch.save`. `.metadata` is a pickle: it is read with the few classes that PyTorch writes into
@@ -9,44 +9,32 @@ Checkpoints of a trainer may hold more (optimizer, random state); only the model
 
 from __future__ import annotations
 
-import io
-import json
-import os
+import itertools
+import math
 import pickle
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.utils import _create_file_view
 
-from megatron_precision.config import ModelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import read_model
-from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, slots
+from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, row_runs, slots
 from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.source import TensorInfo, row_blocks
+from tools.checkpoint_convert.source import Scratch, TensorInfo, raw_bytes, read_into, row_blocks
 
 METADATA = ".metadata"
 # Config, tokenizer and chat template of the Hugging Face folder, carried along unchanged.
 SIDECAR = "huggingface"
-FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
     (f"{_CHECKPOINT}.metadata", name)
@@ -67,16 +55,17 @@ _ALLOWED = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Written:
-    """A box in a file, as `.metadata` records it. `offset` is None for an object's bytes."""
+_Box = tuple[tuple[int, ...], tuple[int, ...]]  # [begin, end)
 
-    key: str
-    offset: tuple[int, ...] | None
-    shape: tuple[int, ...]
-    file: str
+
+@dataclass(frozen=True)
+class _Place:
+    """The elements of a chunk: `begin` in bytes, `first` and `strides` in elements from there."""
+
+    file: Path
     begin: int
-    length: int
+    first: int
+    strides: tuple[int, ...]
 
 
 class TorchDistFolder:
@@ -96,6 +85,7 @@ class TorchDistFolder:
         self._slots = {
             piece.hf_name: (slot, piece) for slot in slots(self.model) for piece in slot.pieces
         }
+        self._chunks = self._chunks_by_slot()
         problems = [*self._missing_files(), *self._differences()]
         if problems:
             raise UserError(problems)
@@ -103,24 +93,32 @@ class TorchDistFolder:
             name: TensorInfo(piece.shape, self._stored(slot.key)[1].properties.dtype)
             for name, (slot, piece) in self._slots.items()
         }
-        self._last_chunk: tuple[object, torch.Tensor] | None = None
-        self._last_slot: tuple[object, torch.Tensor] | None = None
+        self._places: dict[MetadataIndex, _Place] = {}
+        self._block, self._run = Scratch(), Scratch()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Row blocks of a Hugging Face tensor."""
+        """Row blocks of a Hugging Face tensor, each in the last one's place."""
         slot, piece = self._slots[name]
-        if len(slot.pieces) == 1:  # rows of the one are rows of the other
-            inner = slot.shape[1:]
-            for begin, end in row_blocks(self.tensors[name]):
-                start, shape = (begin, *(0 for _ in inner)), (end - begin, *inner)
-                yield self._read_box(slot, start, shape)
-            return
-        if self._last_slot is None or self._last_slot[0] is not slot:
-            self._last_slot = None  # the old one goes before the new one comes
-            whole = self._read_box(slot, (0,) * len(slot.shape), slot.shape)
-            self._last_slot = (slot, whole)
-        view = self._last_slot[1].view(piece.view)[piece.spans]
-        yield view.reshape(piece.shape)
+        info, runs = self.tensors[name], row_runs(slot, piece)
+        for begin, end in row_blocks(info):
+            block = self._block.take((end - begin, *info.shape[1:]), info.dtype)
+            for run in runs:
+                if part := run.within(begin, end):
+                    first = part.hf_row - begin
+                    self._read_rows(slot, part.slot_row, block[first : first + part.rows])
+            yield block
+
+    def _chunks_by_slot(self) -> dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]]:
+        """The chunks of each slot: a search through all of them for each takes too long."""
+        found: dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]] = {}
+        stacked = {slot.key: len(slot.stack) for slot, _ in self._slots.values()}
+        for key, axes in stacked.items():
+            name, stored = self._stored(key)
+            for chunk in getattr(stored, "chunks", ()):
+                spans = zip(chunk.offsets[:axes], chunk.sizes[:axes], strict=True)
+                for index in itertools.product(*(range(o, o + n) for o, n in spans)):
+                    found.setdefault((name, index), []).append(chunk)
+        return found
 
     def _stored(self, key: str) -> tuple[str, Any]:
         """(name, metadata) of a tensor, by either name."""
@@ -128,66 +126,94 @@ class TorchDistFolder:
         name = key if key in known else ALIASES.get(key, key)
         return name, known.get(name)
 
-    def _read_box(self, slot: Slot, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """A box of a slot, put together from the chunks that overlap it."""
-        name, stored = self._stored(slot.key)
-        box = torch.empty(shape, dtype=stored.properties.dtype)
-        low = (*slot.index, *start)
-        high = (*(i + 1 for i in slot.index), *(a + n for a, n in zip(start, shape, strict=True)))
-        filled, stacked = 0, len(slot.index)
-        for chunk in stored.chunks:
-            begin = [max(a, b) for a, b in zip(low, chunk.offsets, strict=True)]
-            end = [min(b, o + n) for b, o, n in zip(high, chunk.offsets, chunk.sizes, strict=True)]
+    def _read_rows(self, slot: Slot, row: int, rows: torch.Tensor) -> None:
+        """Fill `rows`, which begin at `row` of a slot, from the chunks that hold them."""
+        name, _ = self._stored(slot.key)
+        low = (*slot.index, row, *(0 for _ in rows.shape[1:]))
+        sizes = (*(1 for _ in slot.index), *rows.shape)
+        high = tuple(a + n for a, n in zip(low, sizes, strict=True))
+        boxes: list[_Box] = []
+        for chunk in self._chunks.get((name, slot.index), ()):
+            begin = tuple(max(a, b) for a, b in zip(low, chunk.offsets, strict=True))
+            end = tuple(
+                min(b, o + n) for b, o, n in zip(high, chunk.offsets, chunk.sizes, strict=True)
+            )
             if any(a >= b for a, b in zip(begin, end, strict=True)):
                 continue
-            data = self._read_chunk(name, chunk)
-            inside = tuple(
-                slice(a - o, b - o) for a, b, o in zip(begin, end, chunk.offsets, strict=True)
-            )
-            target = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, low, strict=True))[
-                stacked:
-            ]
-            part = box[target]
-            part.copy_(data[inside].reshape(part.shape))
-            filled += part.numel()
-        if filled != box.numel():
+            boxes.append((begin, end))
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, low, strict=True))
+            part = rows[target[len(slot.index) :]]
+            self._read_box(name, chunk, (begin, end), part)
+        if not _partition(boxes, rows.numel()):
+            held = sum(_volume(box) for box in boxes)
             raise UserError(
                 Problem(
                     "a tensor is not covered",
                     f"{self.path}: {name} {list(slot.index)}",
-                    f"{filled} of {box.numel()} elements",
+                    f"{held} of {rows.numel()} elements, some perhaps twice",
                     "every element once",
                 )
             )
-        return box
 
-    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+    def _read_box(
+        self, name: str, chunk: ChunkStorageMetadata, box: _Box, target: torch.Tensor
+    ) -> None:
+        """Fill `target` with a box, in the tensor's coordinates, of one chunk."""
+        place = self._place(name, chunk)
+        shape = tuple(b - a for a, b in zip(*box, strict=True))
+        first = place.first + sum(
+            (a - o) * stride
+            for a, o, stride in zip(box[0], chunk.offsets, place.strides, strict=True)
+        )
+        last = first + sum((n - 1) * stride for n, stride in zip(shape, place.strides, strict=True))
+        direct = target.is_contiguous() and last + 1 - first == target.numel()
+        flat = target.view(-1) if direct else self._run.take((last + 1 - first,), target.dtype)
+        with open(place.file, "rb", buffering=0) as file:
+            file.seek(place.begin + first * target.dtype.itemsize)
+            read_into(file, raw_bytes(flat))
+        if not direct:
+            target.copy_(torch.as_strided(flat, shape, place.strides).view(target.shape))
+
+    def _place(self, name: str, chunk: ChunkStorageMetadata) -> _Place:
+        """Where a chunk's elements lie; its `torch.save` archive is read but for the elements."""
         index = MetadataIndex(name, chunk.offsets)
-        if self._last_chunk is not None and self._last_chunk[0] == index:
-            return self._last_chunk[1]
-        self._last_chunk = None
+        if index in self._places:
+            return self._places[index]
         at = self._metadata.storage_data[index]
-        where = f"{self.path}/{at.relative_path}: {name} at {list(chunk.offsets)}"
+        file = self.path / at.relative_path
+        where = f"{file}: {name} at {list(chunk.offsets)}"
         try:
-            with open(self.path / at.relative_path, "rb") as file:
-                file.seek(at.offset)
-                saved = io.BytesIO(file.read(at.length))
-            data = torch.load(saved, map_location="cpu", weights_only=True)
+            with open(file, "rb") as stream:
+                archive = cast("BinaryIO", _create_file_view(stream, at.offset, at.length))
+                saved = torch.load(archive, map_location="meta", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as wrong:
             first = str(wrong).splitlines()[0] if str(wrong) else repr(wrong)
             raise UserError(
                 Problem("a damaged tensor", where, first, "what torch.save wrote")
             ) from wrong
-        if not isinstance(data, torch.Tensor) or data.shape != chunk.sizes:
-            got = str(tuple(getattr(data, "shape", ())))
-            raise UserError(Problem("a damaged tensor", where, got, str(tuple(chunk.sizes))))
-        self._last_chunk = (index, data)
-        return data
+        expected = (tuple(chunk.sizes), self._stored(name)[1].properties.dtype)
+        tensor = isinstance(saved, torch.Tensor)
+        found = (tuple(saved.shape), saved.dtype) if tensor else type(saved)
+        if found != expected:
+            raise UserError(Problem("a damaged tensor", where, str(found), str(expected)))
+        storage = saved.untyped_storage()
+        begin = storage._checkpoint_offset  # of the archive; set by torch.load, which documents it
+        if begin + storage.nbytes() > at.length:
+            held = f"{at.length} bytes"
+            raise UserError(Problem("a damaged tensor", where, held, f"{storage.nbytes()} bytes"))
+        place = _Place(file, at.offset + begin, saved.storage_offset(), saved.stride())
+        self._places[index] = place
+        return place
 
     def _missing_files(self) -> Iterator[Problem]:
         ends: dict[str, int] = {}
         for at in self._metadata.storage_data.values():
             ends[at.relative_path] = max(ends.get(at.relative_path, 0), at.offset + at.length)
+        for key, stored in self._metadata.state_dict_metadata.items():
+            for chunk in getattr(stored, "chunks", ()):
+                if MetadataIndex(key, chunk.offsets) not in self._metadata.storage_data:
+                    where = f"{self.path}/{METADATA}: {key} at {list(chunk.offsets)}"
+                    yield Problem("a part without a place", where, "no file", "file and offset")
         for name, end in sorted(ends.items()):
             file = self.path / name
             if not file.is_file():
@@ -208,8 +234,9 @@ class TorchDistFolder:
                 yield Problem("a missing tensor", f"{self.path}: {key}", "nothing", str(shape))
                 continue
             got = tuple(stored.size)
-            padded = key in ("embedding.word_embeddings.weight", "output_layer.weight")
-            if got != shape and not (padded and got[0] > shape[0] and got[1:] == shape[1:]):
+            vocabulary = key in ("embedding.word_embeddings.weight", "output_layer.weight")
+            padded = vocabulary and got[1:] == shape[1:] and is_padded(shape[0], got[0])
+            if got != shape and not padded:
                 yield Problem(
                     "a tensor of another shape", f"{self.path}: {key}", str(got), str(shape)
                 )
@@ -228,70 +255,26 @@ class TorchDistFolder:
                 )
 
 
-class TorchDistWriter:
-    """Writes boxes into one `.distcp` file; `finish` makes a folder of several files' boxes."""
+def is_padded(vocabulary: int, rows: int) -> bool:
+    """Whether a trainer pads a vocabulary to so many rows: to a multiple of 8 or 128 × TP.
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self._name = f"__{number}_0.distcp"
-        self._file: BinaryIO = open(folder / self._name, "wb")  # noqa: SIM115 closed by close()
-        self.written: list[Written] = []
-
-    def write(self, slot: Slot, start: tuple[int, ...], box: torch.Tensor) -> None:
-        """Write a box of a slot; `start` is in the slot's own coordinates."""
-        data = box.contiguous().view((1,) * len(slot.index) + tuple(box.shape))
-        self._save(slot.key, (*slot.index, *start), tuple(data.shape), data)
-
-    def write_extra_state(self, slot: Slot) -> None:
-        """Write the empty extra state that Megatron's linear layers ask for when they load."""
-        prefix = slot.key.rpartition(".")[0]
-        index, stack = (".".join(map(str, axes)) for axes in (slot.index, slot.stack))
-        self._save(f"{prefix}._extra_state/shard_{index}_{stack}", None, (), [None])
-
-    def _save(
-        self, key: str, offset: tuple[int, ...] | None, shape: tuple[int, ...], data: object
-    ) -> None:
-        begin = self._file.tell()
-        torch.save(data, self._file)
-        length = self._file.tell() - begin
-        self.written.append(Written(key, offset, shape, self._name, begin, length))
-
-    def close(self) -> list[Written]:
-        """Put everything on disk; returns what was written."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self.written
+    A checkpoint of another model with a larger vocabulary is hardly ever taken for one.
+    """
+    multiples = [rows_a_rank * tp for rows_a_rank in (8, 128) for tp in range(1, 65)]
+    return any(rows == -(-vocabulary // multiple) * multiple for multiple in multiples)
 
 
-def finish(
-    folder: Path, written: list[Written], dtypes: Mapping[str, torch.dtype], model: ModelConfig
-) -> None:
-    """Write `.metadata`, `metadata.json` and `common.pt` over the boxes of all files."""
-    tensors: dict[str, Any] = {}
-    for slot in slots(model):
-        if slot.key not in tensors:
-            tensors[slot.key] = TensorStorageMetadata(
-                TensorProperties(dtype=dtypes[slot.key]), torch.Size(slot.global_shape), []
-            )
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for box in written:
-        at = _StorageInfo(box.file, box.begin, box.length)
-        if box.offset is None:
-            tensors[box.key] = BytesStorageMetadata()
-            storage[MetadataIndex(box.key)] = at
-            continue
-        offset = torch.Size(box.offset)
-        tensors[box.key].chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
-        storage[MetadataIndex(box.key, offset)] = at
-    metadata = Metadata(
-        state_dict_metadata=tensors,
-        storage_data=storage,
-        storage_meta=StorageMeta(save_id=str(uuid.uuid4())),
+def _volume(box: _Box) -> int:
+    return math.prod(b - a for a, b in zip(*box, strict=True))
+
+
+def _partition(boxes: list[_Box], elements: int) -> bool:
+    """Whether boxes inside a larger one of so many elements fill it without overlap."""
+    apart = all(
+        any(a1 >= b2 or a2 >= b1 for a1, b1, a2, b2 in zip(*x, *y, strict=True))
+        for x, y in itertools.combinations(boxes, 2)
     )
-    with open(folder / METADATA, "wb") as file:
-        pickle.dump(metadata, file)
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
+    return apart and sum(map(_volume, boxes)) == elements
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_precision.errors import UserError
-from tools.checkpoint_convert.source import Source, checked_blocks, open_source
+from megatron_precision.config import ModelConfig
+from megatron_precision.errors import Problem, UserError
+from tools.checkpoint_convert.casting import Loss, cast
+from tools.checkpoint_convert.source import Scratch, Source, checked_blocks, open_source
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor that is not the same in both.
+    """Something that is not the same in both.
 
     Attributes:
-        name: of the Hugging Face tensor.
+        name: of the Hugging Face tensor, or of the configuration's field.
         what: missing, of another shape or dtype, or how many elements differ, where first, and by
             how much at most.
     """
@@ -29,42 +32,70 @@ class Difference:
         return f"{self.name}: {self.what}"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes:
+        compared: tensors that both have.
+        differences: of the configuration first, then of the tensors.
+        damaged: tensors that could not be read as they were written.
+    """
+
+    compared: int
+    differences: list[Difference]
+    damaged: list[Problem]
+
+
 def compare(
     first: Path,
     second: Path,
     config: Path | None = None,
+    dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda _bytes: None,
-) -> tuple[int, list[Difference]]:
-    """Compare all tensors of two checkpoints, bit for bit.
+) -> Comparison:
+    """Compare the models' configurations and all tensors of two checkpoints, bit for bit.
 
     Args:
         config: a Hugging Face folder for a Megatron checkpoint that carries no configuration.
-
-    Returns:
-        Tensors that were compared, and what differs.
+        dtype: compare what both are in this dtype, as a conversion with it would write them.
 
     Raises:
         UserError: where a checkpoint cannot be opened.
     """
     a, b = open_source(first, config), open_source(second, config)
     found = [
+        Difference(f"config.json: {name}", f"{left!r} against {right!r}")
+        for name, left, right in _fields(a.model, b.model)
+    ]
+    found += [
         Difference(name, f"only in {first if name in a.tensors else second}")
         for name in sorted(a.tensors.keys() ^ b.tensors.keys())
     ]
+    damaged: list[Problem] = []
     common = [name for name in a.tensors if name in b.tensors]
     for name in common:
         try:
-            found += _compare_tensor(a, b, name)
-        except UserError as damaged:  # named, and the other tensors are still compared
-            found += [Difference(name, problem.what + f" ({problem.where})")
-                      for problem in damaged.problems]  # fmt: skip
+            found += _compare_tensor(a, b, name, dtype)
+        except UserError as wrong:  # named, and the other tensors are still compared
+            damaged += wrong.problems
         progress(a.tensors[name].bytes)
-    return len(common), found
+    return Comparison(len(common), found, damaged)
 
 
-def _compare_tensor(a: Source, b: Source, name: str) -> Iterator[Difference]:
+def _fields(a: ModelConfig, b: ModelConfig) -> Iterator[tuple[str, object, object]]:
+    """What the configurations say of the model, where they differ."""
+    for field in dataclasses.fields(ModelConfig):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if left != right:
+            yield field.name, left, right
+
+
+def _compare_tensor(
+    a: Source, b: Source, name: str, dtype: torch.dtype | None
+) -> Iterator[Difference]:
     left, right = a.tensors[name], b.tensors[name]
-    if left != right:
+    if left.shape != right.shape or (dtype is None and left.dtype != right.dtype):
         yield Difference(
             name, f"{left.dtype} {list(left.shape)} against {right.dtype} {list(right.shape)}"
         )
@@ -72,7 +103,8 @@ def _compare_tensor(a: Source, b: Source, name: str) -> Iterator[Difference]:
     row = differing = 0
     index: list[int] | None = None
     largest = 0.0
-    for x, y in _equal_blocks(checked_blocks(a, name), checked_blocks(b, name)):
+    pairs = _equal_blocks(_in_dtype(a, name, dtype), _in_dtype(b, name, dtype))
+    for x, y in pairs:
         if not torch.equal(bits(x), bits(y)):
             wrong = bits(x) != bits(y)
             differing += int(wrong.sum())
@@ -88,6 +120,19 @@ def _compare_tensor(a: Source, b: Source, name: str) -> Iterator[Difference]:
             f"{differing} of {torch.Size(left.shape).numel()} elements differ, the first at "
             f"{index}, by {largest:.6g} at most",
         )
+
+
+def _in_dtype(source: Source, name: str, dtype: torch.dtype | None) -> Iterator[torch.Tensor]:
+    """Row blocks, cast where a dtype is asked for; each is overwritten by the next."""
+    scratch = Scratch()
+    for block in checked_blocks(source, name):
+        if dtype in (None, block.dtype):
+            yield block
+        else:
+            assert dtype is not None
+            result = scratch.take(tuple(block.shape), dtype)
+            cast(block, result, Loss())
+            yield result
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

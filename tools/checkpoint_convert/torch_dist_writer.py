@@ -1,0 +1,141 @@
+"""Megatron's `torch_dist` folders, written without Megatron and without a process group.
+
+Each box is an archive as `torch.save` makes it. Of every shape the archive is made once, around
+space for the elements (`skip_data`), and the elements are written between its head and tail as
+they come: `torch.save` itself copies them, and computes a checksum that `torch.load` never reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import pickle
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.megatron_checkpoint import Slot, slots
+from tools.checkpoint_convert.source import Scratch, raw_bytes
+from tools.checkpoint_convert.torch_dist_folder import METADATA
+
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Written:
+    """A box in a file, as `.metadata` records it. `offset` is None for an object's bytes."""
+
+    key: str
+    offset: tuple[int, ...] | None
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    length: int
+
+
+class TorchDistWriter:
+    """Writes boxes into one `.distcp` file; `finish` makes a folder of several files' boxes."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        self._name = f"__{number}_0.distcp"
+        self._file: BinaryIO = open(folder / self._name, "wb")  # noqa: SIM115 closed by close()
+        self.written: list[Written] = []
+        self._columns = Scratch()
+
+    def write(self, slot: Slot, start: tuple[int, ...], box: torch.Tensor) -> None:
+        """Write a box of a slot; `start` is in the slot's own coordinates."""
+        if not box.is_contiguous():
+            columns = self._columns.take(tuple(box.shape), box.dtype)
+            box = columns.copy_(box)
+        shape = (*(1 for _ in slot.index), *box.shape)
+        head, tail = archive_around(shape, box.dtype)
+        begin = self._file.tell()
+        for data in (head, raw_bytes(box), tail):
+            self._file.write(data)
+        self._note(slot.key, (*slot.index, *start), shape, begin)
+
+    def write_extra_states(self, slot: Slot) -> None:
+        """Write the empty states that a slot's modules ask for when they load."""
+        for key in slot.extra_states:
+            begin = self._file.tell()
+            torch.save([None], self._file)
+            self._note(key, None, (), begin)
+
+    def _note(
+        self, key: str, offset: tuple[int, ...] | None, shape: tuple[int, ...], begin: int
+    ) -> None:
+        length = self._file.tell() - begin
+        self.written.append(Written(key, offset, shape, self._name, begin, length))
+
+    def close(self) -> list[Written]:
+        """Put everything on disk; returns what was written."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self.written
+
+
+@functools.lru_cache(maxsize=64)
+def archive_around(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and after the elements of a contiguous tensor."""
+    archive = io.BytesIO()
+    with torch.serialization.skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), archive)
+    archive.seek(0)
+    storage = torch.load(archive, map_location="meta", weights_only=True).untyped_storage()
+    begin = storage._checkpoint_offset
+    whole = archive.getbuffer()
+    return bytes(whole[:begin]), bytes(whole[begin + storage.nbytes() :])
+
+
+def finish(
+    folder: Path, written: list[Written], dtypes: Mapping[str, torch.dtype], model: ModelConfig
+) -> None:
+    """Write `.metadata`, `metadata.json` and `common.pt` over the boxes of all files."""
+    tensors: dict[str, Any] = {}
+    for slot in slots(model):
+        if slot.key not in tensors:
+            tensors[slot.key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtypes[slot.key]), torch.Size(slot.global_shape), []
+            )
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for box in written:
+        at = _StorageInfo(box.file, box.begin, box.length)
+        if box.offset is None:
+            tensors[box.key] = BytesStorageMetadata()
+            storage[MetadataIndex(box.key)] = at
+            continue
+        offset = torch.Size(box.offset)
+        tensors[box.key].chunks.append(ChunkStorageMetadata(offset, torch.Size(box.shape)))
+        storage[MetadataIndex(box.key, offset)] = at
+    metadata = Metadata(
+        state_dict_metadata=tensors,
+        storage_data=storage,
+        storage_meta=StorageMeta(save_id=str(uuid.uuid4())),
+    )
+    with open(folder / METADATA, "wb") as file:
+        pickle.dump(metadata, file)
+    torch.save({}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
