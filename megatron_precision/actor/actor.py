@@ -140,7 +140,10 @@ class Actor:
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             micro_batch_size=self._run.train.micro_batch_size,
-            width_multiple=math.lcm(8, self._run.parallel.tp_size),
+            # oneDNN compiles a kernel for each shape of a 16-bit product: few widths, few kernels.
+            width_multiple=math.lcm(
+                8 if self.policy.params != "fp32" else 1, self._run.parallel.tp_size
+            ),
         )
 
     def _forward_backward(

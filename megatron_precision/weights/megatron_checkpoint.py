@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig
-from megatron_precision.weights.architectures import architecture
-from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
+from megatron_precision.weights.megatron_layout import (
+    ShardCoordinates,
+    megatron_parameters,
+    megatron_pieces,
+)
 from megatron_precision.weights.regions import Piece
 
 # What a local layer spec without Megatron's key map writes: the norm's own name.
@@ -122,7 +124,9 @@ def row_runs(slot: Slot, piece: Piece) -> list[RowRun]:
 
 def slots(model: ModelConfig) -> list[Slot]:
     """Every part of every tensor of the checkpoint, from the first layer to the last."""
-    return [_slot(name, shape, model) for name, shape in _parameters(model)]
+    return [
+        _slot(name, shape, model) for name, shape in megatron_parameters(model, model.vocab_size)
+    ]
 
 
 def _slot(name: str, shape: tuple[int, ...], model: ModelConfig) -> Slot:
@@ -136,34 +140,3 @@ def _slot(name: str, shape: tuple[int, ...], model: ModelConfig) -> Slot:
         return Slot(key, index, shape, (model.num_hidden_layers, model.num_experts), pieces)
     key = f"decoder.layers.{layer[2]}"
     return Slot(key, (int(layer[1]),), shape, (model.num_hidden_layers,), pieces)
-
-
-def _parameters(model: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of an unsharded GPTModel with Transformer Engine's layer spec."""
-    hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
-    q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
-    yield "embedding.word_embeddings.weight", (model.vocab_size, hidden)
-    for i in range(model.num_hidden_layers):
-        attention, mlp = f"decoder.layers.{i}.self_attention", f"decoder.layers.{i}.mlp"
-        yield f"{attention}.linear_qkv.layer_norm_weight", (hidden,)
-        yield f"{attention}.linear_qkv.weight", (q + 2 * kv, hidden)
-        if has.qkv_bias:
-            yield f"{attention}.linear_qkv.bias", (q + 2 * kv,)
-        if has.qk_norm:
-            yield f"{attention}.q_layernorm.weight", (d,)
-            yield f"{attention}.k_layernorm.weight", (d,)
-        yield f"{attention}.linear_proj.weight", (hidden, q)
-        if not has.experts:
-            yield f"{mlp}.linear_fc1.layer_norm_weight", (hidden,)
-            yield f"{mlp}.linear_fc1.weight", (2 * model.intermediate_size, hidden)
-            yield f"{mlp}.linear_fc2.weight", (hidden, model.intermediate_size)
-            continue
-        yield f"decoder.layers.{i}.pre_mlp_layernorm.weight", (hidden,)
-        yield f"{mlp}.router.weight", (model.num_experts, hidden)
-        for e in range(model.num_experts):
-            inner = model.moe_intermediate_size
-            yield f"{mlp}.experts.linear_fc1.weight{e}", (2 * inner, hidden)
-            yield f"{mlp}.experts.linear_fc2.weight{e}", (hidden, inner)
-    yield "decoder.final_layernorm.weight", (hidden,)
-    if not model.tie_word_embeddings:
-        yield "output_layer.weight", (model.vocab_size, hidden)

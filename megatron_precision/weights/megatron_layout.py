@@ -14,6 +14,7 @@ Transformer Engine's (`linear_qkv.layer_norm_weight`, `experts.linear_fc1.weight
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig
@@ -40,6 +41,8 @@ class ShardCoordinates:
     first_layer: int = 0
 
 
+# The vocabulary is padded so that every tensor-parallel rank holds the same, even number of rows.
+VOCAB_MULTIPLE = 8
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
@@ -97,6 +100,54 @@ def megatron_pieces(
             return gate_up(prefix, parameter, shape, at.etp_rank)
         return [split(f"{prefix}.down_proj.weight", parameter, shape, 1, at.etp_rank)]
     raise ValueError(f"unknown Megatron parameter {parameter!r} for {model.model_type}")
+
+
+def megatron_parameters(
+    model: ModelConfig, vocab_rows: int, tp_size: int = 1, etp_size: int = 1
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of one tensor-parallel rank's GPTModel, by Transformer Engine's layer spec.
+
+    All layers and experts are listed; a rank of a pipeline stage, or of an expert-parallel group,
+    has some of them.
+
+    Args:
+        vocab_rows: the rank's, padding included.
+    """
+    hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
+    q = model.num_attention_heads * d // tp_size
+    kv = model.num_key_value_heads * d // tp_size
+    yield "embedding.word_embeddings.weight", (vocab_rows, hidden)
+    for i in range(model.num_hidden_layers):
+        attention, mlp = f"decoder.layers.{i}.self_attention", f"decoder.layers.{i}.mlp"
+        yield f"{attention}.linear_qkv.layer_norm_weight", (hidden,)
+        yield f"{attention}.linear_qkv.weight", (q + 2 * kv, hidden)
+        if has.qkv_bias:
+            yield f"{attention}.linear_qkv.bias", (q + 2 * kv,)
+        if has.qk_norm:
+            yield f"{attention}.q_layernorm.weight", (d,)
+            yield f"{attention}.k_layernorm.weight", (d,)
+        yield f"{attention}.linear_proj.weight", (hidden, q)
+        if not has.experts:
+            inner = model.intermediate_size // tp_size
+            yield f"{mlp}.linear_fc1.layer_norm_weight", (hidden,)
+            yield f"{mlp}.linear_fc1.weight", (2 * inner, hidden)
+            yield f"{mlp}.linear_fc2.weight", (hidden, inner)
+            continue
+        yield f"decoder.layers.{i}.pre_mlp_layernorm.weight", (hidden,)
+        yield f"{mlp}.router.weight", (model.num_experts, hidden)
+        for e in range(model.num_experts):
+            inner = model.moe_intermediate_size // etp_size
+            yield f"{mlp}.experts.linear_fc1.weight{e}", (2 * inner, hidden)
+            yield f"{mlp}.experts.linear_fc2.weight{e}", (hidden, inner)
+    yield "decoder.final_layernorm.weight", (hidden,)
+    if not model.tie_word_embeddings:
+        yield "output_layer.weight", (vocab_rows, hidden)
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
+    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 8 × TP."""
+    multiple = VOCAB_MULTIPLE * tp_size
+    return -(-vocab_size // multiple) * multiple
 
 
 def vocabulary_rows(

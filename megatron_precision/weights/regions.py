@@ -62,6 +62,76 @@ class Piece:
         """Indexes the parameter viewed as `view`."""
         return tuple(slice(begin, end) for begin, end in self.index)
 
+    @property
+    def row_sizes(self) -> tuple[int, ...]:
+        """Sizes of the spanned view's leading dimensions, which together are the box's rows."""
+        leading = len(self.view) - (len(self.shape) - 1)
+        return tuple(end - begin for begin, end in self.index[:leading])
+
+    def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+        """Indexes `view` at a smaller box of the piece, whose rows are one of its `slabs`.
+
+        Args:
+            start, shape: in the coordinates of the Hugging Face tensor.
+
+        Raises:
+            ValueError: for a box that leaves the piece, or whose rows are no slab.
+        """
+        low = tuple(a - b for a, b in zip(start, self.start, strict=True))
+        if any(a < 0 or a + n > size for a, n, size in zip(low, shape, self.shape, strict=True)):
+            raise ValueError(
+                f"{self.hf_name}: {start} + {shape} leaves {self.start} + {self.shape}"
+            )
+        sizes = self.row_sizes
+        spans = list(_slab_spans(sizes, low[0], low[0] + shape[0]))
+        spans += [(a, a + n) for a, n in zip(low[1:], shape[1:], strict=True)]
+        return tuple(
+            slice(first + a, first + b)
+            for (first, _), (a, b) in zip(self.index, spans, strict=True)
+        )
+
+
+def slabs(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
+    """Cut rows `[begin, end)` of dimensions `sizes`, flattened, into as few boxes as can be.
+
+    >>> slabs((4, 3), 2, 11)
+    [(2, 3), (3, 9), (9, 11)]
+    """
+    inner = math.prod(sizes[1:])
+    if len(sizes) == 1 or begin == end:
+        return [(begin, end)] if begin < end else []
+    first = min(end, -(-begin // inner) * inner)
+    last = max(first, end // inner * inner)
+    found: list[Span] = []
+    for a, b, whole_rows in ((begin, first, False), (first, last, True), (last, end, False)):
+        if a == b:
+            continue
+        if whole_rows:
+            found.append((a, b))
+            continue
+        base = a // inner * inner
+        found += [(base + x, base + y) for x, y in slabs(sizes[1:], a - base, b - base)]
+    return found
+
+
+def _slab_spans(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
+    """The box of `sizes` that rows `[begin, end)` are.
+
+    Raises:
+        ValueError: where they are more than one.
+    """
+    if len(slabs(sizes, begin, end)) != 1:
+        raise ValueError(f"rows {begin} to {end} of {sizes} are not one box")
+    spans: list[Span] = []
+    for number in range(len(sizes)):
+        inner = math.prod(sizes[number + 1 :])
+        first, last = begin // inner, -(-end // inner)
+        spans.append((first, last))
+        begin, end = begin - first * inner, end - first * inner
+        if last - first > 1:  # whole from here on
+            return spans + [(0, size) for size in sizes[number + 1 :]]
+    return spans
+
 
 def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Piece:
     """A parameter that is one whole Hugging Face tensor (norms, the router)."""

@@ -9,11 +9,15 @@ In the layout of vLLM's loader, before any kernel's repacking:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import ShardCoordinates, gate_up, vocabulary_rows
 from megatron_precision.weights.regions import Piece, rows, split, whole
 
+# vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`).
+VOCAB_MULTIPLE = 64
 _VLLM_WHOLE = (
     "model.norm.weight",
     ".input_layernorm.weight",
@@ -22,6 +26,47 @@ _VLLM_WHOLE = (
     ".k_norm.weight",
     ".mlp.gate.weight",
 )
+
+
+def vllm_parameters(
+    model: ModelConfig, tp_size: int = 1, etp_size: int = 1
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of one engine rank's parameters, in the layout of its loader.
+
+    All experts are listed; a rank of an expert-parallel engine has some of them.
+
+    Args:
+        etp_size: ranks that divide an expert; 1 where experts are divided over the ranks whole.
+    """
+    hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
+    q = model.num_attention_heads * d // tp_size
+    kv = max(1, model.num_key_value_heads // tp_size) * d
+    vocab_rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // tp_size
+    yield "model.embed_tokens.weight", (vocab_rows, hidden)
+    for i in range(model.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        yield f"{layer}.input_layernorm.weight", (hidden,)
+        yield f"{layer}.self_attn.qkv_proj.weight", (q + 2 * kv, hidden)
+        if has.qkv_bias:
+            yield f"{layer}.self_attn.qkv_proj.bias", (q + 2 * kv,)
+        if has.qk_norm:
+            yield f"{layer}.self_attn.q_norm.weight", (d,)
+            yield f"{layer}.self_attn.k_norm.weight", (d,)
+        yield f"{layer}.self_attn.o_proj.weight", (hidden, q)
+        yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+        if not has.experts:
+            inner = model.intermediate_size // tp_size
+            yield f"{layer}.mlp.gate_up_proj.weight", (2 * inner, hidden)
+            yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+            continue
+        experts, inner = model.num_experts, model.moe_intermediate_size // etp_size
+        yield f"{layer}.mlp.gate.weight", (model.num_experts, hidden)
+        stack = f"{layer}.mlp.experts.routed_experts"
+        yield f"{stack}.w13_weight", (experts, 2 * inner, hidden)
+        yield f"{stack}.w2_weight", (experts, hidden, inner)
+    yield "model.norm.weight", (hidden,)
+    if not model.tie_word_embeddings:
+        yield "lm_head.weight", (vocab_rows, hidden)
 
 
 def vllm_pieces(

@@ -18,7 +18,7 @@ from oracle import DENSE
 
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_precision.weights import megatron_checkpoint
-from megatron_precision.weights.megatron_layout import megatron_pieces
+from megatron_precision.weights.megatron_layout import megatron_parameters, megatron_pieces
 from tools.checkpoint_convert import (
     casting,
     convert,
@@ -238,7 +238,7 @@ def test_inspect_lists_what_a_checkpoint_holds(
 
 def entries(model: ModelConfig) -> list[str]:
     """One parameter of each kind that a Megatron checkpoint of a model has."""
-    names = [name for name, _ in megatron_checkpoint._parameters(model)]
+    names = [name for name, _ in megatron_parameters(model, model.vocab_size)]
     kinds = {"".join("#" if c.isdigit() else c for c in name): name for name in names}
     return list(kinds.values())
 

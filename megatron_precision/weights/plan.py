@@ -1,0 +1,284 @@
+"""The plan of a weight sync: every byte once, from the nearest rank that has it.
+
+A pure function of both layouts. Every rank computes its own part alone, and the parts fit: who
+sends a cell to whom depends on the layouts and the cell's number, and on nothing else.
+
+Cells
+    A tensor is cut where either side cuts it, and where a cut leaves a box that is no box in a
+    parameter's view. So a cell lies whole in one shard of each side, as one strided view.
+
+Routes, for a rank that needs a cell
+    1. it has the cell itself, as a trainer: a local copy;
+    2. a trainer of its node has it: from there, in turn over those of the node;
+    3. otherwise the cell crosses the network to *one* of the node's ranks that need it, from the
+       replicas in turn, and fans out from there inside the node.
+So a byte that several ranks of a node need crosses the network once, and no rank receives a byte
+that it does not need, or receives one twice.
+
+Neither torch nor an engine is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.families import (
+    Box,
+    Family,
+    Group,
+    RolloutLayout,
+    Shard,
+    TrainerLayout,
+    families,
+)
+from megatron_precision.weights.regions import slabs
+
+# A cell of more elements is cut further, so that messages fit into bounded buffers.
+CELL_ELEMENTS = 2**22
+
+
+class PlanError(ValueError):
+    """No plan leads from one layout to the other."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A box of one Hugging Face tensor that travels as a whole."""
+
+    hf_name: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Exchange:
+    """Messages of one round: peer → cells, in one order on both ends."""
+
+    sends: dict[int, list[Cell]] = field(default_factory=dict)
+    receives: dict[int, list[Cell]] = field(default_factory=dict)
+
+
+@dataclass
+class RankPlan:
+    """One rank's part.
+
+    Attributes:
+        copies: cells that the rank has and needs.
+        direct: from trainers, over the network and inside the node.
+        fan_out: inside the node, after `direct`, of what has come over the network: the sender
+            reads where it has just written.
+    """
+
+    rank: int
+    copies: list[Cell] = field(default_factory=list)
+    direct: Exchange = field(default_factory=Exchange)
+    fan_out: Exchange = field(default_factory=Exchange)
+
+
+@dataclass(frozen=True)
+class _FamilyCell:
+    """A cell of a family, its number there, and the shard of each side that it lies in."""
+
+    number: int
+    box: Box
+    source: Shard
+    target: Shard
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Both layouts, and the nodes.
+
+    Attributes:
+        ranks_per_node: of the world; consecutive ranks share a node.
+        cell_elements: the most that a cell holds.
+    """
+
+    model: ModelConfig
+    trainer: TrainerLayout
+    rollout: RolloutLayout
+    ranks_per_node: int = 8
+    cell_elements: int = CELL_ELEMENTS
+
+    def node(self, rank: int) -> int:
+        """The node of a rank."""
+        return rank // self.ranks_per_node
+
+    @functools.cached_property
+    def cells(self) -> list[tuple[Family, list[_FamilyCell]]]:
+        """The cells of every family.
+
+        Raises:
+            PlanError: names what either side does not cover, or covers twice, and both layouts.
+        """
+        have, need = self.trainer.shards(self.model), self.rollout.shards(self.model)
+        found, problems = [], []
+        for family in families(self.model):
+            sources, targets = have.get(family.template, []), need.get(family.template, [])
+            for side, shards in (("trainer", sources), ("engine", targets)):
+                if problem := _uncovered(family, shards):
+                    problems.append(f"the {side} {problem}")
+            found.append((family, self._family_cells(sources, targets)))
+        if problems:
+            layouts = f"{self.trainer}\n  {self.rollout}"
+            raise PlanError("no plan:\n  " + "\n  ".join(problems) + f"\nfor\n  {layouts}")
+        return found
+
+    def _family_cells(self, sources: list[Shard], targets: list[Shard]) -> list[_FamilyCell]:
+        found: list[_FamilyCell] = []
+        for source, target in itertools.product(sources, targets):
+            overlap = _overlap(source.box, target.box)
+            if overlap is None:
+                continue
+            begin, end = overlap.start[0], overlap.start[0] + overlap.shape[0]
+            width = math.prod(overlap.shape[1:])
+            for a, b in _common_slabs(source, target, begin, end):
+                step = max(1, self.cell_elements // width)
+                for first in range(a, b, step):
+                    for x, y in _common_slabs(source, target, first, min(b, first + step)):
+                        box = Box((x, *overlap.start[1:]), (y - x, *overlap.shape[1:]))
+                        found.append(_FamilyCell(len(found), box, source, target))
+        return found
+
+    def rank_plan(self, rank: int) -> RankPlan:
+        """The part of one rank.
+
+        Raises:
+            PlanError: see `cells`.
+        """
+        plan, node = RankPlan(rank), self.node(rank)
+        experts = max(1, self.model.num_experts)
+        for family, cells in self.cells:
+            for at in family.instances(self.model):
+                first_turn = (at.layer or 0) * experts + (at.expert or 0)
+                name = ""
+                for cell in cells:
+                    holders = self._nodes(
+                        "trainer", self.trainer.group(self.model, at, cell.source)
+                    )
+                    needers = self._nodes(
+                        "rollout", self.rollout.group(self.model, at, cell.target)
+                    )
+                    mine = rank in holders.get(node, ())
+                    wanted = rank in needers.get(node, ())
+                    if not (mine or wanted):
+                        continue
+                    name = name or family.name(at)
+                    whole = Cell(name, cell.box.start, cell.box.shape)
+                    # Turns go on from tensor to tensor, so that no rank is always the first.
+                    turn = first_turn + cell.number
+                    if wanted:
+                        self._receive(plan, whole, turn, holders, needers)
+                    if mine:
+                        self._send(plan, whole, turn, holders, needers)
+        return plan
+
+    @functools.cached_property
+    def _known(self) -> dict[tuple[str, Group], dict[int, tuple[int, ...]]]:
+        return {}
+
+    def _nodes(self, side: str, group: Group) -> dict[int, tuple[int, ...]]:
+        """Node → its ranks of a group."""
+        key = (side, group)
+        if key not in self._known:
+            ranks = (self.trainer if side == "trainer" else self.rollout).ranks(group)
+            found: dict[int, list[int]] = {}
+            for rank in ranks:
+                found.setdefault(self.node(rank), []).append(rank)
+            self._known[key] = {node: tuple(members) for node, members in found.items()}
+        return self._known[key]
+
+    def _receive(
+        self,
+        plan: RankPlan,
+        cell: Cell,
+        turn: int,
+        holders: dict[int, tuple[int, ...]],
+        needers: dict[int, tuple[int, ...]],
+    ) -> None:
+        rank, node = plan.rank, self.node(plan.rank)
+        near, here = holders.get(node, ()), needers[node]
+        if rank in near:
+            plan.copies.append(cell)
+        elif near:
+            source = near[(turn + here.index(rank)) % len(near)]
+            plan.direct.receives.setdefault(source, []).append(cell)
+        else:
+            landing = here[turn % len(here)]
+            if rank == landing:
+                source = _replica(holders, turn + node)
+                plan.direct.receives.setdefault(source, []).append(cell)
+                for other in here:
+                    if other != rank:
+                        plan.fan_out.sends.setdefault(other, []).append(cell)
+            else:
+                plan.fan_out.receives.setdefault(landing, []).append(cell)
+
+    def _send(
+        self,
+        plan: RankPlan,
+        cell: Cell,
+        turn: int,
+        holders: dict[int, tuple[int, ...]],
+        needers: dict[int, tuple[int, ...]],
+    ) -> None:
+        rank = plan.rank
+        for node, here in needers.items():
+            near = holders.get(node, ())
+            if near:
+                if rank not in near:
+                    continue
+                for position, other in enumerate(here):
+                    taken = other in near or near[(turn + position) % len(near)] != rank
+                    if not taken:
+                        plan.direct.sends.setdefault(other, []).append(cell)
+            elif _replica(holders, turn + node) == rank:
+                landing = here[turn % len(here)]
+                plan.direct.sends.setdefault(landing, []).append(cell)
+
+
+def _replica(holders: dict[int, tuple[int, ...]], turn: int) -> int:
+    """One of all holders, in turn over nodes first, so that NICs share the work."""
+    nodes = sorted(holders)
+    node = nodes[turn % len(nodes)]
+    members = holders[node]
+    return members[turn // len(nodes) % len(members)]
+
+
+def _overlap(a: Box, b: Box) -> Box | None:
+    start = tuple(map(max, a.start, b.start))
+    end = tuple(
+        min(x + n, y + m) for x, n, y, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
+    )
+    if any(low >= high for low, high in zip(start, end, strict=True)):
+        return None
+    return Box(start, tuple(high - low for low, high in zip(start, end, strict=True)))
+
+
+def _common_slabs(source: Shard, target: Shard, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Rows `[begin, end)` of the tensor, cut so that each run is one box in either piece."""
+    first, second = source.piece, target.piece
+    for a, b in slabs(first.row_sizes, begin - first.start[0], end - first.start[0]):
+        low, high = a + first.start[0] - second.start[0], b + first.start[0] - second.start[0]
+        for c, d in slabs(second.row_sizes, low, high):
+            yield c + second.start[0], d + second.start[0]
+
+
+def _uncovered(family: Family, shards: list[Shard]) -> str:
+    """What is wrong with the boxes of one side, or nothing."""
+    if any(_overlap(a.box, b.box) for a, b in itertools.combinations(shards, 2)):
+        return f"holds elements of {family.template} twice on one rank, or in unlike boxes"
+    covered = sum(math.prod(shard.box.shape) for shard in shards)
+    if covered != math.prod(family.shape):
+        return f"holds {covered} of {math.prod(family.shape)} elements of {family.template}"
+    return ""

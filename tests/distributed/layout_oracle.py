@@ -1,0 +1,121 @@
+"""Names and shapes of both engines' local parameters, by hand, and a model of distinct numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.architectures import hf_shapes
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the trainer's axes; `kv_share` engine ranks hold one KV head."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+
+def padded(vocab_size: int, multiple: int) -> int:
+    return -(-vocab_size // multiple) * multiple
+
+
+def attention_extras(model: ModelConfig, norms: Sequence[str], fused: str, rows: int) -> Shapes:
+    """What some architectures have and others have not."""
+    if model.model_type == "qwen2":
+        return {f"{fused}.bias": (rows,)}
+    if model.model_type == "llama":
+        return {}
+    return {f"{norm}.weight": (model.head_dim,) for norm in norms}
+
+
+def megatron_shapes(model: ModelConfig, layout: Layout, pp_rank: int) -> Shapes:
+    """`named_parameters()` of Megatron's GPTModel with the local layer spec, by hand."""
+    hidden, d, tp = model.hidden_size, model.head_dim, layout.tp
+    vocabulary = (padded(model.vocab_size, 8 * tp) // tp, hidden)
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    shapes: Shapes = {}
+    if first:
+        shapes["embedding.word_embeddings.weight"] = vocabulary
+    for layer in range(model.num_hidden_layers // layout.pp):
+        at = f"decoder.layers.{layer}"
+        groups = model.num_key_value_heads // tp
+        heads = model.num_attention_heads // tp
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.self_attention.linear_qkv.weight": ((heads + 2 * groups) * d, hidden),
+            f"{at}.self_attention.linear_proj.weight": (hidden, heads * d),
+            f"{at}.pre_mlp_layernorm.weight": (hidden,),
+        }
+        norms = [f"{at}.self_attention.{n}_layernorm" for n in "qk"]
+        fused = f"{at}.self_attention.linear_qkv"
+        shapes |= attention_extras(model, norms, fused, (heads + 2 * groups) * d)
+        if not model.num_experts:
+            inner = model.intermediate_size // tp
+            shapes[f"{at}.mlp.linear_fc1.weight"] = (2 * inner, hidden)
+            shapes[f"{at}.mlp.linear_fc2.weight"] = (hidden, inner)
+            continue
+        shapes[f"{at}.mlp.router.weight"] = (model.num_experts, hidden)
+        inner = model.moe_intermediate_size // layout.etp
+        for expert in range(model.num_experts // layout.ep):
+            prefix = f"{at}.mlp.experts.local_experts.{expert}"
+            shapes[f"{prefix}.linear_fc1.weight"] = (2 * inner, hidden)
+            shapes[f"{prefix}.linear_fc2.weight"] = (hidden, inner)
+    if last:
+        shapes["decoder.final_layernorm.weight"] = (hidden,)
+        # With tied embeddings a last stage that is not also the first holds a copy.
+        if not model.tie_word_embeddings or not first:
+            shapes["output_layer.weight"] = vocabulary
+    return shapes
+
+
+def numbered(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Hugging Face tensors in which no two elements of the model are equal."""
+    tensors, offset = {}, 1
+    for name, shape in hf_shapes(model).items():
+        count = torch.Size(shape).numel()
+        tensors[name] = torch.arange(offset, offset + count).view(shape)
+        offset += count
+    return tensors
+
+
+def vllm_shapes(model: ModelConfig, tp: int) -> Shapes:
+    """Parameters of vLLM's models in loader layout, by hand."""
+    hidden, d = model.hidden_size, model.head_dim
+    vocabulary = (padded(model.vocab_size, 64) // tp, hidden)
+    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_key_value_heads // tp)
+    shapes: Shapes = {
+        "model.embed_tokens.weight": vocabulary,
+        "model.norm.weight": (hidden,),
+    }
+    if not model.tie_word_embeddings:
+        shapes["lm_head.weight"] = vocabulary
+    for layer in range(model.num_hidden_layers):
+        at = f"model.layers.{layer}"
+        shapes |= {
+            f"{at}.input_layernorm.weight": (hidden,),
+            f"{at}.post_attention_layernorm.weight": (hidden,),
+            f"{at}.self_attn.qkv_proj.weight": ((heads + 2 * kv_heads) * d, hidden),
+            f"{at}.self_attn.o_proj.weight": (hidden, heads * d),
+        }
+        norms = [f"{at}.self_attn.{n}_norm" for n in "qk"]
+        rows = (heads + 2 * kv_heads) * d
+        shapes |= attention_extras(model, norms, f"{at}.self_attn.qkv_proj", rows)
+        if model.num_experts:
+            inner = model.moe_intermediate_size // tp
+            experts = f"{at}.mlp.experts.routed_experts"
+            shapes[f"{at}.mlp.gate.weight"] = (model.num_experts, hidden)
+            shapes[f"{experts}.w13_weight"] = (model.num_experts, 2 * inner, hidden)
+            shapes[f"{experts}.w2_weight"] = (model.num_experts, hidden, inner)
+        else:
+            inner = model.intermediate_size // tp
+            shapes[f"{at}.mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+            shapes[f"{at}.mlp.down_proj.weight"] = (hidden, inner)
+    return shapes

@@ -1,0 +1,340 @@
+"""The plan of a sync against brute force: every layout pair's plans, carried out on numbers.
+
+Ranks, their parameters and the grid's order are written out here by hand, apart from the tables of
+the plan; that they are the engines' own is proven by the tests that run the engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layout_oracle import Layout, megatron_shapes, numbered, vllm_shapes
+
+from megatron_precision.config import ModelConfig
+from megatron_precision.weights.families import RolloutLayout, TrainerLayout
+from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
+from megatron_precision.weights.plan import Cell, PlanError, Planner, RankPlan
+from megatron_precision.weights.regions import Piece, slabs
+from megatron_precision.weights.vllm_layout import vllm_pieces
+
+DENSE = ModelConfig(
+    vocab_size=37, hidden_size=6, intermediate_size=24, num_hidden_layers=4,
+    num_attention_heads=16, num_key_value_heads=4, head_dim=2,
+)  # fmt: skip
+MODELS = {
+    "dense": DENSE,
+    "tied": dataclasses.replace(DENSE, tie_word_embeddings=True),
+    "qwen2": dataclasses.replace(DENSE, model_type="qwen2", num_key_value_heads=8),
+    "MoE": dataclasses.replace(
+        DENSE, model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Held:
+    """Parameters of one rank's side, and how often each element was written."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    written: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+
+    def view(self, cell: Cell, of: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The strided view of a cell in the one piece that holds it."""
+        for piece in self.pieces:
+            inside = piece.hf_name == cell.hf_name and all(
+                a <= b and b + m <= a + n
+                for a, n, b, m in zip(piece.start, piece.shape, cell.start, cell.shape, strict=True)
+            )
+            if inside:
+                return of[piece.parameter].view(piece.view)[piece.within(cell.start, cell.shape)]
+        raise AssertionError(f"{cell} is not held")
+
+
+def trainer_rank(model: ModelConfig, layout: TrainerLayout, rank: int) -> Held:
+    """Megatron's order: tensor parallel fastest, then expert, data and pipeline parallel."""
+    rank -= layout.first
+    per_stage = layout.size // layout.pp
+    stage, within = divmod(rank, per_stage)
+    at = ShardCoordinates(
+        tp_rank=within % layout.tp,
+        tp_size=layout.tp,
+        etp_rank=within % layout.etp,
+        etp_size=layout.etp,
+        first_expert=within // layout.etp % layout.ep * (model.num_experts // layout.ep),
+        first_layer=stage * (model.num_hidden_layers // layout.pp),
+    )
+    held, source = Held(), numbered(model)
+    shapes = megatron_shapes(model, Layout(layout.tp, layout.pp, layout.ep, layout.etp), stage)
+    for name, shape in shapes.items():
+        local = torch.full(shape, -1)
+        for piece in megatron_pieces(name, shape, model, at):
+            view = local.view(piece.view)[piece.spans]
+            view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
+            if name != "output_layer.weight" or not model.tie_word_embeddings:
+                held.pieces.append(piece)
+        held.tensors[name] = local
+    return held
+
+
+def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> Held:
+    """An engine's parameters before the sync; experts whole and consecutive under EP."""
+    position = (rank - layout.first) % layout.tp
+    at = ShardCoordinates(position, layout.tp, position, layout.tp)
+    local = model
+    if layout.expert_parallel and model.num_experts:
+        count = model.num_experts // layout.tp
+        at = ShardCoordinates(position, layout.tp, 0, 1, first_expert=position * count)
+        local = dataclasses.replace(model, num_experts=count)
+    held = Held()
+    for name, shape in vllm_shapes(local, layout.tp).items():
+        if at.etp_size == 1 and local is not model:
+            inner = model.moe_intermediate_size
+            if name.endswith("w13_weight"):
+                shape = (local.num_experts, 2 * inner, model.hidden_size)
+            elif name.endswith("w2_weight"):
+                shape = (local.num_experts, model.hidden_size, inner)
+            elif name.endswith("mlp.gate.weight"):
+                shape = (model.num_experts, model.hidden_size)
+        held.pieces += vllm_pieces(name, shape, model, at)
+        held.tensors[name] = torch.zeros(shape, dtype=torch.int64)
+        held.written[name] = torch.zeros(shape, dtype=torch.int64)
+    return held
+
+
+@dataclass
+class World:
+    """Everything of one layout pair."""
+
+    planner: Planner
+
+    def __post_init__(self) -> None:
+        planner = self.planner
+        model, trainer, rollout = planner.model, planner.trainer, planner.rollout
+        self.trainers = {r: trainer_rank(model, trainer, r) for r in trainer.world}
+        self.engines = {r: engine_rank(model, rollout, r) for r in rollout.world}
+        ranks = sorted({*trainer.world, *rollout.world})
+        self.plans = {rank: planner.rank_plan(rank) for rank in ranks}
+        self.received: dict[int, int] = dict.fromkeys(ranks, 0)
+        self.crossed: dict[int, int] = {}
+
+    def run(self) -> None:
+        """Carry the plans out: what one end packs is what the other unpacks, in its own order."""
+        for rank, plan in self.plans.items():
+            for cell in plan.copies:
+                self.write(rank, cell, self.trainers[rank].view(cell, self.trainers[rank].tensors))
+        for fan_out in (False, True):
+            messages: dict[tuple[int, int], list[tuple[Cell, torch.Tensor]]] = {}
+            for rank, plan in self.plans.items():
+                exchange = plan.fan_out if fan_out else plan.direct
+                held = self.engines[rank] if fan_out else self.trainers.get(rank)
+                for peer, cells in exchange.sends.items():
+                    assert held is not None
+                    packed = [
+                        (c, held.view(c, held.tensors).reshape(c.shape).clone()) for c in cells
+                    ]
+                    messages[rank, peer] = packed
+            for rank, plan in self.plans.items():
+                exchange = plan.fan_out if fan_out else plan.direct
+                for peer, cells in exchange.receives.items():
+                    packed = messages.pop((peer, rank))
+                    assert [cell for cell, _ in packed] == cells
+                    for cell, values in packed:
+                        self.write(rank, cell, values)
+                        self.received[rank] += cell.numel
+                        node = self.planner.node(rank)
+                        if self.planner.node(peer) != node:
+                            self.crossed[node] = self.crossed.get(node, 0) + cell.numel
+            assert not messages, "sent to nobody"
+
+    def write(self, rank: int, cell: Cell, values: torch.Tensor) -> None:
+        held = self.engines[rank]
+        view = held.view(cell, held.tensors)
+        view.copy_(values.reshape(view.shape))
+        held.view(cell, held.written).add_(1)
+
+    def check(self) -> None:
+        """Every engine parameter is the slice of the model that its table says, written once."""
+        source = numbered(self.planner.model)
+        for held in self.engines.values():
+            for piece in held.pieces:
+                view = held.tensors[piece.parameter].view(piece.view)[piece.spans]
+                expected = source[piece.hf_name][piece.box].reshape(view.shape)
+                assert torch.equal(view, expected), piece
+                count = held.written[piece.parameter].view(piece.view)[piece.spans]
+                assert bool((count == 1).all()), piece
+            for name, count in held.written.items():
+                covered = sum(p.numel for p in held.pieces if p.parameter == name)
+                assert int(count.sum()) == covered, f"{name}: padding was written"
+        self.check_bytes()
+
+    def check_bytes(self) -> None:
+        """No rank and no node receives more than what it needs and has not."""
+        needs = {r: _elements(h.pieces, self.planner.model) for r, h in self.engines.items()}
+        has = {r: _elements(h.pieces, self.planner.model) for r, h in self.trainers.items()}
+        for rank, elements in needs.items():
+            assert self.received[rank] == len(elements - has.get(rank, set()))
+        nodes = {self.planner.node(rank) for rank in needs}
+        for node in nodes:
+            inside = [r for r in self.plans if self.planner.node(r) == node]
+            wanted = set().union(*(needs.get(r, set()) for r in inside))
+            there = set().union(*(has.get(r, set()) for r in inside))
+            assert self.crossed.get(node, 0) == len(wanted - there)
+
+
+def _elements(pieces: list[Piece], model: ModelConfig) -> set[int]:
+    source = numbered(model)
+    return {int(x) for p in pieces for x in source[p.hf_name][p.box].flatten()}
+
+
+def pairs(
+    model: ModelConfig, size: int, disjoint: bool = False
+) -> Iterator[tuple[TrainerLayout, RolloutLayout]]:
+    """Every pair of layouts that divide the model, over `size` ranks (or two sets of them)."""
+    first = size if disjoint else 0
+    sizes = [n for n in (1, 2, 4, 8) if n <= size]
+    experts = sizes if model.num_experts else [1]
+    for tp in sizes:
+        for pp in (1, 2, 4):
+            for ep in experts:
+                for etp in (1, 2) if model.num_experts else (1,):
+                    if size % (tp * pp) or size % (ep * etp * pp) or size < tp * pp:
+                        continue
+                    if model.num_key_value_heads % tp or size < ep * etp * pp:
+                        continue
+                    for rollout_tp in sizes:
+                        for whole in (False, True) if model.num_experts else (False,):
+                            if size % rollout_tp == 0:
+                                yield (
+                                    TrainerLayout(size, tp, pp, ep, etp),
+                                    RolloutLayout(size, rollout_tp, whole, first),
+                                )
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_pair_of_small_layouts(kind: str, size: int) -> None:
+    for trainer, rollout in pairs(MODELS[kind], size):
+        world = World(Planner(MODELS[kind], trainer, rollout, ranks_per_node=2))
+        world.run()
+        world.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", list(MODELS))
+@pytest.mark.parametrize("size", [8, 16])
+def test_every_pair_of_larger_layouts(kind: str, size: int) -> None:
+    for trainer, rollout in pairs(MODELS[kind], size):
+        world = World(Planner(MODELS[kind], trainer, rollout, ranks_per_node=4))
+        world.run()
+        world.check()
+
+
+@pytest.mark.parametrize("kind", ["dense", "MoE"])
+def test_trainers_and_engines_apart(kind: str) -> None:
+    for trainer, rollout in pairs(MODELS[kind], 2, disjoint=True):
+        world = World(Planner(MODELS[kind], trainer, rollout, ranks_per_node=2))
+        world.run()
+        world.check()
+        assert not any(plan.copies for plan in world.plans.values())
+
+
+@st.composite
+def planners(draw: st.DrawFn) -> Planner:
+    """Layouts and sizes that have little in common."""
+    tp, rollout_tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4]))
+    pp, ep, etp = (draw(st.sampled_from([1, 2])) for _ in range(3))
+    moe = draw(st.booleans())
+    if not moe:
+        ep = etp = 1
+    size = math.lcm(tp * pp, ep * etp * pp, rollout_tp)
+    kv_heads = tp * draw(st.integers(1, 3))
+    kv_heads = kv_heads if kv_heads % rollout_tp == 0 or rollout_tp % kv_heads == 0 else 12
+    heads = kv_heads * draw(st.integers(1, 3))
+    heads = heads if heads % rollout_tp == 0 else heads * rollout_tp
+    both = math.lcm(tp, rollout_tp)
+    whole = draw(st.booleans()) and moe
+    model = ModelConfig(
+        model_type="qwen3_moe" if moe else draw(st.sampled_from(["qwen3", "qwen2", "llama"])),
+        vocab_size=draw(st.integers(3, 150)),
+        hidden_size=draw(st.integers(2, 5)),
+        intermediate_size=both * draw(st.integers(1, 3)),
+        num_hidden_layers=pp * draw(st.integers(1, 2)),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=2,
+        tie_word_embeddings=draw(st.booleans()),
+        num_experts=math.lcm(ep, rollout_tp) * draw(st.integers(1, 2)) if moe else 0,
+        num_experts_per_tok=1 if moe else 0,
+        moe_intermediate_size=math.lcm(etp, rollout_tp) * draw(st.integers(1, 2)) if moe else 0,
+    )
+    return Planner(
+        model,
+        TrainerLayout(size, tp, pp, ep, etp),
+        RolloutLayout(size, rollout_tp, whole, first=draw(st.sampled_from([0, size]))),
+        ranks_per_node=draw(st.sampled_from([1, 2, 3, 8])),
+        cell_elements=draw(st.sampled_from([1, 7, 64, 2**22])),
+    )
+
+
+@given(planners())
+@settings(max_examples=60, deadline=None)
+def test_layouts_that_have_little_in_common(planner: Planner) -> None:
+    world = World(planner)
+    world.run()
+    world.check()
+
+
+def test_replicas_send_in_turn() -> None:
+    """Four replicas of the trainer on four nodes, and engines elsewhere: each sends a share."""
+    planner = Planner(DENSE, TrainerLayout(4), RolloutLayout(4, 1, first=4), ranks_per_node=1)
+    sent = [
+        sum(cell.numel for cells in plan.direct.sends.values() for cell in cells)
+        for plan in (planner.rank_plan(rank) for rank in range(4))
+    ]
+    assert max(sent) < 1.2 * sum(sent) / 4
+
+
+def test_a_cell_that_is_larger_than_a_message_is_cut() -> None:
+    planner = Planner(DENSE, TrainerLayout(1), RolloutLayout(1), cell_elements=40)
+    plan: RankPlan = planner.rank_plan(0)
+    assert max(cell.numel for cell in plan.copies) <= 40
+    whole = Planner(DENSE, TrainerLayout(1), RolloutLayout(1)).rank_plan(0)
+    assert sum(c.numel for c in plan.copies) == sum(c.numel for c in whole.copies)
+
+
+def test_what_no_layout_covers_is_named_with_both_layouts() -> None:
+    # Three KV heads over two ranks: the second half of one is nobody's.
+    model = dataclasses.replace(DENSE, num_attention_heads=9, num_key_value_heads=3)
+    with pytest.raises(PlanError) as wrong:
+        Planner(model, TrainerLayout(2, tp=2), RolloutLayout(2)).rank_plan(0)
+    message = str(wrong.value)
+    assert "model.layers.{layer}.self_attn.k_proj.weight" in message
+    assert "TrainerLayout(size=2, tp=2" in message
+    assert "RolloutLayout(size=2" in message
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
+def test_slabs_are_the_rows_in_order_and_each_one_box(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    total = math.prod(sizes)
+    begin = data.draw(st.integers(0, total))
+    end = data.draw(st.integers(begin, total))
+    found = slabs(tuple(sizes), begin, end)
+    rows = [row for a, b in found for row in range(a, b)]
+    assert rows == list(range(begin, end))
+    grid = torch.arange(total).view(sizes)
+    for a, b in found:
+        places = (grid >= a) & (grid < b)
+        where = places.nonzero()
+        low, high = where.min(0).values, where.max(0).values + 1
+        assert int((high - low).prod()) == b - a
