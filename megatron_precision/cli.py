@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_precision import rank, run_folder, validation
 from megatron_precision.config import RunConfig, to_dict
@@ -278,6 +279,22 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.run()
 
 
+def _sync_bench(args: argparse.Namespace) -> int:
+    from megatron_precision import sync_bench
+
+    planner = sync_bench.planner_of(
+        sync_bench.model_of(args.model),
+        args.train,
+        args.rollout,
+        args.world,
+        args.ranks_per_node,
+        args.apart,
+    )
+    rates = sync_bench.Rates(args.nvlink * 1e9, args.nic * 1e9)
+    itemsize = 4 if args.wire == "fp32" else 2
+    return sync_bench.run(planner, itemsize, args.message_mib * 2**20, rates, args.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG, description="RL post-training in FP16 and BF16: Megatron Core and vLLM."
@@ -315,9 +332,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    _add_sync_bench(commands)
     doctor = commands.add_parser("doctor", help="what is installed, and what is wrong with it")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_sync_bench(commands: Any) -> None:
+    bench = commands.add_parser("sync-bench", help="what a weight sync moves between two layouts")
+    bench.add_argument(
+        "--model", required=True, help="qwen3-14b, qwen3-30b-a3b, qwen3-235b-a22b, or a folder"
+    )
+    bench.add_argument("--train", default="tp=1", metavar="SIZES", help="tp, pp, ep, etp, dp: tp=8")
+    bench.add_argument("--rollout", default="tp=1", metavar="SIZES", help="tp, dp, ep: tp=2,dp=4")
+    bench.add_argument("--world", type=int, metavar="N", help="ranks of either side")
+    bench.add_argument("--apart", action="store_true", help="engines on ranks of their own")
+    bench.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="default: 8")
+    bench.add_argument("--wire", choices=("fp16", "bf16", "fp32"), default="fp16")
+    bench.add_argument("--message-mib", type=int, default=64, metavar="N", help="default: 64")
+    bench.add_argument(
+        "--nvlink", type=float, default=450.0, metavar="GB/S", help="of a rank, one way"
+    )
+    bench.add_argument("--nic", type=float, default=50.0, metavar="GB/S", help="of a rank, one way")
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=_sync_bench)
 
 
 def entry_point() -> None:

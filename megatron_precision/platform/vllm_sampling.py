@@ -25,7 +25,7 @@ class SeedsDrawnAhead:
         self._drawn: dict[int, tuple[torch.Generator, list[int]]] = {}
 
     def fill(self, seeds: torch.Tensor, generators: Mapping[int, torch.Generator]) -> None:
-        """Put into `seeds` [rows], int64, what one `torch.randint` of each row's generator gives."""
+        """Put into `seeds` [rows], int64, what `torch.randint` of each row's generator gives."""
         if len(self._drawn) > 2 * len(generators) + _AHEAD:
             known = {id(generator) for generator in generators.values()}
             self._drawn = {key: kept for key, kept in self._drawn.items() if key in known}

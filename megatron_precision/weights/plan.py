@@ -137,16 +137,15 @@ class Planner:
     def _family_cells(self, sources: list[Shard], targets: list[Shard]) -> list[_FamilyCell]:
         found: list[_FamilyCell] = []
         for source, target in itertools.product(sources, targets):
-            overlap = _overlap(source.box, target.box)
-            if overlap is None:
+            shared = overlap(source.box, target.box)
+            if shared is None:
                 continue
-            begin, end = overlap.start[0], overlap.start[0] + overlap.shape[0]
-            width = math.prod(overlap.shape[1:])
+            begin, end = shared.start[0], shared.start[0] + shared.shape[0]
+            step = max(1, self.cell_elements // math.prod(shared.shape[1:]))
             for a, b in _common_slabs(source, target, begin, end):
-                step = max(1, self.cell_elements // width)
                 for first in range(a, b, step):
                     for x, y in _common_slabs(source, target, first, min(b, first + step)):
-                        box = Box((x, *overlap.start[1:]), (y - x, *overlap.shape[1:]))
+                        box = Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
                         found.append(_FamilyCell(len(found), box, source, target))
         return found
 
@@ -255,7 +254,8 @@ def _replica(holders: dict[int, tuple[int, ...]], turn: int) -> int:
     return members[turn // len(nodes) % len(members)]
 
 
-def _overlap(a: Box, b: Box) -> Box | None:
+def overlap(a: Box, b: Box) -> Box | None:
+    """The box that two boxes share, if any."""
     start = tuple(map(max, a.start, b.start))
     end = tuple(
         min(x + n, y + m) for x, n, y, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
@@ -276,7 +276,7 @@ def _common_slabs(source: Shard, target: Shard, begin: int, end: int) -> Iterato
 
 def _uncovered(family: Family, shards: list[Shard]) -> str:
     """What is wrong with the boxes of one side, or nothing."""
-    if any(_overlap(a.box, b.box) for a, b in itertools.combinations(shards, 2)):
+    if any(overlap(a.box, b.box) for a, b in itertools.combinations(shards, 2)):
         return f"holds elements of {family.template} twice on one rank, or in unlike boxes"
     covered = sum(math.prod(shard.box.shape) for shard in shards)
     if covered != math.prod(family.shape):

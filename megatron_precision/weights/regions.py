@@ -68,6 +68,11 @@ class Piece:
         leading = len(self.view) - (len(self.shape) - 1)
         return tuple(end - begin for begin, end in self.index[:leading])
 
+    def holds(self, start: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        """Whether a box of the Hugging Face tensor lies in the piece."""
+        ends = zip(self.start, self.shape, start, shape, strict=True)
+        return all(a <= b and b + m <= a + n for a, n, b, m in ends)
+
     def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
         """Indexes `view` at a smaller box of the piece, whose rows are one of its `slabs`.
 
@@ -78,7 +83,7 @@ class Piece:
             ValueError: for a box that leaves the piece, or whose rows are no slab.
         """
         low = tuple(a - b for a, b in zip(start, self.start, strict=True))
-        if any(a < 0 or a + n > size for a, n, size in zip(low, shape, self.shape, strict=True)):
+        if not self.holds(start, shape):
             raise ValueError(
                 f"{self.hf_name}: {start} + {shape} leaves {self.start} + {self.shape}"
             )

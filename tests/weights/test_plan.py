@@ -9,105 +9,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout_oracle import Layout, megatron_shapes, numbered, vllm_shapes
+from layout_oracle import DENSE, MODELS, engine_rank, numbered, trainer_rank
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
-from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
 from megatron_precision.weights.plan import Cell, PlanError, Planner, RankPlan
 from megatron_precision.weights.regions import Piece, slabs
-from megatron_precision.weights.vllm_layout import vllm_pieces
-
-DENSE = ModelConfig(
-    vocab_size=37, hidden_size=6, intermediate_size=24, num_hidden_layers=4,
-    num_attention_heads=16, num_key_value_heads=4, head_dim=2,
-)  # fmt: skip
-MODELS = {
-    "dense": DENSE,
-    "tied": dataclasses.replace(DENSE, tie_word_embeddings=True),
-    "qwen2": dataclasses.replace(DENSE, model_type="qwen2", num_key_value_heads=8),
-    "MoE": dataclasses.replace(
-        DENSE, model_type="qwen3_moe", num_experts=8, num_experts_per_tok=2,
-        moe_intermediate_size=8,
-    ),
-}  # fmt: skip
-
-
-@dataclass
-class Held:
-    """Parameters of one rank's side, and how often each element was written."""
-
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    written: dict[str, torch.Tensor] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
-
-    def view(self, cell: Cell, of: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The strided view of a cell in the one piece that holds it."""
-        for piece in self.pieces:
-            inside = piece.hf_name == cell.hf_name and all(
-                a <= b and b + m <= a + n
-                for a, n, b, m in zip(piece.start, piece.shape, cell.start, cell.shape, strict=True)
-            )
-            if inside:
-                return of[piece.parameter].view(piece.view)[piece.within(cell.start, cell.shape)]
-        raise AssertionError(f"{cell} is not held")
-
-
-def trainer_rank(model: ModelConfig, layout: TrainerLayout, rank: int) -> Held:
-    """Megatron's order: tensor parallel fastest, then expert, data and pipeline parallel."""
-    rank -= layout.first
-    per_stage = layout.size // layout.pp
-    stage, within = divmod(rank, per_stage)
-    at = ShardCoordinates(
-        tp_rank=within % layout.tp,
-        tp_size=layout.tp,
-        etp_rank=within % layout.etp,
-        etp_size=layout.etp,
-        first_expert=within // layout.etp % layout.ep * (model.num_experts // layout.ep),
-        first_layer=stage * (model.num_hidden_layers // layout.pp),
-    )
-    held, source = Held(), numbered(model)
-    shapes = megatron_shapes(model, Layout(layout.tp, layout.pp, layout.ep, layout.etp), stage)
-    for name, shape in shapes.items():
-        local = torch.full(shape, -1)
-        for piece in megatron_pieces(name, shape, model, at):
-            view = local.view(piece.view)[piece.spans]
-            view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
-            if name != "output_layer.weight" or not model.tie_word_embeddings:
-                held.pieces.append(piece)
-        held.tensors[name] = local
-    return held
-
-
-def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> Held:
-    """An engine's parameters before the sync; experts whole and consecutive under EP."""
-    position = (rank - layout.first) % layout.tp
-    at = ShardCoordinates(position, layout.tp, position, layout.tp)
-    local = model
-    if layout.expert_parallel and model.num_experts:
-        count = model.num_experts // layout.tp
-        at = ShardCoordinates(position, layout.tp, 0, 1, first_expert=position * count)
-        local = dataclasses.replace(model, num_experts=count)
-    held = Held()
-    for name, shape in vllm_shapes(local, layout.tp).items():
-        if at.etp_size == 1 and local is not model:
-            inner = model.moe_intermediate_size
-            if name.endswith("w13_weight"):
-                shape = (local.num_experts, 2 * inner, model.hidden_size)
-            elif name.endswith("w2_weight"):
-                shape = (local.num_experts, model.hidden_size, inner)
-            elif name.endswith("mlp.gate.weight"):
-                shape = (model.num_experts, model.hidden_size)
-        held.pieces += vllm_pieces(name, shape, model, at)
-        held.tensors[name] = torch.zeros(shape, dtype=torch.int64)
-        held.written[name] = torch.zeros(shape, dtype=torch.int64)
-    return held
 
 
 @dataclass
@@ -135,7 +48,7 @@ class World:
             messages: dict[tuple[int, int], list[tuple[Cell, torch.Tensor]]] = {}
             for rank, plan in self.plans.items():
                 exchange = plan.fan_out if fan_out else plan.direct
-                held = self.engines[rank] if fan_out else self.trainers.get(rank)
+                held = (self.engines if fan_out else self.trainers).get(rank)
                 for peer, cells in exchange.sends.items():
                     assert held is not None
                     packed = [

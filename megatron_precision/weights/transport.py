@@ -1,0 +1,176 @@
+"""A rank's plan carried out on live tensors: local copies, and few packed messages.
+
+Binding a plan to tensors finds the strided view of every cell once; a run then packs, sends and
+unpacks with grouped copies, and converts dtypes on the way. Buffers are two messages large,
+whatever the model's size.
+
+Ranks meet in turns: in turn `t` a rank sends to the rank `t` after it and receives from the rank
+`t` before it. Both ends know all messages of a turn, so none is announced, and a turn without any
+costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron_precision.weights.plan import Cell, Exchange, PlanError, RankPlan
+from megatron_precision.weights.regions import Piece
+
+MESSAGE_BYTES = 64 * 2**20
+Held = Iterable[tuple[Piece, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class _Message:
+    """Cells that travel together: their views, and how many elements they are."""
+
+    views: list[torch.Tensor]
+    numel: int
+
+    def slices(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The buffer's part of each view, in its shape."""
+        found, begin = [], 0
+        for view in self.views:
+            found.append(buffer[begin : begin + view.numel()].view(view.shape))
+            begin += view.numel()
+        return found
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Messages to one rank and from one rank."""
+
+    to: int
+    sends: list[_Message]
+    origin: int
+    receives: list[_Message]
+
+
+class Transport:
+    """One rank's plan, bound to its tensors.
+
+    Args:
+        sources: the trainer's pieces on this rank, with the live parameter of each.
+        targets: the engine's pieces on this rank, with the tensor of each in loader layout.
+        wire: dtype of what is sent.
+        world_size: ranks that take part.
+        message_bytes: size of a message; two of them are held.
+
+    Raises:
+        PlanError: where a cell of the plan is in no piece: the layout is another than planned.
+    """
+
+    def __init__(
+        self,
+        plan: RankPlan,
+        sources: Held,
+        targets: Held,
+        *,
+        wire: torch.dtype,
+        world_size: int,
+        message_bytes: int = MESSAGE_BYTES,
+    ) -> None:
+        have, need = _Views(sources, "the trainer"), _Views(targets, "the engine")
+        self._from = [have.of(cell) for cell in plan.copies]
+        # The engine's views are rows; the trainer's may be rows by group and head.
+        self._to = [
+            need.of(cell).view(view.shape)
+            for cell, view in zip(plan.copies, self._from, strict=True)
+        ]
+        self._wire = wire
+        limit = message_bytes // wire.itemsize
+        self._rounds = [
+            list(_turns(plan.rank, world_size, exchange, source, need, limit))
+            for exchange, source in ((plan.direct, have), (plan.fan_out, need))
+        ]
+        messages = [m for turns in self._rounds for t in turns for m in (*t.sends, *t.receives)]
+        longest = max((message.numel for message in messages), default=0)
+        device = (self._to or [m.views[0] for m in messages] or [torch.empty(0)])[0].device
+        self._out = torch.empty(longest, dtype=wire, device=device)
+        self._in = torch.empty(longest, dtype=wire, device=device)
+        received = [m for turns in self._rounds for turn in turns for m in turn.receives]
+        self.bytes = sum(message.numel for message in received) * wire.itemsize
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What the buffers take."""
+        return self._out.nbytes + self._in.nbytes
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Bring the engine's tensors up to date; every rank of the world calls it."""
+        if self._to:
+            # Through the wire's dtype, as what comes from another rank does.
+            torch._foreach_copy_(self._to, [view.to(self._wire) for view in self._from])
+        for turns in self._rounds:
+            for turn in turns:
+                self._run_turn(turn)
+
+    def _run_turn(self, turn: _Turn) -> None:
+        for number in range(max(len(turn.sends), len(turn.receives))):
+            work = []
+            if number < len(turn.receives):
+                received = turn.receives[number]
+                work.append(dist.irecv(self._in[: received.numel], turn.origin))
+            if number < len(turn.sends):
+                sent = turn.sends[number]
+                torch._foreach_copy_(sent.slices(self._out), sent.views)
+                work.append(dist.isend(self._out[: sent.numel], turn.to))
+            for pending in work:
+                assert pending is not None
+                pending.wait()
+            if number < len(turn.receives):
+                torch._foreach_copy_(received.views, received.slices(self._in))
+
+
+class _Views:
+    """Cells as strided views of one side's tensors."""
+
+    def __init__(self, held: Held, side: str) -> None:
+        self._side = side
+        self._held: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        for piece, tensor in held:
+            self._held.setdefault(piece.hf_name, []).append((piece, tensor))
+
+    def of(self, cell: Cell) -> torch.Tensor:
+        """The view of a cell.
+
+        Raises:
+            PlanError: where no piece holds it.
+        """
+        for piece, tensor in self._held.get(cell.hf_name, ()):
+            if piece.holds(cell.start, cell.shape):
+                return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
+        raise PlanError(
+            f"{self._side} does not hold {cell.shape} of {cell.hf_name} from {cell.start} on this "
+            "rank: its layout is not the one that was planned for"
+        )
+
+
+def _turns(
+    rank: int, world_size: int, exchange: Exchange, sources: _Views, targets: _Views, limit: int
+) -> Iterator[_Turn]:
+    for distance in range(1, world_size):
+        to, origin = (rank + distance) % world_size, (rank - distance) % world_size
+        sends = list(_messages(exchange.sends.get(to, []), sources, limit))
+        receives = list(_messages(exchange.receives.get(origin, []), targets, limit))
+        if sends or receives:
+            yield _Turn(to, sends, origin, receives)
+
+
+def _messages(cells: list[Cell], views: _Views, limit: int) -> Iterator[_Message]:
+    """Cells in messages of at most `limit` elements, cut alike on both ends."""
+    taken: list[torch.Tensor] = []
+    filled = 0
+    for cell in cells:
+        if taken and filled + cell.numel > limit:
+            yield _Message(taken, filled)
+            taken, filled = [], 0
+        taken.append(views.of(cell))
+        filled += cell.numel
+    if taken:
+        yield _Message(taken, filled)

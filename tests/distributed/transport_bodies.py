@@ -1,0 +1,48 @@
+"""What the ranks do in tests of the transport: a plan on live tensors, and what arrived."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from layout_oracle import Held, engine_rank, numbered, trainer_rank
+
+from megatron_precision.weights.plan import Planner
+from megatron_precision.weights.transport import Transport
+
+
+def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[dict[str, int]]:
+    """Twice, with other numbers the second time; what went wrong and how much moved, by rank."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    empty = Held()
+    trainers, engines = planner.trainer.world, planner.rollout.world
+    source = trainer_rank(planner.model, planner.trainer, rank) if rank in trainers else empty
+    target = engine_rank(planner.model, planner.rollout, rank) if rank in engines else empty
+    weights = {name: tensor.to(dtype) for name, tensor in source.tensors.items()}
+    held = {name: torch.full(t.shape, -1.0) for name, t in target.tensors.items()}
+    transport = Transport(
+        planner.rank_plan(rank),
+        [(piece, weights[piece.parameter]) for piece in source.pieces],
+        [(piece, held[piece.parameter]) for piece in target.pieces],
+        wire=dtype,
+        world_size=dist.get_world_size(),
+        message_bytes=message_bytes,
+    )
+    wrong = 0
+    for change in (0.0, 512.0):
+        for tensor in weights.values():
+            tensor.add_(change)
+        transport.run()
+        model = {n: t.to(dtype) + change for n, t in numbered(planner.model).items()}
+        for piece in target.pieces:
+            view = held[piece.parameter].view(piece.view)[piece.spans]
+            expected = model[piece.hf_name][piece.box].reshape(view.shape).float()
+            wrong += int((view != expected).sum())
+    mine = {
+        "wrong": wrong,
+        "buffers": transport.buffer_bytes,
+        "compared": sum(piece.numel for piece in target.pieces),
+    }
+    everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return everyone
