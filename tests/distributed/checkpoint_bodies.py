@@ -8,7 +8,7 @@ import torch
 from actor_bodies import make_actor
 from megatron.core import dist_checkpointing
 
-from megatron_precision.actor.parallel import divide_world
+from megatron_precision.actor.parallel import divide_world, open_world
 from megatron_precision.config import RunConfig
 from megatron_precision.platform.startup import start
 from megatron_precision.rollout.vllm_engine import VllmEngine
@@ -40,6 +40,7 @@ def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[st
 def engine_scores(config: RunConfig, folder: str, prompts: list[list[int]]) -> list[list[float]]:
     """Log-probs of each prompt's tokens but the first, by vLLM from a folder as it stands."""
     start(config.seed)
+    open_world("gloo")
     divide_world(config.parallel, config.seed)
     engine = VllmEngine(config, Path(folder), eos_id=0)
     return engine.score(prompts)
