@@ -14,11 +14,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TABLES = (
+    "megatron_precision.sync_bench",
     "megatron_precision.weights.architectures",
+    "megatron_precision.weights.families",
     "megatron_precision.weights.hf_config",
     "megatron_precision.weights.megatron_checkpoint",
+    "megatron_precision.weights.known_models",
     "megatron_precision.weights.megatron_layout",
+    "megatron_precision.weights.plan",
     "megatron_precision.weights.regions",
+    "megatron_precision.weights.traffic",
     "megatron_precision.weights.vllm_layout",
 )
 PURE_MODULES = (

@@ -1,0 +1,78 @@
+"""`sync-bench`: bytes by hand, and mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_precision.cli import main
+from megatron_precision.sync_bench import model_of, planner_of
+from megatron_precision.weights.traffic import traffic
+
+SHARED = ["sync-bench", "--model", "qwen3-14b"]
+
+
+def test_tp2_to_two_replicas_moves_half_of_every_divided_tensor() -> None:
+    """Each rank has one half of what tensor parallelism divides, and all norms; it lacks a half."""
+    planner = planner_of(model_of("qwen3-14b"), "tp=2", "tp=1,dp=2", 2, 8, apart=False)
+    found = traffic(planner, 2, 2**26)
+    hidden, inner, layers, q, kv, vocabulary = 5120, 17408, 40, 5120, 1024, 151936
+    norms = layers * (2 * hidden + 2 * 128) + hidden
+    divided = layers * ((2 * q + 2 * kv) * hidden + 3 * inner * hidden) + 2 * vocabulary * hidden
+    assert found.model_bytes == 2 * (norms + divided)
+    for rank in found.ranks:
+        assert rank.received == rank.received_bound == rank.sent == divided
+        assert rank.copied == divided + 2 * norms
+        assert rank.from_network == rank.to_network == 0
+        assert rank.peers == 1
+        # 64 MiB a message, each way.
+        assert rank.messages == 2 * -(-divided // 2**26)
+
+
+def test_a_node_takes_each_byte_once_and_hands_it_on() -> None:
+    """One trainer on a node, four one-rank engines on another: a quarter of it enters by each."""
+    planner = planner_of(model_of("qwen3-30b-a3b"), "tp=1", "tp=1,dp=4", None, 4, apart=True)
+    found = traffic(planner, 2, 2**26)
+    engines = [rank for rank in found.ranks if rank.received]
+    assert [rank.rank for rank in engines] == [1, 2, 3, 4]
+    assert all(rank.received == rank.received_bound == found.model_bytes for rank in engines)
+    # Ranks 1 to 3 share the trainer's node; rank 4 is alone on the next.
+    assert found.network[1] == (found.model_bytes, found.model_bytes)
+    assert found.network[0] == (0, 0)
+
+
+def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SHARED, "--train", "tp=8", "--rollout", "tp=2,dp=4", "--world", "8"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "27.51 GiB of weights, 8 ranks" in shown
+    assert "received ÷ lower bound, all ranks    1.000" in shown
+    assert main([*words, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert len(values["ranks"]) == 8
+    # The links alone: the busier way of rank 0 at 450 GB/s.
+    first = values["ranks"][0]
+    busier = max(first["received"], first["sent"])
+    assert values["seconds"]["0"] == pytest.approx(busier / 450e9)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model", "qwen3-14"], ["unknown model", "did you mean qwen3-14b?"]),
+        ([*SHARED[1:], "--train", "tq=2,tp=0"], ["2 problems", "tq=2", "tp=0"]),
+        (
+            [*SHARED[1:], "--train", "tp=16,pp=3,ep=2", "--rollout", "tp=3", "--world", "16"],
+            ["KV heads do not divide", "layers do not divide", "has no experts", "--rollout tp"],
+        ),
+        ([*SHARED[1:], "--train", "tp=2", "--rollout", "tp=1,dp=4"], ["--apart"]),
+    ],
+)
+def test_every_mistake_is_listed(
+    words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sync-bench", *words]) == 2
+    error = capsys.readouterr().err
+    for text in expected:
+        assert text in error
