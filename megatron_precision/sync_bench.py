@@ -19,6 +19,7 @@ from megatron_precision.weights.hf_config import read_model
 from megatron_precision.weights.known_models import KNOWN_MODELS
 from megatron_precision.weights.plan import CELL_ELEMENTS, Planner
 from megatron_precision.weights.traffic import RankTraffic, Traffic, traffic
+from megatron_precision.weights.vllm_layout import padded_vocab_rows
 
 TRAIN_SIZES = ("tp", "pp", "ep", "etp", "dp")
 ROLLOUT_SIZES = ("tp", "dp", "ep")
@@ -134,6 +135,7 @@ def _indivisible(
         ("--train ep × etp × pp", "ranks", size, t["ep"] * t["etp"] * t["pp"]),
         ("--rollout tp", "attention heads", model.num_attention_heads, r["tp"]),
         ("--rollout tp", "ranks", engines, r["tp"]),
+        ("--rollout tp", "rows of the vocabulary", padded_vocab_rows(model), r["tp"]),
     ]
     if experts:
         sizes += [

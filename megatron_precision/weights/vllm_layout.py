@@ -28,6 +28,11 @@ _VLLM_WHOLE = (
 )
 
 
+def padded_vocab_rows(model: ModelConfig) -> int:
+    """Rows of vLLM's embedding over all its ranks, which must divide them."""
+    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 def vllm_parameters(
     model: ModelConfig, tp_size: int = 1, etp_size: int = 1
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -41,7 +46,7 @@ def vllm_parameters(
     hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
     q = model.num_attention_heads * d // tp_size
     kv = max(1, model.num_key_value_heads // tp_size) * d
-    vocab_rows = -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE // tp_size
+    vocab_rows = padded_vocab_rows(model) // tp_size
     yield "model.embed_tokens.weight", (vocab_rows, hidden)
     for i in range(model.num_hidden_layers):
         layer = f"model.layers.{i}"

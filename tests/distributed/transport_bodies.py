@@ -45,4 +45,5 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
     }
     everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
+    dist.destroy_process_group()  # gloo's threads may not outlive it
     return everyone

@@ -163,7 +163,8 @@ def test_trainers_and_engines_apart(kind: str) -> None:
 @st.composite
 def planners(draw: st.DrawFn) -> Planner:
     """Layouts and sizes that have little in common."""
-    tp, rollout_tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 3, 4]))
+    # vLLM's vocabulary is a multiple of 64 rows, which its ranks must divide.
+    tp, rollout_tp = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4]))
     pp, ep, etp = (draw(st.sampled_from([1, 2])) for _ in range(3))
     moe = draw(st.booleans())
     if not moe:
