@@ -282,6 +282,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _sync_bench(args: argparse.Namespace) -> int:
     from megatron_precision import sync_bench
 
+    sync_bench.refuse_numbers(
+        world=args.world,
+        ranks_per_node=args.ranks_per_node,
+        message_mib=args.message_mib,
+        nvlink=args.nvlink,
+        nic=args.nic,
+    )
     planner = sync_bench.planner_of(
         sync_bench.model_of(args.model),
         args.train,

@@ -75,7 +75,7 @@ def planner_of(
 
     Args:
         train: for example `tp=8,pp=2`; data parallelism fills the world unless `dp` is given.
-        rollout: for example `tp=2,dp=4`; `ep=1` divides experts over an engine's ranks whole.
+        rollout: for example `tp=2,dp=4`; `ep`, equal to `tp`, gives each rank whole experts.
         world: ranks of either side; by default what the trainer's sizes make.
         apart: the engines have ranks of their own, after the trainer's.
 
@@ -88,8 +88,17 @@ def planner_of(
     if problems:
         raise UserError(problems)
     grid = math.lcm(t["tp"] * t["pp"], t["ep"] * t["etp"] * t["pp"])
-    size = world or (t["tp"] * t["pp"] * t["dp"] if "dp=" in train else grid)
-    engines = world or (r["tp"] * r["dp"] if "dp=" in rollout else size)
+    made = t["tp"] * t["pp"] * t["dp"], r["tp"] * r["dp"]
+    size = world or (made[0] if "dp=" in train else grid)
+    engines = world or (made[1] if "dp=" in rollout else size)
+    for option, text, ranks, known in (
+        ("--train", train, made[0], size),
+        ("--rollout", rollout, made[1], engines),
+    ):
+        if "dp=" in text and ranks != known:
+            problems.append(
+                Problem("sizes that make another world", option, str(ranks), str(known))
+            )
     problems += _indivisible(model, t, r, size, engines)
     if not apart and engines != size:
         problems.append(
@@ -103,7 +112,7 @@ def planner_of(
     return Planner(
         model,
         TrainerLayout(size, t["tp"], t["pp"], t["ep"], t["etp"]),
-        RolloutLayout(engines, r["tp"], "ep=" in rollout, size if apart else 0),
+        RolloutLayout(engines, r["tp"], r["ep"] > 1, size if apart else 0),
         ranks_per_node,
         cell_elements,
     )
@@ -153,11 +162,27 @@ def _indivisible(
             yield Problem(
                 f"{what} do not divide", where, f"{count} / {by}", f"a divisor of {count}"
             )
+    if r["ep"] > 1 and (r["ep"] != r["tp"] or not experts):
+        expected = "1, or tp" if experts else "1 for a dense model"
+        yield Problem(
+            "experts are divided over an engine's ranks", "--rollout ep", str(r["ep"]), expected
+        )
     if kv_heads % r["tp"] and r["tp"] % kv_heads:
         yield Problem(
             "KV heads neither divide nor are divided", "--rollout tp", f"{kv_heads} and {r['tp']}",
             "a divisor or a multiple",
         )  # fmt: skip
+
+
+def refuse_numbers(**options: float | None) -> None:
+    """Raise a UserError that lists every option that is not above zero; None is not given."""
+    problems = [
+        Problem("not above zero", "--" + name.replace("_", "-"), f"{value:g}", "a positive number")
+        for name, value in options.items()
+        if value is not None and value <= 0
+    ]
+    if problems:
+        raise UserError(problems)
 
 
 def run(planner: Planner, itemsize: int, message_bytes: int, rates: Rates, as_json: bool) -> int:

@@ -22,7 +22,7 @@ CASES = [
     ("qwen3-14b", "tp=8", "tp=2,dp=4", 8),
     ("qwen3-14b", "tp=4,pp=2", "tp=4", 32),
     ("qwen3-30b-a3b", "tp=4,ep=8", "tp=4", 16),
-    ("qwen3-30b-a3b", "tp=4,ep=8", "tp=8,ep=1", 64),
+    ("qwen3-30b-a3b", "tp=4,ep=8", "tp=8,ep=8", 64),
     ("qwen3-235b-a22b", "tp=4,pp=2,ep=32", "tp=8", 1024),
 ]
 

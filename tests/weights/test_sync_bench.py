@@ -67,8 +67,18 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
             ["KV heads do not divide", "layers do not divide", "has no experts", "--rollout tp"],
         ),
         ([*SHARED[1:], "--train", "tp=2", "--rollout", "tp=1,dp=4"], ["--apart"]),
+        ([*SHARED[1:], "--rollout", "tp=8,ep=8", "--world", "8"], ["1 for a dense model"]),
+        (
+            [*SHARED[1:], "--train", "dp=4", "--world", "8"],
+            ["sizes that make another world", "--train"],
+        ),
+        (
+            [*SHARED[1:], "--world", "-4", "--ranks-per-node", "0", "--message-mib", "0",
+             "--nvlink", "0"],
+            ["4 problems", "--ranks-per-node", "--message-mib", "--nvlink"],
+        ),
     ],
-)
+)  # fmt: skip
 def test_every_mistake_is_listed(
     words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
