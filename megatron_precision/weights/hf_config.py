@@ -116,7 +116,7 @@ def read_model(path: Path) -> ModelConfig:
             raise ValueError(f"a {type(values).__name__}, not an object")
     except (OSError, ValueError) as wrong:
         raise UserError(
-            Problem("cannot read the model's configuration", str(path), str(wrong), "JSON")
+            Problem("cannot read the model's configuration", str(path), str(wrong), "a JSON object")
         ) from wrong
     return model_from_hf(values, str(path))
 
@@ -197,6 +197,12 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
             repr(values["layer_types"]),
             "full_attention in every layer",
         )
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(name) or {}, dict):
+            yield Problem(
+                "a value of another kind", f"{where}: {name}", repr(values[name]), "an object"
+            )
+            return
     yield from _rope_problems(_rope(values), where)
 
 

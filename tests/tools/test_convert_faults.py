@@ -170,6 +170,17 @@ def break_config_kind(hf: Path) -> str:
     return "not an object"
 
 
+def break_rope(hf: Path) -> str:
+    values = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(values | {"rope_parameters": [1]}))
+    return "rope_parameters"
+
+
+def break_index(hf: Path) -> str:
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    return "cannot read the index"
+
+
 def break_config_values(hf: Path) -> str:
     values = json.loads((hf / "config.json").read_text())
     values |= {"num_attention_heads": 0, "rms_norm_eps": None}
@@ -188,6 +199,7 @@ def break_architecture(hf: Path) -> str:
     [
         break_missing, break_shard, break_size, break_config, break_shape, break_twice,
         break_offsets, break_config_kind, break_config_values, break_architecture,
+        break_rope, break_index,
     ],
 )  # fmt: skip
 def test_a_source_that_is_not_whole_is_refused_and_nothing_is_left(
@@ -233,7 +245,7 @@ def test_a_flipped_bit_is_found_and_its_tensor_named(
     assert "model.layers.0.mlp.down_proj.weight" in shown.err
     assert "not those that were written" in shown.err
     # The other tensors were compared all the same, and are right.
-    assert "0 differences" in shown.out
+    assert "0 differences, 1 damaged" in shown.out
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
@@ -353,3 +365,7 @@ def test_verify_names_what_differs_in_the_configuration(
     shown = capsys.readouterr().out
     assert "config.json: rms_norm_eps: 1e-05 against 1e-06" in shown
     assert "1 difference" in shown
+    # Nor is a checkpoint exported under a configuration that is not its own.
+    words = ["export", str(megatron), str(tmp_path / "back"), "--config", str(hf)]
+    assert main(words) == 2
+    assert "another configuration than the checkpoint's own" in capsys.readouterr().err

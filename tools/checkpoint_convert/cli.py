@@ -163,7 +163,8 @@ def _verify(args: argparse.Namespace) -> int:
     for difference in found.differences:
         print(difference)
     differ = len(found.differences)
-    print(f"{found.compared} tensors compared, {differ} difference{'s' * (differ != 1)}")
+    damaged = f", {len(found.damaged)} damaged" if found.damaged else ""
+    print(f"{found.compared} tensors compared, {differ} difference{'s' * (differ != 1)}{damaged}")
     if found.damaged:
         raise UserError(found.damaged)
     wrong = bool(found.differences)

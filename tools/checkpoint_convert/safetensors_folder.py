@@ -239,6 +239,8 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:
     try:
         listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(listed.values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a file name that is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as wrong:
         problem = Problem("cannot read the index", f"{folder}/{INDEX}", repr(wrong), "a weight_map")
         return [], {}, [problem]

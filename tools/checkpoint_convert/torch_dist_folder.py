@@ -80,6 +80,14 @@ class TorchDistFolder:
         self.path = path
         self.sidecar = config or path / SIDECAR
         self.model = read_model(self.sidecar / "config.json")
+        own = path / SIDECAR / "config.json"
+        if config is not None and own.is_file() and read_model(own) != self.model:
+            raise UserError(
+                Problem(
+                    "another configuration than the checkpoint's own", "--config", str(config),
+                    f"what {own} says", "leave --config out",
+                )
+            )  # fmt: skip
         self.manifest = manifest.read(path)
         self._metadata = _read_metadata(path)
         self._slots = {
