@@ -34,18 +34,10 @@ sys.path.insert(0, str(ROOT))
 from megatron_precision.config import ModelConfig  # noqa: E402
 from megatron_precision.weights.architectures import hf_shapes  # noqa: E402
 from megatron_precision.weights.hf_config import hf_config  # noqa: E402
+from megatron_precision.weights.known_models import QWEN3_14B  # noqa: E402
 
-QWEN3_14B = ModelConfig(
-    vocab_size=16384,
-    hidden_size=5120,
-    intermediate_size=17408,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    rope_theta=1e6,
-    max_position_embeddings=40960,
-    tie_word_embeddings=True,
-)
+# Tensors of the layers' real sizes; a vocabulary that does not outweigh a few layers.
+MODEL = dataclasses.replace(QWEN3_14B, vocab_size=16384, tie_word_embeddings=True)
 TOOL = [sys.executable, "-m", "tools.checkpoint_convert"]
 
 
@@ -58,7 +50,7 @@ def main() -> None:
     parser.add_argument("--make", type=Path, help="only make a checkpoint there")
     args = parser.parse_args()
     if args.make:
-        make_checkpoint(args.make, dataclasses.replace(QWEN3_14B, num_hidden_layers=args.layers[0]))
+        make_checkpoint(args.make, dataclasses.replace(MODEL, num_hidden_layers=args.layers[0]))
         return
     if args.out is None:
         parser.error("--out is missing")
@@ -78,7 +70,7 @@ def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
     """All commands, round by round."""
     hf, megatron = folder / "hf", folder / "megatron"
     run([sys.executable, str(Path(__file__)), "--make", str(hf), "--layers", str(layers)])
-    shapes = hf_shapes(dataclasses.replace(QWEN3_14B, num_hidden_layers=layers))
+    shapes = hf_shapes(dataclasses.replace(MODEL, num_hidden_layers=layers))
     size = 2 * sum(math.prod(shape) for shape in shapes.values())
     run([*TOOL, "import", str(hf), str(megatron)])
     out = folder / "out"

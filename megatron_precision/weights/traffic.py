@@ -6,6 +6,7 @@ must receive what it needs and has not, a node what its ranks need and none of t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -82,13 +83,7 @@ def traffic(planner: Planner, itemsize: int, message_bytes: int) -> Traffic:
         chosen = [rank for rank in world if planner.node(rank) in ends]
     found, entered = [], dict[int, int]()
     for rank in chosen:
-        fresh = Planner(
-            planner.model,
-            planner.trainer,
-            planner.rollout,
-            planner.ranks_per_node,
-            planner.cell_elements,
-        )
+        fresh = dataclasses.replace(planner)  # without the cells that another rank has made
         begin = time.perf_counter()
         plan = fresh.rank_plan(rank)
         seconds = time.perf_counter() - begin
