@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_precision.config import RunConfig
+from megatron_precision.platform.vllm_sampling import SampledLogprobs
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
@@ -38,7 +39,8 @@ class VllmEngine:
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import EngineArgs, LLMEngine
 
-        if not torch.cuda.is_available():
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu:
             from megatron_precision.platform import cpu
 
             cpu.apply_vllm_patches()
@@ -46,6 +48,7 @@ class VllmEngine:
         self.weight_version = 0
         self._eos_id = eos_id
         self._requests: dict[str, Request] = {}
+        self._engine_ids: dict[str, str] = {}
         arguments = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,
@@ -56,7 +59,12 @@ class VllmEngine:
             enforce_eager=True,
             max_model_len=config.model.max_position_embeddings,
             max_num_seqs=rollout.max_num_seqs,
-            max_num_batched_tokens=rollout.max_num_batched_tokens,
+            # On the CPU a seeded request fails where its prompt is taken in chunks
+            # (docs/upstream/vllm_cpu_chunked_seeds.md); without, vLLM wants room for a sequence.
+            enable_chunked_prefill=not on_cpu,
+            max_num_batched_tokens=max(
+                rollout.max_num_batched_tokens, config.model.max_position_embeddings * on_cpu
+            ),
             kv_cache_memory_bytes=rollout.kv_cache_mib * 2**20,
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=True,
@@ -74,6 +82,7 @@ class VllmEngine:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        self._sampled_logprobs = SampledLogprobs(self._runner)
         self._act_max = 0.0
         self._watch_range()
 
@@ -98,7 +107,7 @@ class VllmEngine:
                 skip_clone=True,  # made for this request: no deep copy to guard it
             )
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_tokens))
-            self.llm.add_request(name, prompt, parameters)
+            self._engine_ids[name] = self.llm.add_request(name, prompt, parameters)
             self._requests[name] = request
 
     def step(self) -> list[Rollout]:
@@ -109,6 +118,8 @@ class VllmEngine:
         """Drop all unfinished requests."""
         self.llm.abort_request(list(self._requests))
         self._requests.clear()
+        self._engine_ids.clear()
+        self._sampled_logprobs.clear()
 
     @property
     def unfinished(self) -> int:
@@ -138,8 +149,7 @@ class VllmEngine:
     @property
     def model(self) -> torch.nn.Module:
         """The live model of this rank."""
-        worker = self.llm.model_executor.driver_worker
-        return worker.worker.model_runner.get_model()  # type: ignore[no-any-return]
+        return self._runner.get_model()  # type: ignore[no-any-return]
 
     def coordinates(self) -> ShardCoordinates:
         """Where this rank stands in the engine's layout."""
@@ -156,8 +166,7 @@ class VllmEngine:
     @property
     def kv_caches(self) -> list[torch.Tensor]:
         """The live KV cache of every layer."""
-        runner = self.llm.model_executor.driver_worker.worker.model_runner
-        return [cache for cache in runner.kv_caches if isinstance(cache, torch.Tensor)]
+        return [cache for cache in self._runner.kv_caches if isinstance(cache, torch.Tensor)]
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs of each prompt's own tokens after the first, at temperature 1.
@@ -192,6 +201,10 @@ class VllmEngine:
 
     # ---- helpers -------------------------------------------------------------------------
 
+    @property
+    def _runner(self) -> Any:
+        return self.llm.model_executor.driver_worker.worker.model_runner
+
     def _watch_range(self) -> None:
         """Record what the trainer records: the residual stream, and down projections' inputs.
 
@@ -213,13 +226,18 @@ class VllmEngine:
                 )
 
     def _collect(self, output: Any) -> Rollout:
-        request = self._requests.pop(_own_name(output.request_id))
+        request = self._requests.pop(output.request_id)
         completion = output.outputs[0]
-        logprobs = completion.logprobs
+        tokens = tuple(completion.token_ids)
+        logprobs = self._sampled_logprobs.pop(self._engine_ids.pop(output.request_id))
+        if completion.logprobs is not None and len(logprobs) != len(tokens):
+            raise RuntimeError(
+                f"{output.request_id}: {len(tokens)} tokens and {len(logprobs)} log-probs of them"
+            )
         return Rollout(
             request=request,
-            tokens=tuple(completion.token_ids),
-            rollout_logprobs=tuple(logprobs.logprobs) if logprobs is not None else (),
+            tokens=tokens,
+            rollout_logprobs=logprobs,
             truncated=completion.finish_reason == "length",
             weight_version=self.weight_version,
         )
@@ -237,8 +255,3 @@ class VllmEngine:
             kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
             if kernel is not None:
                 kernel.fused_experts.process_weights_after_loading(layer)
-
-
-def _own_name(request_id: str) -> str:
-    """vLLM may append a suffix of its own to a request's name."""
-    return "-".join(request_id.split("-")[:3])

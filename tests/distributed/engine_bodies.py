@@ -110,9 +110,8 @@ def sampled_in(session: Session, requests: list[Request], parts: int) -> dict[An
     return {(r.request.prompt, r.request.rollout): r.tokens for r in finished}
 
 
-def submissions(session: Session, config: RunConfig) -> list[dict[Any, Any]]:
-    """The same requests at once, again, in two halves, one by one and in reverse."""
-    requests = [
+def some_requests(session: Session, config: RunConfig) -> list[Request]:
+    return [
         Request(
             number,
             rollout,
@@ -122,6 +121,30 @@ def submissions(session: Session, config: RunConfig) -> list[dict[Any, Any]]:
         for number, question in enumerate(questions(config, 4))
         for rollout in range(4)
     ]
+
+
+def recorded_logprobs(session: Session, config: RunConfig) -> list[dict[Any, Any]]:
+    """Log-probs by request: as the engine takes them, and as vLLM records them itself."""
+    engine, sampling = session.engine, Sampling(1.0, 20, True)
+    engine.submit(some_requests(session, config), sampling)
+    ours = {}
+    while engine.unfinished:
+        ours |= {(r.request.prompt, r.request.rollout): r.rollout_logprobs for r in engine.step()}
+    taking = engine._runner.__dict__.pop("_bookkeeping_sync")
+    engine.submit(some_requests(session, config), sampling)
+    vllms = {}
+    while len(vllms) < len(ours):
+        for output in engine.llm.step():
+            request = engine._requests.pop(output.request_id)
+            found = tuple(output.outputs[0].logprobs.logprobs)
+            vllms[request.prompt, request.rollout] = found
+    engine._runner._bookkeeping_sync = taking
+    return [ours, vllms]
+
+
+def submissions(session: Session, config: RunConfig) -> list[dict[Any, Any]]:
+    """The same requests at once, again, in two halves, one by one and in reverse."""
+    requests = some_requests(session, config)
     orders = [(requests, 1), (requests, 1), (requests, 2), (requests, 16), (requests[::-1], 1)]
     return [sampled_in(session, order, parts) for order, parts in orders]
 
@@ -250,6 +273,7 @@ def experiments(
         "dtypes": dtypes,
         "mismatch": mismatch(session, config),
         "submissions": submissions(session, config),
+        "recorded": recorded_logprobs(session, config),
         "disagreement": disagreement(session, config),
         "audit": audited(session, wrong),
         "push": push_of_other_weights(session, prompts),

@@ -62,7 +62,8 @@ def config(world: str) -> RunConfig:
         model=LAYOUTS[model][0],
         parallel=LAYOUTS[model][1],
         task=TaskConfig(difficulty=4, train_questions=32),
-        rollout=RolloutConfig(kv_cache_mib=32, max_num_seqs=64),
+        # So few tokens a step that some prompts wait for the next one.
+        rollout=RolloutConfig(kv_cache_mib=32, max_num_seqs=64, max_num_batched_tokens=72),
         loss_scale=LossScaleConfig("fixed_start", initial_scale=64.0),
         train=TrainConfig(micro_batch_size=16),
     )

@@ -19,6 +19,13 @@ def test_the_same_seeds_give_the_same_tokens_whatever_is_submitted_with_them(wor
 
 
 @every_world
+def test_logprobs_are_those_that_vllm_records(world: str) -> None:
+    ours, vllms = engine_world(world)["recorded"]
+    assert sum(map(len, ours.values())) > 200
+    assert ours == vllms
+
+
+@every_world
 def test_ranks_that_sample_different_tokens_are_told_apart(world: str) -> None:
     message = engine_world(world)["disagreement"]
     assert "rank 1 sampled other tokens than rank 0" in message
