@@ -7,8 +7,9 @@ weight_pieces()              strided views of the parameters, as boxes of Huggin
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -107,14 +108,39 @@ class Actor:
 
     # ---- weights -------------------------------------------------------------------------
 
+    def held_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
+        """Every piece of the model on this rank, with the live parameter that holds it."""
+        at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
+        return [
+            (piece, parameter.data)
+            for name, parameter in self.model.module.named_parameters()
+            for piece in megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
+        ]
+
     def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece of the model on this rank, with its strided view of the live parameter."""
-        at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
-        pieces = []
-        for name, parameter in self.model.module.named_parameters():
-            for piece in megatron_pieces(name, tuple(parameter.shape), self._run.model, at):
-                pieces.append((piece, parameter.data.view(piece.view)[piece.spans]))
-        return pieces
+        return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.held_pieces()]
+
+    @contextlib.contextmanager
+    def other_weights(
+        self, change: Callable[[Piece, torch.Tensor], torch.Tensor]
+    ) -> Iterator[None]:
+        """Hold changed weights for a while, then the true ones again; no step may be taken.
+
+        Args:
+            change: (piece, its values) to new values of the same shape.
+        """
+        pieces = self.weight_pieces()
+        true = [view.clone() for _, view in pieces]
+        try:
+            with torch.no_grad():
+                for piece, view in pieces:
+                    view.copy_(change(piece, view))
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, view), values in zip(pieces, true, strict=True):
+                    view.copy_(values)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -152,9 +178,11 @@ class Actor:
         micro_batches: list[MicroBatch],
         on_logprobs: Callable[[Batch, MicroBatch, torch.Tensor, torch.Tensor], torch.Tensor],
         forward_only: bool,
+        temperature: float | None = None,
     ) -> None:
         """Run Megatron's schedule; `on_logprobs` turns (micro-batch, log-probs) into a loss."""
-        rollout = self._run.rollout
+        if temperature is None:
+            temperature = self._run.rollout.temperature
 
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
@@ -169,7 +197,7 @@ class Actor:
                     logits,
                     part.tokens,
                     part.response_mask,
-                    temperature=rollout.temperature,
+                    temperature=temperature,
                     vocab_size=self._run.model.vocab_size,
                     tp_group=self._tp_group,
                 )
@@ -190,11 +218,18 @@ class Actor:
         )
 
     @torch.no_grad()
-    def logprobs(self, batch: Batch, mini_batches: list[torch.Tensor]) -> torch.Tensor:
+    def logprobs(
+        self,
+        batch: Batch,
+        mini_batches: list[torch.Tensor],
+        temperature: float | None = None,
+    ) -> torch.Tensor:
         """old_logprobs: [S, L] FP32, complete on every rank.
 
-        The mini-batches are those that the steps will use: the same micro-batches give the same
-        rounding, and the first step's ratio is exactly one.
+        Args:
+            mini_batches: those that the steps will use: the same micro-batches give the same
+                rounding, and the first step's ratio is exactly one.
+            temperature: another one than the rollouts'.
 
         Raises:
             FloatingPointError: where a log-prob is not finite.
@@ -208,7 +243,8 @@ class Actor:
             return lps.sum()
 
         for rows in mini_batches:
-            self._forward_backward(batch, self.plan(batch, rows), keep, forward_only=True)
+            plan = self.plan(batch, rows)
+            self._forward_backward(batch, plan, keep, forward_only=True, temperature=temperature)
         self._share(result)
         if not torch.isfinite(result).all():
             raise FloatingPointError(

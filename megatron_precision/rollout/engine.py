@@ -7,11 +7,9 @@ it is for, so that what is sampled does not depend on batching, replica or paral
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class RolloutEngine(Protocol):
     def unfinished(self) -> int:
         """Requests that are queued or running."""
 
-    def load(self, tensors: Mapping[str, torch.Tensor], weight_version: int) -> None:
-        """Replace the weights by these Hugging Face tensors and forget all cached prefixes."""
+    def update_weights(self, weight_version: int) -> None:
+        """Take the trainer's weights by the connected plan, and forget all cached prefixes."""
 
 
 def request_seed(run_seed: int, purpose: str, iteration: int, prompt: str, rollout: int) -> int:

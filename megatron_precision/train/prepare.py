@@ -30,8 +30,8 @@ from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.train import start as starts
 from megatron_precision.train.objective import supervised_objective
 from megatron_precision.train.session import Session
+from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
-from megatron_precision.weights.sync import TensorGather
 
 # From this accuracy on the learning curve is steep, and is looked at four times as often.
 STEEP_FROM = 0.15
@@ -108,7 +108,7 @@ def _warm_config(config: RunConfig) -> RunConfig:
 
 def _write_model(session: Session, folder: Path, config: RunConfig) -> None:
     """Write the trainer's weights as a checkpoint, by rank 0."""
-    tensors = TensorGather(session.actor, config.model).gather()
+    tensors = full_tensors(session.actor, config.model)
     if dist.get_rank() == 0:
         write_checkpoint(folder / starts.MODEL, config.model, tensors)
         session.tokenizer.save(folder / starts.MODEL)
@@ -125,7 +125,7 @@ def _train_into_window(
         session.config.task, session.tokenizer, batch_size=warm.batch_size, seed=session.config.seed
     )
     while steps < warm.max_steps:
-        saved = {n: t.clone() for n, t in session.sync.gathering.gather().items()}
+        saved = full_tensors(session.actor, session.config.model)
         begin = time.perf_counter()
         for _ in range(stretch):
             _supervised_step(session, next(batches))
@@ -185,7 +185,7 @@ def _round_to_bf16_grid(session: Session) -> dict[str, int]:
     """
     rounded = {
         name: tensor.to(torch_dtype("bf16")).float()
-        for name, tensor in session.sync.gathering.gather().items()
+        for name, tensor in full_tensors(session.actor, session.config.model).items()
     }
     session.actor.load(rounded)
     inexact = sum(int((t.to(torch_dtype("fp16")).float() != t).sum()) for t in rounded.values())

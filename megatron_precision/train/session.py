@@ -28,7 +28,7 @@ from megatron_precision.rollout.sampling import Prompt, Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.train.objective import supervised_objective
 from megatron_precision.weights.hf_model import read_checkpoint
-from megatron_precision.weights.proof import hf_forward, prove_sync
+from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSync
 
 
@@ -72,7 +72,7 @@ class Session:
         """Start the engine on the model folder, and connect the sync."""
         self.engine = VllmEngine(self.config, self._model_dir, self.tokenizer.eos_id)
         self.sampler = Sampler(self.engine, self.config)
-        self.sync = WeightSync(self.actor, self.engine, self.config.model)
+        self.sync = WeightSync(self.actor, self.engine, self.config)
 
     def check(self, questions: list[Question]) -> dict[str, str]:
         """Audit every dtype and prove the sync, on a few real prompts.
@@ -84,21 +84,17 @@ class Session:
             PrecisionAuditError: listing tensors that disagree with the policy.
             WeightSyncError: where the engine does not hold what was pushed.
         """
-        texts = [question.prompt + question.solution for question in questions[:8]]
-        prompts = [self.tokenizer.encode(text) for text in texts]
+        prompts = [self.tokenizer.encode(q.prompt + q.solution) for q in questions[:8]]
+        # Every data-parallel rank has as many.
+        dp_size = self.config.parallel.dp_size
+        prompts = prompts[: len(prompts) // dp_size * dp_size] or prompts * dp_size
         self.sync.push(self.engine.weight_version)
-        prove_sync(
-            self.sync,
-            self.engine,
-            self.config.policy.rollout_params,
-            prompts,
-            hf_forward(self.config.model),
-        )
+        prove_sync(self.sync, self.engine, self.actor, prompts)
         readings = [
             *audit.read_trainer(self.actor.model, self.actor.optimizer.megatron),
             *self._pass_readings(prompts),
             *audit.read_engine(self.engine),
-            audit.Reading("wire", "weights on the wire", self.sync.gathering.dtype),
+            audit.Reading("wire", "weights on the wire", self.sync.wire_dtype),
         ]
         found = audit.check(readings, self.config.policy)
         # What was made so far lives as long as the job: no collection needs to walk it again.
@@ -108,8 +104,6 @@ class Session:
 
     def _pass_readings(self, prompts: list[list[int]]) -> list[audit.Reading]:
         """dtypes seen in one real forward and backward pass; gradients are dropped after it."""
-        dp_size = self.config.parallel.dp_size
-        prompts = prompts[: len(prompts) // dp_size * dp_size] or prompts * dp_size
         heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
         zeros = [[0.0] * len(tail) for tail in tails]
         batch = make_batch(heads, tails, zeros, torch.ones(len(prompts)))

@@ -21,9 +21,11 @@ Neither torch nor an engine is needed.
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_precision.config import ModelConfig
@@ -40,6 +42,10 @@ from megatron_precision.weights.regions import slabs
 
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
 CELL_ELEMENTS = 2**22
+# Layers are brought up to date together as long as an engine's rank holds no more elements of them:
+# what is staged for a kernel with a layout of its own is no larger than this, or than one layer.
+GROUP_ELEMENTS = 2**27
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 class PlanError(ValueError):
@@ -84,6 +90,20 @@ class RankPlan:
     direct: Exchange = field(default_factory=Exchange)
     fan_out: Exchange = field(default_factory=Exchange)
 
+    def split(self, count: int, group: Callable[[str], int]) -> list[RankPlan]:
+        """The plan in so many parts, each with the cells of its group's tensors."""
+        parts = [RankPlan(self.rank) for _ in range(count)]
+        for cell in self.copies:
+            parts[group(cell.hf_name)].copies.append(cell)
+        for name in ("direct", "fan_out"):
+            whole: Exchange = getattr(self, name)
+            for way in ("sends", "receives"):
+                for peer, cells in getattr(whole, way).items():
+                    for cell in cells:
+                        part = getattr(getattr(parts[group(cell.hf_name)], name), way)
+                        part.setdefault(peer, []).append(cell)
+        return parts
+
 
 @dataclass(frozen=True)
 class _FamilyCell:
@@ -113,6 +133,30 @@ class Planner:
     def node(self, rank: int) -> int:
         """The node of a rank."""
         return rank // self.ranks_per_node
+
+    @functools.cached_property
+    def _layers_together(self) -> int:
+        one = (f for f in families(self.model) if "{layer}" in f.template)
+        experts = max(1, self.model.num_experts)
+        elements = sum(
+            math.prod(f.shape) * (experts if "{expert}" in f.template else 1) for f in one
+        )
+        return max(1, GROUP_ELEMENTS * self.rollout.tp // elements)
+
+    @property
+    def group_count(self) -> int:
+        """Groups of tensors that are brought up to date one after the other."""
+        return 1 + -(-self.model.num_hidden_layers // self._layers_together)
+
+    def group(self, name: str) -> int:
+        """The group of a tensor or parameter, by either side's name; what has no layer is first."""
+        match = _LAYER.search(name)
+        return 1 + int(match[1]) // self._layers_together if match else 0
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of both layouts: plans with the same one are the same."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def cells(self) -> list[tuple[Family, list[_FamilyCell]]]:
@@ -282,3 +326,9 @@ def _uncovered(family: Family, shards: list[Shard]) -> str:
     if covered != math.prod(family.shape):
         return f"holds {covered} of {math.prod(family.shape)} elements of {family.template}"
     return ""
+
+
+@functools.lru_cache(maxsize=4)
+def rank_groups(planner: Planner, rank: int) -> list[RankPlan]:
+    """One rank's part by groups; kept, since it depends on both layouts alone."""
+    return planner.rank_plan(rank).split(planner.group_count, planner.group)

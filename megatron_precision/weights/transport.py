@@ -11,7 +11,7 @@ costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,10 +50,20 @@ class _Turn:
     receives: list[_Message]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """A part of the plan, bound to tensors: local copies, then rounds of turns."""
+
+    copy_from: list[torch.Tensor]
+    copy_to: list[torch.Tensor]
+    rounds: list[list[_Turn]]
+
+
 class Transport:
     """One rank's plan, bound to its tensors.
 
     Args:
+        groups: the plan's parts, in the order in which they run; all ranks have as many.
         sources: the trainer's pieces on this rank, with the live parameter of each.
         targets: the engine's pieces on this rank, with the tensor of each in loader layout.
         wire: dtype of what is sent.
@@ -66,7 +76,7 @@ class Transport:
 
     def __init__(
         self,
-        plan: RankPlan,
+        groups: Sequence[RankPlan],
         sources: Held,
         targets: Held,
         *,
@@ -74,25 +84,17 @@ class Transport:
         world_size: int,
         message_bytes: int = MESSAGE_BYTES,
     ) -> None:
-        have, need = _Views(sources, "the trainer"), _Views(targets, "the engine")
-        self._from = [have.of(cell) for cell in plan.copies]
-        # The engine's views are rows; the trainer's may be rows by group and head.
-        self._to = [
-            need.of(cell).view(view.shape)
-            for cell, view in zip(plan.copies, self._from, strict=True)
-        ]
+        have, need = Views(sources, "the trainer"), Views(targets, "the engine")
         self._wire = wire
         limit = message_bytes // wire.itemsize
-        self._rounds = [
-            list(_turns(plan.rank, world_size, exchange, source, need, limit))
-            for exchange, source in ((plan.direct, have), (plan.fan_out, need))
-        ]
-        messages = [m for turns in self._rounds for t in turns for m in (*t.sends, *t.receives)]
+        self._groups = [_bind(plan, have, need, world_size, limit) for plan in groups]
+        turns = [turn for group in self._groups for turns in group.rounds for turn in turns]
+        messages = [message for turn in turns for message in (*turn.sends, *turn.receives)]
         longest = max((message.numel for message in messages), default=0)
-        device = (self._to or [m.views[0] for m in messages] or [torch.empty(0)])[0].device
+        device = messages[0].views[0].device if messages else torch.device("cpu")
         self._out = torch.empty(longest, dtype=wire, device=device)
         self._in = torch.empty(longest, dtype=wire, device=device)
-        received = [m for turns in self._rounds for turn in turns for m in turn.receives]
+        received = [message for turn in turns for message in turn.receives]
         self.bytes = sum(message.numel for message in received) * wire.itemsize
 
     @property
@@ -101,12 +103,13 @@ class Transport:
         return self._out.nbytes + self._in.nbytes
 
     @torch.no_grad()
-    def run(self) -> None:
-        """Bring the engine's tensors up to date; every rank of the world calls it."""
-        if self._to:
+    def run(self, group: int) -> None:
+        """Bring a group's tensors up to date; every rank of the world calls it, in order."""
+        part = self._groups[group]
+        if part.copy_to:
             # Through the wire's dtype, as what comes from another rank does.
-            torch._foreach_copy_(self._to, [view.to(self._wire) for view in self._from])
-        for turns in self._rounds:
+            torch._foreach_copy_(part.copy_to, [view.to(self._wire) for view in part.copy_from])
+        for turns in part.rounds:
             for turn in turns:
                 self._run_turn(turn)
 
@@ -127,8 +130,13 @@ class Transport:
                 torch._foreach_copy_(received.views, received.slices(self._in))
 
 
-class _Views:
-    """Cells as strided views of one side's tensors."""
+class Views:
+    """Cells as strided views of one side's tensors.
+
+    Args:
+        held: every piece, with the parameter that holds it.
+        side: for messages.
+    """
 
     def __init__(self, held: Held, side: str) -> None:
         self._side = side
@@ -142,17 +150,44 @@ class _Views:
         Raises:
             PlanError: where no piece holds it.
         """
+        piece, tensor = self.holder(cell)
+        return view_of(cell, piece, tensor)
+
+    def holder(self, cell: Cell) -> tuple[Piece, torch.Tensor]:
+        """The piece that a cell lies in, and its parameter.
+
+        Raises:
+            PlanError: where no piece holds it.
+        """
         for piece, tensor in self._held.get(cell.hf_name, ()):
             if piece.holds(cell.start, cell.shape):
-                return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
+                return piece, tensor
         raise PlanError(
             f"{self._side} does not hold {cell.shape} of {cell.hf_name} from {cell.start} on this "
             "rank: its layout is not the one that was planned for"
         )
 
 
+def view_of(cell: Cell, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+    """A cell's view of a parameter that holds it in a piece."""
+    return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
+
+
+def _bind(plan: RankPlan, have: Views, need: Views, world_size: int, limit: int) -> _Group:
+    copy_from = [have.of(cell) for cell in plan.copies]
+    # The engine's views are rows; the trainer's may be rows by group and head.
+    copy_to = [
+        need.of(cell).view(view.shape) for cell, view in zip(plan.copies, copy_from, strict=True)
+    ]
+    rounds = [
+        list(_turns(plan.rank, world_size, exchange, source, need, limit))
+        for exchange, source in ((plan.direct, have), (plan.fan_out, need))
+    ]
+    return _Group(copy_from, copy_to, rounds)
+
+
 def _turns(
-    rank: int, world_size: int, exchange: Exchange, sources: _Views, targets: _Views, limit: int
+    rank: int, world_size: int, exchange: Exchange, sources: Views, targets: Views, limit: int
 ) -> Iterator[_Turn]:
     for distance in range(1, world_size):
         to, origin = (rank + distance) % world_size, (rank - distance) % world_size
@@ -162,7 +197,7 @@ def _turns(
             yield _Turn(to, sends, origin, receives)
 
 
-def _messages(cells: list[Cell], views: _Views, limit: int) -> Iterator[_Message]:
+def _messages(cells: list[Cell], views: Views, limit: int) -> Iterator[_Message]:
     """Cells in messages of at most `limit` elements, cut alike on both ends."""
     taken: list[torch.Tensor] = []
     filled = 0

@@ -1,112 +1,87 @@
-"""Read the engine's weights back where its kernels read them, and compare them exactly.
+"""The proof of a sync: both sides' checksums of every region, compared where it is needed.
 
-A live parameter is not always what a kernel reads: on the CPU a linear layer keeps a packed copy
-and its `weight` is empty. So a linear layer is asked for its weights through its own kernel: the
-product with the identity returns every weight exactly, in every dtype (one term of each sum is
-1 × w, the others are zero). Experts are packed for their kernel by a pure function, so the
-expected stack is packed by the same function and compared with what the kernel holds. Embeddings
-and norms are read as they are.
+The trainers compute a checksum of each cell that they send or copy, of the value as it is cast
+for the engine. It follows the cell's route, as a message of its own: eight bytes a cell. A rank
+compares it with the checksum of what its engine's kernels read, so that a piece that was corrupted,
+dropped, duplicated or sent to the wrong place is a cell that differs, with its name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 
-from megatron_precision.config import ModelConfig
-from megatron_precision.rollout.vllm_engine import VllmEngine
-from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.vllm_layout import vllm_pieces
+from megatron_precision.weights.checksums import checksum, columns_of
+from megatron_precision.weights.plan import Cell, RankPlan
+from megatron_precision.weights.transport import Views
 
 
-def verify_engine(
-    engine: VllmEngine, tensors: Mapping[str, torch.Tensor], model: ModelConfig
-) -> tuple[int, list[str]]:
-    """Compare every weight of this rank's engine with the Hugging Face tensors it should hold.
+class RegionProof:
+    """One rank's part of the proof, bound to the trainer's tensors.
 
-    Returns:
-        (number of parameters compared, a line for each that differs).
+    Args:
+        plan: of this rank.
+        sources: the trainer's cells on this rank.
+        wire: dtype of what is sent.
+        engine: dtype of the engine's parameters.
+
+    Attributes:
+        needed: the cells of this rank's engine.
+
+    Raises:
+        PlanError: where a cell of the plan is in no piece.
     """
-    at = engine.coordinates()
-    compared, differing = 0, []
-    with torch.inference_mode():
-        for name, live, pack in kernel_weights(engine.model):
-            shape = _loader_shape(name, tuple(live.shape), model, at)
-            expected = expected_parameter(name, shape, tensors, model, at).to(live.dtype)
-            wrong = (pack(expected) != live) if pack else (expected != live)
-            compared += 1
-            if wrong.any():
-                differing.append(f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ")
-    return compared, differing
+
+    def __init__(
+        self, plan: RankPlan, sources: Views, *, wire: torch.dtype, engine: torch.dtype
+    ) -> None:
+        self._plan, self._wire, self._engine = plan, wire, engine
+        direct = plan.direct.sends
+        self._copies = [(cell, sources.of(cell)) for cell in plan.copies]
+        self._sends = {p: [(c, sources.of(c)) for c in cells] for p, cells in direct.items()}
+        self.needed = [
+            *plan.copies,
+            *(c for cells in plan.direct.receives.values() for c in cells),
+            *(c for cells in plan.fan_out.receives.values() for c in cells),
+        ]
+
+    @torch.no_grad()
+    def expected(self) -> dict[Cell, int]:
+        """The trainer's checksum of each cell that this rank needs; every rank calls it."""
+        known = dict(zip(self._plan.copies, self._sums(self._copies).tolist(), strict=True))
+        direct, fan_out = self._plan.direct, self._plan.fan_out
+        sent = {peer: self._sums(cells) for peer, cells in self._sends.items()}
+        known |= _exchanged(sent, direct.receives)
+        passed_on = {
+            peer: torch.tensor([known[cell] for cell in cells])
+            for peer, cells in fan_out.sends.items()
+        }
+        return known | _exchanged(passed_on, fan_out.receives)
+
+    def _sums(self, cells: Sequence[tuple[Cell, torch.Tensor]]) -> torch.Tensor:
+        if not cells:
+            return torch.zeros(0, dtype=torch.int64)
+        cast = ((cell, view.to(self._wire).to(self._engine)) for cell, view in cells)
+        return torch.stack([checksum(v, columns_of(cell.shape)) for cell, v in cast]).cpu()
 
 
-def kernel_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, Any]]:
-    """Yield (parameter, what the kernel reads, packing function or None) for a vLLM model.
-
-    Padded rows of the vocabulary are left out of what is yielded.
-    """
-    seen: set[int] = set()
-    for prefix, layer in model.named_modules():
-        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-        if kernel is not None:
-            experts = kernel.fused_experts
-            for which in ("w13_weight", "w2_weight"):
-                seen.add(id(getattr(layer, which)))
-                yield f"{prefix}.{which}", getattr(layer, which), _expert_packing(experts)
-        elif hasattr(layer, "quant_method") and isinstance(
-            getattr(layer, "weight", None), torch.nn.Parameter
-        ):
-            seen.add(id(layer.weight))
-            yield f"{prefix}.weight", _through_kernel(layer), None
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in seen and parameter.numel():
-            yield name, parameter, None
-
-
-def expected_parameter(
-    name: str,
-    shape: tuple[int, ...],
-    tensors: Mapping[str, torch.Tensor],
-    model: ModelConfig,
-    at: ShardCoordinates,
-) -> torch.Tensor:
-    """A vLLM parameter of this rank in loader layout, put together from Hugging Face tensors."""
-    # Padding rows are zero on both sides; a rank may hold nothing else.
-    expected = torch.zeros(shape, dtype=next(iter(tensors.values())).dtype)
-    for piece in vllm_pieces(name, shape, model, at):
-        view = expected.view(piece.view)[piece.spans]
-        view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
-    return expected
-
-
-def _through_kernel(layer: Any) -> torch.Tensor:
-    """The layer's weights [out, in] as its kernel reads them."""
-    if hasattr(layer, "num_embeddings_per_partition"):
-        if not hasattr(layer, "cpu_linear"):  # an embedding is looked up, not multiplied
-            return layer.weight  # type: ignore[no-any-return]
-        inner = layer.embedding_dim
-    else:
-        # Row-parallel layers hold a part of their inputs; others all of them.
-        inner = getattr(layer, "input_size_per_partition", layer.input_size)
-    identity = torch.eye(inner, dtype=layer.weight.dtype)
-    return layer.quant_method.apply(layer, identity).t()  # type: ignore[no-any-return]
-
-
-def _expert_packing(experts: Any) -> Any:
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
-    return lambda stack: cpu_prepack_moe_weight(stack, experts.isa)
-
-
-def _loader_shape(
-    name: str, live: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> tuple[int, ...]:
-    """The loader's shape of a parameter whose live shape may be a packed one."""
-    inner = model.moe_intermediate_size // at.etp_size
-    if name.endswith("w13_weight"):
-        return (model.num_experts, 2 * inner, model.hidden_size)
-    if name.endswith("w2_weight"):
-        return (model.num_experts, model.hidden_size, inner)
-    return live
+def _exchanged(
+    sent: Mapping[int, torch.Tensor], receives: Mapping[int, list[Cell]]
+) -> dict[Cell, int]:
+    """Send each peer its checksums, and receive those of the cells that come from it."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    buffers = {
+        peer: torch.empty(len(cells), dtype=torch.int64, device=device)
+        for peer, cells in receives.items()
+    }
+    operations = [dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in buffers.items()]
+    operations += [dist.P2POp(dist.isend, v.to(device), peer) for peer, v in sent.items()]
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return {
+        cell: value
+        for peer, cells in receives.items()
+        for cell, value in zip(cells, buffers[peer].tolist(), strict=True)
+    }

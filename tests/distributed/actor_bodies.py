@@ -16,7 +16,7 @@ from megatron_precision.actor.parallel import divide_world, open_world
 from megatron_precision.config import RunConfig
 from megatron_precision.platform.startup import start
 from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.sync import TensorGather
+from megatron_precision.weights.gathering import full_tensors
 
 
 def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:
@@ -76,7 +76,7 @@ def passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
         result = actor.gradients(case.batch, plan, weighted_logprobs)
         gradients = full_gradients(actor)
         step = actor.step(case.batch, plan, weighted_logprobs)
-        gathered = TensorGather(actor, case.config.model).gather()
+        gathered = full_tensors(actor, case.config.model)
         results[name] = {
             "logprobs": logprobs,
             "loss": result.loss,

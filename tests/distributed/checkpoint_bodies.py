@@ -13,7 +13,7 @@ from megatron_precision.config import RunConfig
 from megatron_precision.platform.startup import start
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.sync import TensorGather
+from megatron_precision.weights.gathering import full_tensors
 
 
 def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[str, torch.Tensor]:
@@ -33,7 +33,7 @@ def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[st
             Path(target).mkdir()
         torch.distributed.barrier()
         dist_checkpointing.save(module.sharded_state_dict(), target)
-    gathered = TensorGather(actor, config.model).gather()
+    gathered = full_tensors(actor, config.model)
     return {name: tensor.float().clone() for name, tensor in gathered.items()}
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,11 @@ from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
 from megatron_precision.rollout.engine import Request, Rollout, Sampling, request_seed
 from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreementError
+from megatron_precision.rollout.weight_transfer import Proof
 from megatron_precision.train.session import Session
-from megatron_precision.weights import sync as sync_module
+from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
-from megatron_precision.weights.proof import hf_forward, prove_sync
+from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSyncError
 
 Tensors = Mapping[str, torch.Tensor]
@@ -54,7 +56,7 @@ def error_of(kind: type[Exception], action: Callable[[], Any]) -> str:
 
 def train_on_nothing(session: Session) -> None:
     """Give the trainer other weights of the same distribution: every tensor shifted by one."""
-    tensors = session.sync.gathering.gather()
+    tensors = full_tensors(session.actor, session.config.model)
     session.actor.load({n: t.flatten().roll(1).view(t.shape) for n, t in tensors.items()})
 
 
@@ -64,7 +66,7 @@ def push_of_other_weights(session: Session, prompts: list[list[int]]) -> dict[st
     before = session.engine.score(prompts)
     result = session.sync.push(7)
     return {
-        "tensors": {n: t.clone() for n, t in session.sync.gathering.gather().items()},
+        "tensors": full_tensors(session.actor, session.config.model),
         "prompts": prompts,
         "before": before,
         "scores": session.engine.score(prompts),
@@ -169,80 +171,155 @@ def disagreement(session: Session, config: RunConfig) -> str:
     return error_of(TokenDisagreementError, sample)
 
 
-def with_load(session: Session, change: Callable[[Tensors], Tensors | None]) -> str:
-    """What a push says when the tensors are changed, or lost, between gather and load."""
-    engine = session.engine
-    load = engine.load
-
-    def changed(tensors: Tensors, weight_version: int) -> None:
-        given = change(tensors)
-        if given is not None:
-            load(given, weight_version)
-
-    engine.load = changed  # type: ignore[method-assign]
-    try:
-        return error_of(WeightSyncError, lambda: session.sync.push(8))
-    finally:
-        engine.load = load  # type: ignore[method-assign]
-
-
-def one_element_off(name: str) -> Callable[[Tensors], Tensors]:
-    def change(tensors: Tensors) -> Tensors:
-        damaged = tensors[name].clone()
-        damaged.view(-1)[-3] += 1
-        return {**tensors, name: damaged}
-
-    return change
-
-
-def lost_pushes(session: Session, prompts: list[list[int]]) -> dict[str, str]:
-    """A load that does nothing: what the push says, the proof, and the proof with no read-back."""
-    engine, config = session.engine, session.config
-    load, verify = engine.load, sync_module.verify_engine
-    engine.load = lambda tensors, version: None  # type: ignore[method-assign]
-
-    def prove() -> None:
-        prove_sync(
-            session.sync, engine, config.policy.rollout_params, prompts, hf_forward(config.model)
-        )
-
-    try:
-        read_back = error_of(WeightSyncError, prove)
-        sync_module.verify_engine = lambda *_: (1, [])
-        return {"proof": read_back, "proof without read-back": error_of(WeightSyncError, prove)}
-    finally:
-        engine.load = load  # type: ignore[method-assign]
-        sync_module.verify_engine = verify
-
-
-def damaged_pushes(session: Session, prompts: list[list[int]], moe: bool) -> dict[str, Any]:
-    """Every way to break a push, and what is said of it."""
-    names = list(session.sync.gathering.gather())
-    found: dict[str, Any] = {
-        "one element": {name: with_load(session, one_element_off(name)) for name in names}
-    }
-    found["intact again"] = with_load(session, lambda tensors: tensors)
-    found |= lost_pushes(session, prompts)
+def complaint(session: Session) -> str:
+    """What a push of new trainer weights says."""
     train_on_nothing(session)
-    found["lost"] = with_load(session, lambda tensors: None)
-    if moe:
-        repack = session.engine._repack_experts
-        session.engine._repack_experts = lambda: None  # type: ignore[method-assign]
-        found["not repacked"] = error_of(WeightSyncError, lambda: session.sync.push(9))
-        session.engine._repack_experts = repack  # type: ignore[method-assign]
-    session.sync.push(10)
+    return error_of(WeightSyncError, lambda: session.sync.push(8))
+
+
+@contextlib.contextmanager
+def put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of an object replaced for a while."""
+    kept = owner.__dict__.get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if kept is not None:
+            setattr(owner, name, kept)
+
+
+def flipped_bits(session: Session) -> dict[str, str]:
+    """One bit of each live kernel tensor flipped, and what a proof without a push says."""
+    found = {}
+    for parameter in session.sync.transfer._parameters.values():
+        if parameter.kernel == "packed linear":
+            continue  # the kernel's copy cannot be reached: see `damaged_staging`
+        live = parameter.live
+        # Padding follows the vocabulary's rows; the first element is never padding.
+        bits = live.view(torch.int16 if live.dtype.itemsize == 2 else torch.int32).view(-1)
+        bits[0] ^= 1
+        found[parameter.name] = error_of(WeightSyncError, lambda: session.sync.prove(8))
+        bits[0] ^= 1
     return found
 
 
-def dropped_tensors(session: Session, names: list[str]) -> dict[str, str]:
-    """Pushes of new weights in which one tensor is missing."""
+def damaged_staging(session: Session) -> dict[str, str]:
+    """One element of each staged parameter changed on its way into the kernel."""
+    weights = session.sync.transfer._engine
+    load = type(weights).load
     found = {}
-    for name in names:
-        train_on_nothing(session)
-        found[name] = with_load(
-            session, lambda tensors, gone=name: {n: t for n, t in tensors.items() if n != gone}
-        )
-        session.sync.push(11)
+    for name in [n for staged in session.sync.transfer._staged for n in staged]:
+
+        def changed(staged: Tensors, name: str = name) -> None:
+            if name in staged:
+                staged[name].view(-1)[0] += 1
+            load(weights, staged)
+
+        with put(weights, "load", changed):
+            found[name] = error_of(WeightSyncError, lambda: session.sync.push(8))
+    return found
+
+
+def damaged_routes(session: Session) -> dict[str, tuple[list[str], str]]:
+    """Copies dropped, misdirected and duplicated, and a message corrupted: (tensors, complaint)."""
+    transfer = session.sync.transfer
+    group = transfer.transport._groups[1]
+    names = [cell.hf_name for cell in transfer._proofs[1].needed]
+    first, second = next(
+        (a, b)
+        for a, one in enumerate(group.copy_to)
+        for b, other in enumerate(group.copy_to)
+        if a < b and one.shape == other.shape and one.ndim > 1
+    )
+    found = {}
+
+    def broken(kind: str, copies: list[int], which: str, change: Callable[[Any], Any]) -> None:
+        kept = list(getattr(group, which))
+        getattr(group, which)[:] = change(kept)
+        found[kind] = [names[n] for n in copies], complaint(session)
+        getattr(group, which)[:] = kept
+
+    def nowhere(views: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [v.clone() if n == first else v for n, v in enumerate(views)]
+
+    def swapped(views: list[torch.Tensor]) -> list[torch.Tensor]:
+        other = {first: second, second: first}
+        return [views[other.get(n, n)] for n in range(len(views))]
+
+    def doubled(views: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [views[second] if n == first else v for n, v in enumerate(views)]
+
+    broken("dropped", [first], "copy_to", nowhere)
+    broken("misdirected", [first, second], "copy_to", swapped)
+    broken("duplicated", [first], "copy_from", doubled)
+    return found
+
+
+def corrupted_message(session: Session) -> tuple[list[str], str]:
+    """The first element of a message changed when it has arrived: (its tensors, complaint)."""
+    transfer = session.sync.transfer
+    transport = transfer.transport
+    run_turn = type(transport)._run_turn
+    received: list[torch.Tensor] = []
+
+    def corrupted(turn: Any) -> None:
+        run_turn(transport, turn)
+        if turn.receives and not received:
+            received.append(turn.receives[0].views[0])
+            received[0].view(-1)[0] += 1
+
+    with put(transport, "_run_turn", corrupted):
+        message = complaint(session)
+    cells = [c for cells in transfer._proofs[0]._plan.direct.receives.values() for c in cells]
+    return [cell.hf_name for cell in cells[:1]], message
+
+
+def lost_pushes(session: Session, prompts: list[list[int]]) -> dict[str, str]:
+    """A transfer that does nothing: what a push says, the proof, the proof with no read-back."""
+    transfer = session.sync.transfer
+
+    def prove() -> None:
+        prove_sync(session.sync, session.engine, session.actor, prompts)
+
+    with put(transfer, "run", lambda: None):
+        found = {"lost": complaint(session), "proof": error_of(WeightSyncError, prove)}
+        with put(transfer, "prove", lambda: Proof(1, [])):
+            found["proof without read-back"] = error_of(WeightSyncError, prove)
+    return found
+
+
+def without_repacking(session: Session) -> str:
+    """A push after which vLLM's CPU experts are not packed again."""
+    with contextlib.ExitStack() as stack:
+        for layer in session.engine.model.modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                nothing = lambda _layer: None  # noqa: E731
+                stack.enter_context(
+                    put(kernel.fused_experts, "process_weights_after_loading", nothing)
+                )
+        return complaint(session)
+
+
+def damaged_pushes(session: Session, prompts: list[list[int]], moe: bool) -> dict[str, Any]:
+    """Every way to break a push, and what is said of it; then an intact one."""
+    parameters = session.sync.transfer._parameters.values()
+    found: dict[str, Any] = {
+        "parameters": [p.name for p in parameters],
+        "staged": [p.name for p in parameters if p.staged],
+        "flipped": flipped_bits(session),
+        "staging": damaged_staging(session),
+        "routes": damaged_routes(session),
+    }
+    if moe:
+        found["not repacked"] = without_repacking(session)
+    else:
+        found["message"] = corrupted_message(session)
+    found["intact again"] = complaint(session)
+    found |= lost_pushes(session, prompts)
+    session.sync.push(10)
     return found
 
 
@@ -280,13 +357,14 @@ def experiments(
         "damaged": damaged_pushes(session, prompts, config.model.num_experts > 0),
     }
     found["dtypes again"] = session.check(questions(config, 8))
-    experts = "model.layers.1.mlp.experts.2.up_proj.weight"
-    dense = "model.layers.1.mlp.up_proj.weight"
-    last = experts if config.model.num_experts else dense
-    found["dropped"] = dropped_tensors(
-        session, ["model.layers.0.self_attn.k_proj.weight", "model.norm.weight", last]
-    )
     return found
+
+
+def fresh_scores(
+    config: RunConfig, tensors: dict[str, torch.Tensor], prompts: list[list[int]], folder: str
+) -> list[list[float]]:
+    """What an engine scores that has loaded a checkpoint by itself and was never pushed to."""
+    return open_session(config, tensors, folder).engine.score(prompts)
 
 
 def mismatch_alone(

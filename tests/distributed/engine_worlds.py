@@ -94,6 +94,17 @@ def engine_world(world: str) -> dict[str, Any]:
 
 
 @functools.cache
+def fresh_world(world: str) -> list[list[float]]:
+    """The scores of an engine that has loaded the weights that the other world pushed."""
+    push = engine_world(world)["push"]
+    with tempfile.TemporaryDirectory() as folder:
+        found: list[list[float]] = run_distributed(
+            "engine_bodies.fresh_scores", 2, config(world), push["tensors"], push["prompts"], folder
+        )
+    return found
+
+
+@functools.cache
 def mismatch_world(world: str) -> dict[str, torch.Tensor]:
     """Log-probs of the same tokens by the engine and by the trainer."""
     if world in SLOW:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from layout_oracle import Held, engine_rank, numbered, trainer_rank
 
-from megatron_precision.weights.plan import Planner
+from megatron_precision.weights.plan import Planner, rank_groups
 from megatron_precision.weights.transport import Transport
 
 
@@ -21,7 +21,7 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
     weights = {name: tensor.to(dtype) for name, tensor in source.tensors.items()}
     held = {name: torch.full(t.shape, -1.0) for name, t in target.tensors.items()}
     transport = Transport(
-        planner.rank_plan(rank),
+        rank_groups(planner, rank),
         [(piece, weights[piece.parameter]) for piece in source.pieces],
         [(piece, held[piece.parameter]) for piece in target.pieces],
         wire=dtype,
@@ -32,7 +32,8 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
     for change in (0.0, 512.0):
         for tensor in weights.values():
             tensor.add_(change)
-        transport.run()
+        for group in range(planner.group_count):
+            transport.run(group)
         model = {n: t.to(dtype) + change for n, t in numbered(planner.model).items()}
         for piece in target.pieces:
             view = held[piece.parameter].view(piece.view)[piece.spans]

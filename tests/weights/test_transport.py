@@ -47,7 +47,7 @@ def test_a_layout_that_was_not_planned_for_is_refused() -> None:
     other: Held = engine_rank(model, RolloutLayout(2, 2), 0)
     with pytest.raises(PlanError, match="its layout is not the one that was planned for"):
         Transport(
-            plan,
+            [plan],
             [(piece, source.tensors[piece.parameter]) for piece in source.pieces],
             [(piece, other.tensors[piece.parameter]) for piece in other.pieces],
             wire=torch.float32,

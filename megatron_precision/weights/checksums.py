@@ -1,0 +1,57 @@
+"""Checksums of regions: what both sides of a sync compare, computed on bit patterns.
+
+A region [rows, columns] is summed along rows and along columns, as integers, and both sums are
+weighted by position: Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64. One changed element always
+changes it; so do, but for a chance of about 2^-60, elements that changed places. It takes two
+passes that read, and no copy.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(view: torch.Tensor, columns: int) -> torch.Tensor:
+    """The checksum of a region, an int64 scalar on the view's device.
+
+    Args:
+        view: the region, in any shape that is `[rows, columns]` in row-major order; strided.
+        columns: of the region.
+    """
+    # Words of as many bytes as the columns fill evenly, the same on both sides.
+    row_bytes = columns * view.element_size()
+    size = next(n for n in (8, 4, 2) if row_bytes % n == 0)
+    if view.shape[-1] != columns:
+        view = view.reshape(-1, columns)
+    if not _viewable(view, size):
+        view = view.contiguous()
+    words = view.view(_INTEGERS[size])
+    rows = words.sum(-1, dtype=torch.int64).flatten()
+    summed = words.sum(tuple(range(words.ndim - 1)), dtype=torch.int64) if words.ndim > 1 else words
+    total = (rows * _weights(len(rows), 0, view.device)).sum()
+    return total + (summed.long() * _weights(len(summed), 1, view.device)).sum()
+
+
+def _viewable(view: torch.Tensor, size: int) -> bool:
+    ratio = size // view.element_size()
+    aligned = view.storage_offset() % ratio == 0
+    return aligned and view.stride(-1) == 1 and all(s % ratio == 0 for s in view.stride()[:-1])
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(count: int, stream: int, device: torch.device) -> torch.Tensor:
+    """Odd 64-bit numbers, one a position, without a pattern (splitmix64)."""
+    z = (torch.arange(1, count + 1, device=device) + (stream << 40)) * -0x61C8864680B583EB
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
+    return z ^ ((z >> 31) & (2**33 - 1)) | 1
+
+
+def columns_of(shape: tuple[int, ...]) -> int:
+    """Columns of a region of a Hugging Face tensor: one row for a vector."""
+    return shape[-1] if len(shape) > 1 else math.prod(shape)
