@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for a failure, 2 for a mistake of the user, 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
+    args.words = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except UserError as wrong:
@@ -280,26 +281,31 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _sync_bench(args: argparse.Namespace) -> int:
-    from megatron_precision import sync_bench
+    from megatron_precision.sync_bench import layouts, planned
 
-    sync_bench.refuse_numbers(
+    layouts.refuse_numbers(
         world=args.world,
         ranks_per_node=args.ranks_per_node,
         message_mib=args.message_mib,
         nvlink=args.nvlink,
         nic=args.nic,
+        layers=args.layers,
+        vocab_rows=args.vocab_rows,
+        rounds=args.rounds,
     )
-    planner = sync_bench.planner_of(
-        sync_bench.model_of(args.model),
-        args.train,
-        args.rollout,
-        args.world,
-        args.ranks_per_node,
-        args.apart,
+    model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
+    planner = layouts.planner_of(
+        model, args.train, args.rollout, args.world, args.ranks_per_node, args.apart
     )
-    rates = sync_bench.Rates(args.nvlink * 1e9, args.nic * 1e9)
+    message_bytes = args.message_mib * 2**20
+    if args.execute:
+        from megatron_precision.sync_bench import job
+
+        bench = job.Bench(planner, args.wire, message_bytes, args.rounds, args.json)
+        return job.run(bench, args.words)
+    rates = planned.Rates(args.nvlink * 1e9, args.nic * 1e9)
     itemsize = 4 if args.wire == "fp32" else 2
-    return sync_bench.run(planner, itemsize, args.message_mib * 2**20, rates, args.json)
+    return planned.run(planner, itemsize, message_bytes, rates, args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -361,7 +367,16 @@ def _add_sync_bench(commands: Any) -> None:
         "--nvlink", type=float, default=450.0, metavar="GB/S", help="of a rank, one way"
     )
     bench.add_argument("--nic", type=float, default=50.0, metavar="GB/S", help="of a rank, one way")
-    bench.add_argument("--json", action="store_true")
+    bench.add_argument(
+        "--execute",
+        action="store_true",
+        help="carry it out on made-up weights, beside a full gather and a plain copy; starts its "
+        "processes here, or takes those of torchrun",
+    )
+    bench.add_argument("--layers", type=int, metavar="N", help="of the model's; default: all")
+    bench.add_argument("--vocab-rows", type=int, metavar="N", help="of the model's; default: all")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    bench.add_argument("--json", action="store_true", help="print the raw figures")
     bench.set_defaults(run=_sync_bench)
 
 

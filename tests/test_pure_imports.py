@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TABLES = (
-    "megatron_precision.sync_bench",
+    "megatron_precision.sync_bench.layouts",
+    "megatron_precision.sync_bench.planned",
     "megatron_precision.weights.architectures",
     "megatron_precision.weights.families",
     "megatron_precision.weights.hf_config",

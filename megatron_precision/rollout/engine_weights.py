@@ -91,6 +91,7 @@ class EngineWeights:
             own = [p for p in self.parameters if p.layer is head]
             self.parameters = [p for p in self.parameters if p.layer is not head]
             self._tied_head = next((p for p in own if p.staged), None)
+        self._by_name = {parameter.name: parameter for parameter in self.parameters}
 
     def load(self, staged: Mapping[str, torch.Tensor]) -> None:
         """Hand whole layers, in the loader's layout, to vLLM; what is written in place is there.
@@ -112,10 +113,10 @@ class EngineWeights:
             weight = self._tied_head.live.clone()
             self._reload(self._tied_head.layer, self._tied_head.kernel, {"weight": weight})
 
-    def reads(self, parameter: EngineParameter) -> list[torch.Tensor]:
+    def reads(self, name: str) -> list[torch.Tensor]:
         """What every kernel that uses a parameter reads, in the layout of the loader."""
-        found = [parameter.read_back()]
-        if self._tied_head is not None and parameter.name == _EMBEDDING + ".weight":
+        found = [self._by_name[name].read_back()]
+        if self._tied_head is not None and name == _EMBEDDING + ".weight":
             found.append(self._tied_head.read_back())
         return found
 

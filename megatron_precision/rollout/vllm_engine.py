@@ -25,7 +25,7 @@ from megatron_precision.weights.plan import Planner
 from megatron_precision.weights.regions import Piece
 
 if TYPE_CHECKING:
-    from megatron_precision.rollout.weight_transfer import Transfer
+    from megatron_precision.weights.transfer import Transfer
 
 
 class VllmEngine:

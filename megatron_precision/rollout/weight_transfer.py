@@ -1,19 +1,15 @@
-"""Trainer to engine by plan, as a backend of vLLM's weight transfer.
+"""The plan as a backend of vLLM's weight transfer, at vLLM's own extension point.
 
-`Transfer` is one rank's part, whichever side it is on: it binds the plan to live tensors, brings
-the engine up to date group by group, and proves it. `PlannedWeightTransfer` is what vLLM knows it
-by: `register()` it, and choose it with `WeightTransferConfig(backend=BACKEND)`.
+`register()` it, and choose it with `WeightTransferConfig(backend=BACKEND)`; what it does is
+`weights/transfer.py`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,168 +17,14 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from megatron_precision.rollout.engine_weights import EngineParameter, EngineWeights
-from megatron_precision.weights.checksums import checksum, columns_of
+from megatron_precision.rollout.engine_weights import EngineWeights
 from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.plan import Cell, Planner, rank_groups
+from megatron_precision.weights.plan import Planner
 from megatron_precision.weights.regions import Piece
-from megatron_precision.weights.transport import MESSAGE_BYTES, Held, Transport, Views, view_of
-from megatron_precision.weights.verify import RegionProof
-from megatron_precision.weights.vllm_layout import vllm_pieces
+from megatron_precision.weights.transfer import Transfer
+from megatron_precision.weights.transport import MESSAGE_BYTES
 
 BACKEND = "megatron_precision"
-# Staged parameters begin at multiples of this, as the allocator would align them.
-_ALIGNMENT = 64
-
-
-@dataclass(frozen=True)
-class Proof:
-    """What a comparison of both sides found on this rank.
-
-    Attributes:
-        regions: cells compared.
-        differing: a line for each that differs.
-    """
-
-    regions: int
-    differing: list[str]
-
-
-class Transfer:
-    """One rank's part of every sync between two layouts.
-
-    Args:
-        planner: both layouts.
-        sources: the trainer's pieces on this rank; none where it is no trainer.
-        engine: this rank's engine; None where it has none.
-        at: where this rank stands in its engine.
-        wire: dtype of what is sent.
-        dtype: of the engine's parameters.
-
-    Raises:
-        PlanError: where either side is laid out otherwise than planned.
-        EngineLayoutError: for a kernel whose layout is not known.
-    """
-
-    def __init__(
-        self,
-        planner: Planner,
-        sources: Held,
-        engine: EngineWeights | None,
-        at: ShardCoordinates,
-        *,
-        wire: torch.dtype,
-        dtype: torch.dtype,
-        message_bytes: int = MESSAGE_BYTES,
-    ) -> None:
-        self._planner, self._engine = planner, engine
-        parameters = engine.parameters if engine else []
-        self._parameters = {parameter.name: parameter for parameter in parameters}
-        self._pieces = {p.name: vllm_pieces(p.name, p.shape, planner.model, at) for p in parameters}
-        self._staged = self._place(parameters, dtype)
-        tensors = {p.name: p.live for p in parameters} | {
-            name: tensor for staged in self._staged for name, tensor in staged.items()
-        }
-        targets = [
-            (piece, tensors[name]) for name, pieces in self._pieces.items() for piece in pieces
-        ]
-        sources = list(sources)
-        groups = rank_groups(planner, dist.get_rank())
-        self.transport = Transport(
-            groups,
-            sources,
-            targets,
-            wire=wire,
-            world_size=dist.get_world_size(),
-            message_bytes=message_bytes,
-        )
-        views = Views(sources, "the trainer")
-        self._dtype = dtype
-        self._proofs = [RegionProof(plan, views, wire=wire, engine=dtype) for plan in groups]
-        self._needed = [
-            _by_parameter(proof.needed, Views(targets, "the engine")) for proof in self._proofs
-        ]
-
-    @property
-    def staging_bytes(self) -> int:
-        """What staging takes: the largest group's staged parameters."""
-        return self._stage.nbytes
-
-    def run(self) -> None:
-        """Bring the engine up to date; every rank calls it."""
-        for group, staged in enumerate(self._staged):
-            for tensor in staged.values():
-                tensor.zero_()  # padding stays zero; the buffer held another layer's numbers
-            self.transport.run(group)
-            if self._engine is None:
-                continue
-            self._engine.load(staged)
-            if group == 0:
-                self._engine.refresh_tied_head()
-
-    @torch.no_grad()
-    def prove(self) -> Proof:
-        """Compare what the trainers hold with what the kernels read; every rank calls it."""
-        lines: list[str] = []
-        regions = 0
-        for proof, needed in zip(self._proofs, self._needed, strict=True):
-            expected = proof.expected()
-            regions += len(expected)
-            for name, cells in needed.items():
-                differing = self._differing(name, cells, expected)
-                lines += [
-                    f"{name}: {list(cell.shape)} of {cell.hf_name} from {list(cell.start)} differs"
-                    for cell in differing
-                ]
-        return Proof(regions, lines)
-
-    def _differing(
-        self, name: str, cells: list[tuple[Cell, Piece]], expected: Mapping[Cell, int]
-    ) -> list[Cell]:
-        """The cells of a parameter that some kernel reads otherwise."""
-        assert self._engine is not None
-        wrong: dict[Cell, None] = {}
-        for tensor in self._engine.reads(self._parameters[name]):
-            read = tensor.to(self._dtype)
-            views = [(cell, view_of(cell, piece, read)) for cell, piece in cells]
-            found = torch.stack([checksum(v, columns_of(cell.shape)) for cell, v in views]).tolist()
-            pairs = zip(cells, found, strict=True)
-            wrong |= {cell: None for (cell, _), value in pairs if value != expected[cell]}
-        return list(wrong)
-
-    def _place(
-        self, parameters: list[EngineParameter], dtype: torch.dtype
-    ) -> list[dict[str, torch.Tensor]]:
-        """Room for the staged parameters of each group, in one buffer that all groups use."""
-        groups: list[list[EngineParameter]] = [[] for _ in range(self._planner.group_count)]
-        for parameter in parameters:
-            if parameter.staged:
-                groups[self._planner.group(parameter.name)].append(parameter)
-
-        def room(parameter: EngineParameter) -> int:
-            return -(-math.prod(parameter.shape) // _ALIGNMENT) * _ALIGNMENT
-
-        longest = max(sum(room(p) for p in group) for group in groups)
-        device = parameters[0].live.device if parameters else torch.device("cpu")
-        self._stage = torch.zeros(longest, dtype=dtype, device=device)
-        placed = []
-        for group in groups:
-            begin, tensors = 0, {}
-            for parameter in group:
-                end = begin + math.prod(parameter.shape)
-                tensors[parameter.name] = self._stage[begin:end].view(parameter.shape)
-                begin += room(parameter)
-            placed.append(tensors)
-        return placed
-
-
-def _by_parameter(cells: list[Cell], targets: Views) -> dict[str, list[tuple[Cell, Piece]]]:
-    """The cells that an engine's parameters hold: each is read once, whatever it is made of."""
-    found: dict[str, list[tuple[Cell, Piece]]] = {}
-    for cell in cells:
-        piece, _ = targets.holder(cell)
-        found.setdefault(piece.parameter, []).append((cell, piece))
-    return found
 
 
 @dataclass

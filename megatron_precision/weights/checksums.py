@@ -2,8 +2,9 @@
 
 A region [rows, columns] is summed along rows and along columns, as integers, and both sums are
 weighted by position: Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64. One changed element always
-changes it; so do, but for a chance of about 2^-60, elements that changed places. It takes two
-passes that read, and no copy.
+changes it. So do elements that changed places, but for a chance of about 2^-15 where they are two,
+and 2^-60 where they are rows, columns or whole regions. On the CPU both sums are taken block by
+block, while a block is in the cache: memory is read once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 
 import torch
 
+_BLOCK_ROWS = 128
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,10 +33,17 @@ def checksum(view: torch.Tensor, columns: int) -> torch.Tensor:
     if not _viewable(view, size):
         view = view.contiguous()
     words = view.view(_INTEGERS[size])
-    rows = words.sum(-1, dtype=torch.int64).flatten()
-    summed = words.sum(tuple(range(words.ndim - 1)), dtype=torch.int64) if words.ndim > 1 else words
-    total = (rows * _weights(len(rows), 0, view.device)).sum()
-    return total + (summed.long() * _weights(len(summed), 1, view.device)).sum()
+    if words.ndim == 1:
+        words = words[None]
+    inner = math.prod(words.shape[1:-1])
+    step = max(1, _BLOCK_ROWS // inner) if view.device.type == "cpu" else len(words)
+    row_sums, column_sums = [], []
+    for block in words.split(step):
+        row_sums.append(block.sum(-1, dtype=torch.int64).flatten())
+        column_sums.append(block.sum(tuple(range(words.ndim - 1)), dtype=torch.int64))
+    by_row, by_column = torch.cat(row_sums), torch.stack(column_sums).sum(0)
+    total = (by_row * _weights(len(by_row), 0, view.device)).sum()
+    return total + (by_column * _weights(len(by_column), 1, view.device)).sum()
 
 
 def _viewable(view: torch.Tensor, size: int) -> bool:

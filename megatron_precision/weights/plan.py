@@ -38,7 +38,7 @@ from megatron_precision.weights.families import (
     TrainerLayout,
     families,
 )
-from megatron_precision.weights.regions import slabs
+from megatron_precision.weights.regions import Piece, slabs
 
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
 CELL_ELEMENTS = 2**22
@@ -186,9 +186,11 @@ class Planner:
                 continue
             begin, end = shared.start[0], shared.start[0] + shared.shape[0]
             step = max(1, self.cell_elements // math.prod(shared.shape[1:]))
-            for a, b in _common_slabs(source, target, begin, end):
+            for a, b in common_slabs(source.piece, target.piece, begin, end):
                 for first in range(a, b, step):
-                    for x, y in _common_slabs(source, target, first, min(b, first + step)):
+                    for x, y in common_slabs(
+                        source.piece, target.piece, first, min(b, first + step)
+                    ):
                         box = Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
                         found.append(_FamilyCell(len(found), box, source, target))
         return found
@@ -309,9 +311,8 @@ def overlap(a: Box, b: Box) -> Box | None:
     return Box(start, tuple(high - low for low, high in zip(start, end, strict=True)))
 
 
-def _common_slabs(source: Shard, target: Shard, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def common_slabs(first: Piece, second: Piece, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows `[begin, end)` of the tensor, cut so that each run is one box in either piece."""
-    first, second = source.piece, target.piece
     for a, b in slabs(first.row_sizes, begin - first.start[0], end - first.start[0]):
         low, high = a + first.start[0] - second.start[0], b + first.start[0] - second.start[0]
         for c, d in slabs(second.row_sizes, low, high):

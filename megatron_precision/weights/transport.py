@@ -107,8 +107,11 @@ class Transport:
         """Bring a group's tensors up to date; every rank of the world calls it, in order."""
         part = self._groups[group]
         if part.copy_to:
-            # Through the wire's dtype, as what comes from another rank does.
-            torch._foreach_copy_(part.copy_to, [view.to(self._wire) for view in part.copy_from])
+            if self._wire in (part.copy_from[0].dtype, part.copy_to[0].dtype):
+                torch._foreach_copy_(part.copy_to, part.copy_from)
+            else:  # through the wire's dtype, as what comes from another rank does
+                for target, source in zip(part.copy_to, part.copy_from, strict=True):
+                    target.copy_(source.to(self._wire))
         for turns in part.rounds:
             for turn in turns:
                 self._run_turn(turn)

@@ -8,7 +8,7 @@ dropped, duplicated or sent to the wrong place is a cell that differs, with its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -38,9 +38,9 @@ class RegionProof:
         self, plan: RankPlan, sources: Views, *, wire: torch.dtype, engine: torch.dtype
     ) -> None:
         self._plan, self._wire, self._engine = plan, wire, engine
-        direct = plan.direct.sends
-        self._copies = [(cell, sources.of(cell)) for cell in plan.copies]
-        self._sends = {p: [(c, sources.of(c)) for c in cells] for p, cells in direct.items()}
+        # A cell that goes to several places is summed once.
+        sent = (cell for cells in plan.direct.sends.values() for cell in cells)
+        self._held = {cell: sources.of(cell) for cell in (*plan.copies, *sent)}
         self.needed = [
             *plan.copies,
             *(c for cells in plan.direct.receives.values() for c in cells),
@@ -50,34 +50,33 @@ class RegionProof:
     @torch.no_grad()
     def expected(self) -> dict[Cell, int]:
         """The trainer's checksum of each cell that this rank needs; every rank calls it."""
-        known = dict(zip(self._plan.copies, self._sums(self._copies).tolist(), strict=True))
+        held = dict(zip(self._held, self._sums(), strict=True))
         direct, fan_out = self._plan.direct, self._plan.fan_out
-        sent = {peer: self._sums(cells) for peer, cells in self._sends.items()}
-        known |= _exchanged(sent, direct.receives)
-        passed_on = {
-            peer: torch.tensor([known[cell] for cell in cells])
-            for peer, cells in fan_out.sends.items()
-        }
-        return known | _exchanged(passed_on, fan_out.receives)
+        known = {cell: held[cell] for cell in self._plan.copies}
+        known |= _exchanged(direct.sends, held, direct.receives)
+        return known | _exchanged(fan_out.sends, known, fan_out.receives)
 
-    def _sums(self, cells: Sequence[tuple[Cell, torch.Tensor]]) -> torch.Tensor:
-        if not cells:
-            return torch.zeros(0, dtype=torch.int64)
-        cast = ((cell, view.to(self._wire).to(self._engine)) for cell, view in cells)
-        return torch.stack([checksum(v, columns_of(cell.shape)) for cell, v in cast]).cpu()
+    def _sums(self) -> list[int]:
+        if not self._held:
+            return []
+        cast = ((c, view.to(self._wire).to(self._engine)) for c, view in self._held.items())
+        sums = torch.stack([checksum(view, columns_of(cell.shape)) for cell, view in cast])
+        return sums.tolist()  # type: ignore[no-any-return]
 
 
 def _exchanged(
-    sent: Mapping[int, torch.Tensor], receives: Mapping[int, list[Cell]]
+    sends: Mapping[int, list[Cell]], known: Mapping[Cell, int], receives: Mapping[int, list[Cell]]
 ) -> dict[Cell, int]:
-    """Send each peer its checksums, and receive those of the cells that come from it."""
+    """Send each peer its cells' checksums, and receive those of the cells that come from it."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     buffers = {
         peer: torch.empty(len(cells), dtype=torch.int64, device=device)
         for peer, cells in receives.items()
     }
     operations = [dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in buffers.items()]
-    operations += [dist.P2POp(dist.isend, v.to(device), peer) for peer, v in sent.items()]
+    for peer, cells in sends.items():
+        values = torch.tensor([known[cell] for cell in cells], dtype=torch.int64, device=device)
+        operations.append(dist.P2POp(dist.isend, values, peer))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     return {

@@ -19,12 +19,12 @@ from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
 from megatron_precision.rollout.engine import Request, Rollout, Sampling, request_seed
 from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreementError
-from megatron_precision.rollout.weight_transfer import Proof
 from megatron_precision.train.session import Session
 from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSyncError
+from megatron_precision.weights.transfer import Proof
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -193,7 +193,7 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
 def flipped_bits(session: Session) -> dict[str, str]:
     """One bit of each live kernel tensor flipped, and what a proof without a push says."""
     found = {}
-    for parameter in session.sync.transfer._parameters.values():
+    for parameter in session.sync.transfer.engine.parameters:
         if parameter.kernel == "packed linear":
             continue  # the kernel's copy cannot be reached: see `damaged_staging`
         live = parameter.live
@@ -207,7 +207,7 @@ def flipped_bits(session: Session) -> dict[str, str]:
 
 def damaged_staging(session: Session) -> dict[str, str]:
     """One element of each staged parameter changed on its way into the kernel."""
-    weights = session.sync.transfer._engine
+    weights = session.sync.transfer.engine
     load = type(weights).load
     found = {}
     for name in [n for staged in session.sync.transfer._staged for n in staged]:
@@ -305,7 +305,7 @@ def without_repacking(session: Session) -> str:
 
 def damaged_pushes(session: Session, prompts: list[list[int]], moe: bool) -> dict[str, Any]:
     """Every way to break a push, and what is said of it; then an intact one."""
-    parameters = session.sync.transfer._parameters.values()
+    parameters = session.sync.transfer.engine.parameters
     found: dict[str, Any] = {
         "parameters": [p.name for p in parameters],
         "staged": [p.name for p in parameters if p.staged],

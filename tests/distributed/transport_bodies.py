@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from layout_oracle import Held, engine_rank, numbered, trainer_rank
 
+from megatron_precision.sync_bench import full_gather, measure
 from megatron_precision.weights.plan import Planner, rank_groups
 from megatron_precision.weights.transport import Transport
 
 
-def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[dict[str, int]]:
+def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[dict[str, Any]]:
     """Twice, with other numbers the second time; what went wrong and how much moved, by rank."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -39,12 +42,33 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
             view = held[piece.parameter].view(piece.view)[piece.spans]
             expected = model[piece.hf_name][piece.box].reshape(view.shape).float()
             wrong += int((view != expected).sum())
+    # The same layouts as `sync-bench --execute` has them: it raises where a weight differs.
+    measured = measure.run(planner, dtype, message_bytes, 1, torch.device("cpu"))
     mine = {
         "wrong": wrong,
+        "received": measured.received,
         "buffers": transport.buffer_bytes,
         "compared": sum(piece.numel for piece in target.pieces),
     }
-    everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
     dist.destroy_process_group()  # gloo's threads may not outlive it
     return everyone
+
+
+def lossy_gather(planner: Planner) -> str:
+    """A full gather that leaves out its last cut, and what the measurement says of it."""
+    dist.init_process_group("gloo")
+    bind = full_gather.FullGather._cuts
+
+    def lossy(self: Any, piece: Any, shard: torch.Tensor) -> list[Any]:
+        return list(bind(self, piece, shard))[: -1 if "down_proj" in piece.hf_name else None]
+
+    full_gather.FullGather._cuts = lossy  # type: ignore[assignment, method-assign]
+    try:
+        measure.run(planner, torch.float32, 4096, 1, torch.device("cpu"))
+    except measure.SyncDiffersError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""

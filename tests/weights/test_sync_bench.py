@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from megatron_precision.cli import main
-from megatron_precision.sync_bench import model_of, planner_of
+from megatron_precision.sync_bench.layouts import model_of, planner_of
 from megatron_precision.weights.traffic import traffic
 
 SHARED = ["sync-bench", "--model", "qwen3-14b"]
@@ -60,6 +63,12 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ([*SHARED[1:], "--nic", "nan", "--nvlink", "inf", "--message-mib", "99999"],
+         ["3 problems", "1 to 8192"]),
+        ([*SHARED[1:], "--train", "tp=2,tp=4", "--rollout", ""], ["given twice", "nothing"]),
+        ([*SHARED[1:], "--world", "100000000"], ["--world", "1 to 65536"]),
+        ([*SHARED[1:], "--layers", "41", "--vocab-rows", "999999"], ["2 problems", "40", "151936"]),
+        ([*SHARED[1:], "--execute"], ["do not fit into this machine's memory", "--layers"]),
         (["--model", "qwen3-14"], ["unknown model", "did you mean qwen3-14b?"]),
         ([*SHARED[1:], "--train", "tq=2,tp=0"], ["2 problems", "tq=2", "tp=0"]),
         (
@@ -86,3 +95,25 @@ def test_every_mistake_is_listed(
     error = capsys.readouterr().err
     for text in expected:
         assert text in error
+
+
+def test_it_is_executed_on_processes_of_its_own(tmp_path: Path) -> None:
+    """Two of them, on a model that the converter left in Megatron's format."""
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / ".metadata").touch()
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 512,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "huggingface" / "config.json").write_text(json.dumps(config))
+    line = [sys.executable, "-m", "megatron_precision", "sync-bench", "--model", str(tmp_path)]
+    line += ["--train", "tp=2", "--rollout", "tp=1,dp=2", "--execute", "--rounds", "2", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    # Half of what tensor parallelism divides, whichever way it comes; norms are on every rank.
+    divided = 2 * (64 * 2 * (64 + 32) + 3 * 64 * 128) + 2 * 512 * 64
+    assert found["received"]["by plan"] == divided  # 2 bytes an element, of one half
+    assert {len(seconds) for seconds in found["seconds"].values()} == {2}
+    assert found["ranks"] == 2

@@ -38,6 +38,15 @@ def test_engines_get_the_trainers_numbers(name: str) -> None:
     assert [rank["compared"] > 0 for rank in found] == [r in rollout.world for r in range(ranks)]
     # Small messages: their buffers stay small.
     assert max(rank["buffers"] for rank in found) <= 2 * 4096
+    received = found[0]["received"]
+    assert 0 <= received["by plan"] <= received["full gather"]
+
+
+def test_a_gather_that_leaves_a_weight_out_is_no_comparison() -> None:
+    planner = Planner(MODELS["dense"], TrainerLayout(2, tp=2), RolloutLayout(2, 1), 2)
+    message = run_distributed("transport_bodies.lossy_gather", 2, planner)
+    assert "full gather: 8 regions differ" in message
+    assert "down_proj" in message
 
 
 def test_a_layout_that_was_not_planned_for_is_refused() -> None:

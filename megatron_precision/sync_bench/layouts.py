@@ -1,16 +1,12 @@
-"""`sync-bench`: what a weight sync moves between two layouts, planned on the spot.
-
-Neither torch nor an engine is loaded: a plan for a thousand ranks needs none of them.
-"""
+"""The layouts of `sync-bench`, as a user writes them, and what is wrong with them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.errors import Problem, UserError, nearest
@@ -18,33 +14,17 @@ from megatron_precision.weights.families import RolloutLayout, TrainerLayout
 from megatron_precision.weights.hf_config import read_model
 from megatron_precision.weights.known_models import KNOWN_MODELS
 from megatron_precision.weights.plan import CELL_ELEMENTS, Planner
-from megatron_precision.weights.traffic import RankTraffic, Traffic, traffic
 from megatron_precision.weights.vllm_layout import padded_vocab_rows
 
 TRAIN_SIZES = ("tp", "pp", "ep", "etp", "dp")
 ROLLOUT_SIZES = ("tp", "dp", "ep")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Of one rank, one way, in bytes a second.
-
-    Attributes:
-        inside: between ranks of a node (NVLink).
-        network: between nodes (its NIC).
-    """
-
-    inside: float
-    network: float
-
-    def seconds(self, rank: RankTraffic) -> float:
-        """The time of a rank that neither waits nor packs: the larger way of either link."""
-        near = max(rank.received - rank.from_network, rank.sent - rank.to_network)
-        return near / self.inside + max(rank.from_network, rank.to_network) / self.network
+# Larger worlds and messages are typing errors; a plan's time grows with the first.
+MOST_RANKS = 2**16
+MOST_MESSAGE_MIB = 2**13
 
 
 def model_of(name: str) -> ModelConfig:
-    """A known model, or that of a Hugging Face folder.
+    """A known model, or that of a Hugging Face or a converted Megatron folder.
 
     Raises:
         UserError: where it is neither.
@@ -52,7 +32,9 @@ def model_of(name: str) -> ModelConfig:
     if name in KNOWN_MODELS:
         return KNOWN_MODELS[name]
     if Path(name).is_dir():
-        return read_model(Path(name) / "config.json")
+        # The converter keeps the configuration beside Megatron's tensors.
+        megatron = Path(name, ".metadata").is_file()
+        return read_model(Path(name, "huggingface" if megatron else "", "config.json"))
     close = nearest(name, list(KNOWN_MODELS))
     raise UserError(
         Problem(
@@ -60,6 +42,26 @@ def model_of(name: str) -> ModelConfig:
             f"did you mean {close[0]}?" if close else "",
         )
     )  # fmt: skip
+
+
+def in_small(model: ModelConfig, layers: int | None, vocab_rows: int | None) -> ModelConfig:
+    """A model with fewer layers, or a smaller vocabulary, of the same shape otherwise.
+
+    Raises:
+        UserError: for more than it has.
+    """
+    chosen = {"num_hidden_layers": layers, "vocab_size": vocab_rows}
+    options = {"num_hidden_layers": "--layers", "vocab_size": "--vocab-rows"}
+    given = {name: count for name, count in chosen.items() if count is not None}
+    problems = [
+        Problem("more than the model has", options[name], str(count), str(getattr(model, name)))
+        for name, count in given.items()
+        if count > getattr(model, name)
+    ]
+    if problems:
+        raise UserError(problems)
+    changed: dict[str, Any] = given
+    return replace(model, **changed)
 
 
 def planner_of(
@@ -99,6 +101,10 @@ def planner_of(
             problems.append(
                 Problem("sizes that make another world", option, str(ranks), str(known))
             )
+    if (ranks := max(size, engines) * (1 + apart)) > 2 * MOST_RANKS:
+        problems.append(
+            Problem("too many ranks", "--train, --rollout", str(ranks), f"up to {MOST_RANKS}")
+        )
     problems += _indivisible(model, t, r, size, engines)
     if not apart and engines != size:
         problems.append(
@@ -121,15 +127,18 @@ def planner_of(
 def _sizes(
     option: str, text: str, known: tuple[str, ...], problems: list[Problem]
 ) -> dict[str, int]:
-    found = dict.fromkeys(known, 1)
-    for part in filter(None, text.split(",")):
+    found: dict[str, int] = {}
+    for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in known or not value.isdecimal() or int(value) < 1:
-            expected = f"{', '.join(known)} = a positive number, joined by commas"
-            problems.append(Problem("not a layout", option, part, expected))
-            continue
-        found[name] = int(value)
-    return found
+        right = name in known and value.isdecimal() and 0 < int(value) <= MOST_RANKS
+        if not right:
+            expected = f"{', '.join(known)} = 1 to {MOST_RANKS}, joined by commas"
+            problems.append(Problem("not a layout", option, part or "nothing", expected))
+        elif name in found:
+            problems.append(Problem("a size given twice", option, text, f"{name} once"))
+        else:
+            found[name] = int(value)
+    return dict.fromkeys(known, 1) | found
 
 
 def _indivisible(
@@ -175,85 +184,15 @@ def _indivisible(
 
 
 def refuse_numbers(**options: float | None) -> None:
-    """Raise a UserError that lists every option that is not above zero; None is not given."""
-    problems = [
-        Problem("not above zero", "--" + name.replace("_", "-"), f"{value:g}", "a positive number")
-        for name, value in options.items()
-        if value is not None and value <= 0
-    ]
+    """Raise a UserError that lists every option out of its range; None is not given."""
+    most = {"world": MOST_RANKS, "message_mib": MOST_MESSAGE_MIB}
+    problems = []
+    for name, value in options.items():
+        limit = most.get(name)
+        if value is None or (0 < value < math.inf and (limit is None or value <= limit)):
+            continue
+        expected = f"1 to {limit}" if limit else "a positive number"
+        where = "--" + name.replace("_", "-")
+        problems.append(Problem("out of range", where, f"{value:g}", expected))
     if problems:
         raise UserError(problems)
-
-
-def run(planner: Planner, itemsize: int, message_bytes: int, rates: Rates, as_json: bool) -> int:
-    """Plan, and print what it moves."""
-    found = traffic(planner, itemsize, message_bytes)
-    if as_json:
-        values = dataclasses.asdict(found) | {
-            "trainer": dataclasses.asdict(planner.trainer),
-            "rollout": dataclasses.asdict(planner.rollout),
-            "seconds": {rank.rank: rates.seconds(rank) for rank in found.ranks},
-        }
-        print(json.dumps(values, indent=1))
-        return 0
-    for line in _table(planner, found, message_bytes, rates):
-        print(line)
-    return 0
-
-
-def _table(planner: Planner, found: Traffic, message_bytes: int, rates: Rates) -> Iterator[str]:
-    gib = 2**30
-    ranks = len({*planner.trainer.world, *planner.rollout.world})
-    yield f"{found.model_bytes / gib:.2f} GiB of weights, {ranks} ranks, {planner.trainer}"
-    yield f"to {planner.rollout}"
-    if len(found.ranks) < ranks:
-        yield f"(ranks of the first and the last node: {len(found.ranks)} of {ranks})"
-    yield ""
-    yield (
-        f"{'rank':>6}{'copied':>10}{'received':>10}{'bound':>10}{'network':>10}{'sent':>10}"
-        f"{'messages':>10}{'peers':>7}{'planned':>10}{'predicted':>11}"
-    )
-    for rank in found.ranks if len(found.ranks) <= 32 else _extremes(found.ranks):
-        yield (
-            f"{rank.rank:>6}{rank.copied / gib:>10.3f}{rank.received / gib:>10.3f}"
-            f"{rank.received_bound / gib:>10.3f}{rank.from_network / gib:>10.3f}"
-            f"{rank.sent / gib:>10.3f}{rank.messages:>10}{rank.peers:>7}{rank.plan_s:>8.2f} s"
-            f"{1e3 * rates.seconds(rank):>8.1f} ms"
-        )
-    yield ""
-    received, bound = (
-        sum(r.received for r in found.ranks), sum(r.received_bound for r in found.ranks)
-    )  # fmt: skip
-    yield f"received ÷ lower bound, all ranks    {_ratio(received, bound)}"
-    for node, (entered, least) in sorted(found.network.items()):
-        if least:
-            yield f"over the network ÷ lower bound, node {node:<3} {_ratio(entered, least)}"
-    most, mean = _send_balance(found)
-    yield f"sent by the busiest rank ÷ mean      {_ratio(most, mean)}"
-    yield f"buffers                              {2 * message_bytes / 2**20:.0f} MiB a rank"
-    slowest = max(rates.seconds(rank) for rank in found.ranks)
-    yield (
-        f"predicted                            {1e3 * slowest:.1f} ms at {rates.inside / 1e9:g} "
-        f"GB/s inside a node and {rates.network / 1e9:g} GB/s between nodes"
-    )
-
-
-def _extremes(ranks: list[RankTraffic]) -> list[RankTraffic]:
-    """The ranks that receive most, that send most, and that take longest to plan."""
-    chosen = {
-        max(ranks, key=lambda r: r.received).rank: 0,
-        max(ranks, key=lambda r: r.sent).rank: 0,
-        max(ranks, key=lambda r: r.plan_s).rank: 0,
-        ranks[0].rank: 0,
-        ranks[-1].rank: 0,
-    }
-    return [rank for rank in ranks if rank.rank in chosen]
-
-
-def _send_balance(found: Traffic) -> tuple[float, float]:
-    sent = [rank.sent for rank in found.ranks]
-    return max(sent), sum(sent) / len(sent)
-
-
-def _ratio(value: float, least: float) -> str:
-    return f"{value / least:.3f}" if least else ("1.000" if not value else "more than nothing")

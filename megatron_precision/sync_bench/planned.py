@@ -1,0 +1,127 @@
+"""What a weight sync moves between two layouts, planned on the spot.
+
+Neither torch nor an engine is loaded: a plan for a thousand ranks needs none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_precision.weights.plan import Planner
+from megatron_precision.weights.traffic import RankTraffic, Traffic, traffic
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one rank, one way, in bytes a second.
+
+    Attributes:
+        inside: between ranks of a node (NVLink).
+        network: between nodes (its NIC).
+    """
+
+    inside: float
+    network: float
+
+    def seconds(self, rank: RankTraffic) -> float:
+        """The time of a rank that neither waits nor packs: the larger way of either link."""
+        near = max(rank.received - rank.from_network, rank.sent - rank.to_network)
+        return near / self.inside + max(rank.from_network, rank.to_network) / self.network
+
+
+def run(planner: Planner, itemsize: int, message_bytes: int, rates: Rates, as_json: bool) -> int:
+    """Plan, and print what it moves."""
+    found = traffic(planner, itemsize, message_bytes)
+    if as_json:
+        values = dataclasses.asdict(found) | {
+            "trainer": dataclasses.asdict(planner.trainer),
+            "rollout": dataclasses.asdict(planner.rollout),
+            "seconds": {rank.rank: rates.seconds(rank) for rank in found.ranks},
+        }
+        print(json.dumps(values, indent=1))
+        return 0
+    for line in _table(planner, found, message_bytes, rates):
+        print(line)
+    return 0
+
+
+def _table(planner: Planner, found: Traffic, message_bytes: int, rates: Rates) -> Iterator[str]:
+    ranks = len({*planner.trainer.world, *planner.rollout.world})
+    unit, size = _unit(found.model_bytes)
+    yield f"{found.model_bytes / size:.2f} {unit} of weights, {ranks} rank{'s' * (ranks > 1)}"
+    yield from describe(planner)
+    if len(found.ranks) < ranks:
+        yield f"(ranks of the first and the last node: {len(found.ranks)} of {ranks})"
+    yield ""
+    yield (
+        f"{'rank':>6}{'copied':>10}{'received':>10}{'bound':>10}{'network':>10}{'sent':>10}"
+        f"{'messages':>10}{'peers':>7}{'planned':>10}{'predicted':>11}"
+    )
+    yield f"{'':>6}{unit:>10}{unit:>10}{unit:>10}{unit:>10}{unit:>10}"
+    for rank in found.ranks if len(found.ranks) <= 32 else _extremes(found.ranks):
+        yield (
+            f"{rank.rank:>6}{rank.copied / size:>10.3f}{rank.received / size:>10.3f}"
+            f"{rank.received_bound / size:>10.3f}{rank.from_network / size:>10.3f}"
+            f"{rank.sent / size:>10.3f}{rank.messages:>10}{rank.peers:>7}{rank.plan_s:>8.2f} s"
+            f"{1e3 * rates.seconds(rank):>8.1f} ms"
+        )
+    yield ""
+    received = sum(rank.received for rank in found.ranks)
+    bound = sum(rank.received_bound for rank in found.ranks)
+    yield f"received ÷ lower bound, all ranks    {_ratio(received, bound)}"
+    for node, (entered, least) in sorted(found.network.items()):
+        if least:
+            yield f"over the network ÷ lower bound, node {node:<3} {_ratio(entered, least)}"
+    sent = [rank.sent for rank in found.ranks if rank.sent]
+    if sent:
+        yield f"sent by the busiest ÷ mean           {max(sent) * len(sent) / sum(sent):.3f}"
+    yield f"buffers                              {2 * message_bytes / 2**20:.0f} MiB a rank"
+    slowest = max(rates.seconds(rank) for rank in found.ranks)
+    yield (
+        f"predicted                            {1e3 * slowest:.1f} ms at {rates.inside / 1e9:g} "
+        f"GB/s inside a node and {rates.network / 1e9:g} GB/s between nodes"
+    )
+
+
+def describe(planner: Planner) -> Iterator[str]:
+    """Both layouts, a line each."""
+    t, r = planner.trainer, planner.rollout
+    sizes = {"tp": t.tp, "pp": t.pp, "dp": t.size // (t.tp * t.pp)}
+    if planner.model.num_experts:
+        sizes |= {"ep": t.ep, "etp": t.etp}
+    yield f"trainer  {_sizes(sizes)}   ranks {_span(t.world)}"
+    sizes = {"tp": r.tp, "dp": r.size // r.tp} | ({"ep": r.tp} if r.expert_parallel else {})
+    yield f"engines  {_sizes(sizes)}   ranks {_span(r.world)}"
+
+
+def _sizes(sizes: dict[str, int]) -> str:
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _span(ranks: range) -> str:
+    return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _unit(most: int) -> tuple[str, int]:
+    """The largest unit of which there is one."""
+    units = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+    return next(((name, size) for name, size in units.items() if most >= size), ("KiB", 2**10))
+
+
+def _extremes(ranks: list[RankTraffic]) -> list[RankTraffic]:
+    """The ranks that receive most, that send most, and that take longest to plan."""
+    chosen = {
+        max(ranks, key=lambda r: r.received).rank: 0,
+        max(ranks, key=lambda r: r.sent).rank: 0,
+        max(ranks, key=lambda r: r.plan_s).rank: 0,
+        ranks[0].rank: 0,
+        ranks[-1].rank: 0,
+    }
+    return [rank for rank in ranks if rank.rank in chosen]
+
+
+def _ratio(value: float, least: float) -> str:
+    return f"{value / least:.3f}" if least else ("1.000" if not value else "more than nothing")
