@@ -18,6 +18,8 @@ TABLES = (
     "megatron_precision.sync_bench.planned",
     "megatron_precision.weights.architectures",
     "megatron_precision.weights.families",
+    "megatron_precision.weights.flat_ranges",
+    "megatron_precision.weights.holdings",
     "megatron_precision.weights.hf_config",
     "megatron_precision.weights.megatron_checkpoint",
     "megatron_precision.weights.known_models",

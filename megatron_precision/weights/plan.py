@@ -38,6 +38,7 @@ from megatron_precision.weights.families import (
     TrainerLayout,
     families,
 )
+from megatron_precision.weights.flat_ranges import FlatRanges
 from megatron_precision.weights.regions import Piece, slabs
 
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
@@ -122,6 +123,7 @@ class Planner:
     Attributes:
         ranks_per_node: of the world; consecutive ranks share a node.
         cell_elements: the most that a cell holds.
+        ranges: of the trainer's main copies, where these are sent and not its parameters.
     """
 
     model: ModelConfig
@@ -129,6 +131,7 @@ class Planner:
     rollout: RolloutLayout
     ranks_per_node: int = 8
     cell_elements: int = CELL_ELEMENTS
+    ranges: FlatRanges | None = None
 
     def node(self, rank: int) -> int:
         """The node of a rank."""
@@ -214,18 +217,18 @@ class Planner:
                     needers = self._nodes(
                         "rollout", self.rollout.group(self.model, at, cell.target)
                     )
-                    mine = rank in holders.get(node, ())
                     wanted = rank in needers.get(node, ())
-                    if not (mine or wanted):
+                    if not wanted and rank not in holders.get(node, ()):
                         continue
                     name = name or family.name(at)
-                    whole = Cell(name, cell.box.start, cell.box.shape)
                     # Turns go on from tensor to tensor, so that no rank is always the first.
                     turn = first_turn + cell.number
-                    if wanted:
-                        self._receive(plan, whole, turn, holders, needers)
-                    if mine:
-                        self._send(plan, whole, turn, holders, needers)
+                    for box, there in self._held(name, cell, holders):
+                        whole = Cell(name, box.start, box.shape)
+                        if wanted:
+                            self._receive(plan, whole, turn, there, needers)
+                        if rank in there.get(node, ()):
+                            self._send(plan, whole, turn, there, needers)
         return plan
 
     @functools.cached_property
@@ -242,6 +245,30 @@ class Planner:
                 found.setdefault(self.node(rank), []).append(rank)
             self._known[key] = {node: tuple(members) for node, members in found.items()}
         return self._known[key]
+
+    def _held(
+        self, name: str, cell: _FamilyCell, holders: dict[int, tuple[int, ...]]
+    ) -> Iterator[tuple[Box, dict[int, tuple[int, ...]]]]:
+        """A cell in parts that some trainers hold whole, with these: node → its ranks.
+
+        Raises:
+            PlanError: where no trainer holds a part.
+        """
+        if self.ranges is None:
+            yield cell.box, holders
+            return
+        ranks = [rank for members in holders.values() for rank in members]
+        for part, there in self.ranges.parts(name, cell.box, cell.source.piece, ranks):
+            if not there:
+                raise PlanError(f"no main copy holds {part.shape} of {name} from {part.start}")
+            nodes = {
+                node: tuple(rank for rank in members if rank in there)
+                for node, members in holders.items()
+            }
+            nodes = {node: members for node, members in nodes.items() if members}
+            begin, end = part.start[0], part.start[0] + part.shape[0]
+            for a, b in common_slabs(cell.source.piece, cell.target.piece, begin, end):
+                yield Box((a, *part.start[1:]), (b - a, *part.shape[1:])), nodes
 
     def _receive(
         self,

@@ -68,6 +68,26 @@ class Piece:
         leading = len(self.view) - (len(self.shape) - 1)
         return tuple(end - begin for begin, end in self.index[:leading])
 
+    def position(self, number: int) -> int:
+        """Where in the parameter an element of the box is, both counted in row-major order."""
+        found, inner = 0, 1
+        for size, (begin, end) in zip(reversed(self.view), reversed(self.index), strict=True):
+            number, at = divmod(number, end - begin)
+            found += (begin + at) * inner
+            inner *= size
+        return found
+
+    def elements_before(self, position: int) -> int:
+        """How many elements of the box come before a place in the parameter."""
+        found, inner, boxed = 0, math.prod(self.view), self.numel
+        for size, (begin, end) in zip(self.view, self.index, strict=True):
+            inner, boxed = inner // size, boxed // (end - begin)
+            at, position = divmod(position, inner)
+            found += (min(max(at, begin), end) - begin) * boxed
+            if not begin <= at < end:
+                break
+        return found
+
     def holds(self, start: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         """Whether a box of the Hugging Face tensor lies in the piece."""
         ends = zip(self.start, self.shape, start, shape, strict=True)

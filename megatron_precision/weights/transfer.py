@@ -95,6 +95,8 @@ class Transfer:
         at: where this rank stands in its engine.
         wire: dtype of what is sent.
         dtype: of the engine's parameters.
+        message_bytes: size of a message; two of them are held.
+        firsts: by parameter of which a range of elements is held, flat, its first element.
 
     Raises:
         PlanError: where either side is laid out otherwise than planned.
@@ -111,6 +113,7 @@ class Transfer:
         wire: torch.dtype,
         dtype: torch.dtype,
         message_bytes: int = MESSAGE_BYTES,
+        firsts: Mapping[str, int] | None = None,
     ) -> None:
         self._planner, self.engine = planner, engine
         parameters: Sequence[Parameter] = engine.parameters if engine else []
@@ -131,8 +134,9 @@ class Transfer:
             wire=wire,
             world_size=dist.get_world_size(),
             message_bytes=message_bytes,
+            firsts=firsts,
         )
-        views = Views(sources, "the trainer")
+        views = Views(sources, "the trainer", firsts)
         self._dtype = dtype
         self._proofs = [RegionProof(plan, views, wire=wire, engine=dtype) for plan in groups]
         self._needed = [

@@ -11,7 +11,7 @@ costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,7 @@ class Transport:
         wire: dtype of what is sent.
         world_size: ranks that take part.
         message_bytes: size of a message; two of them are held.
+        firsts: of the sources, see `Views`.
 
     Raises:
         PlanError: where a cell of the plan is in no piece: the layout is another than planned.
@@ -83,8 +84,9 @@ class Transport:
         wire: torch.dtype,
         world_size: int,
         message_bytes: int = MESSAGE_BYTES,
+        firsts: Mapping[str, int] | None = None,
     ) -> None:
-        have, need = Views(sources, "the trainer"), Views(targets, "the engine")
+        have, need = Views(sources, "the trainer", firsts), Views(targets, "the engine")
         self._wire = wire
         limit = message_bytes // wire.itemsize
         self._groups = [_bind(plan, have, need, world_size, limit) for plan in groups]
@@ -139,10 +141,11 @@ class Views:
     Args:
         held: every piece, with the parameter that holds it.
         side: for messages.
+        firsts: by parameter of which a range of elements is held, flat, its first element.
     """
 
-    def __init__(self, held: Held, side: str) -> None:
-        self._side = side
+    def __init__(self, held: Held, side: str, firsts: Mapping[str, int] | None = None) -> None:
+        self._side, self._firsts = side, firsts or {}
         self._held: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
         for piece, tensor in held:
             self._held.setdefault(piece.hf_name, []).append((piece, tensor))
@@ -154,7 +157,15 @@ class Views:
             PlanError: where no piece holds it.
         """
         piece, tensor = self.holder(cell)
-        return view_of(cell, piece, tensor)
+        if piece.parameter not in self._firsts:
+            return view_of(cell, piece, tensor)
+        # The view that the whole parameter would have, from the range's first element.
+        whole = view_of(cell, piece, torch.empty(piece.view, device="meta"))
+        begin = whole.storage_offset() - self._firsts[piece.parameter]
+        extent = sum((n - 1) * s for n, s in zip(whole.shape, whole.stride(), strict=True))
+        if begin < 0 or begin + extent >= tensor.numel():
+            raise self._missing(cell)
+        return tensor.as_strided(whole.shape, whole.stride(), tensor.storage_offset() + begin)
 
     def holder(self, cell: Cell) -> tuple[Piece, torch.Tensor]:
         """The piece that a cell lies in, and its parameter.
@@ -165,7 +176,10 @@ class Views:
         for piece, tensor in self._held.get(cell.hf_name, ()):
             if piece.holds(cell.start, cell.shape):
                 return piece, tensor
-        raise PlanError(
+        raise self._missing(cell)
+
+    def _missing(self, cell: Cell) -> PlanError:
+        return PlanError(
             f"{self._side} does not hold {cell.shape} of {cell.hf_name} from {cell.start} on this "
             "rank: its layout is not the one that was planned for"
         )

@@ -15,10 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layout_oracle import DENSE, MODELS, engine_rank, numbered, trainer_rank
+from layout_oracle import DENSE, MODELS, Held, engine_rank, numbered, trainer_rank
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
+from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
 from megatron_precision.weights.plan import Cell, PlanError, Planner, RankPlan
 from megatron_precision.weights.regions import Piece, slabs
 
@@ -92,7 +93,7 @@ class World:
     def check_bytes(self) -> None:
         """No rank and no node receives more than what it needs and has not."""
         needs = {r: _elements(h.pieces, self.planner.model) for r, h in self.engines.items()}
-        has = {r: _elements(h.pieces, self.planner.model) for r, h in self.trainers.items()}
+        has = {r: _held(h) for r, h in self.trainers.items()}
         for rank, elements in needs.items():
             assert self.received[rank] == len(elements - has.get(rank, set()))
         nodes = {self.planner.node(rank) for rank in needs}
@@ -106,6 +107,12 @@ class World:
 def _elements(pieces: list[Piece], model: ModelConfig) -> set[int]:
     source = numbered(model)
     return {int(x) for p in pieces for x in source[p.hf_name][p.box].flatten()}
+
+
+def _held(held: Held) -> set[int]:
+    """The numbers of a trainer's parameters; -1 is padding, or another rank's main copy."""
+    names = {piece.parameter for piece in held.pieces}
+    return {int(x) for name in names for x in held.tensors[name].flatten() if x > 0}
 
 
 def pairs(
@@ -197,6 +204,55 @@ def planners(draw: st.DrawFn) -> Planner:
         ranks_per_node=draw(st.sampled_from([1, 2, 3, 8])),
         cell_elements=draw(st.sampled_from([1, 7, 64, 2**22])),
     )
+
+
+@st.composite
+def main_copies(draw: st.DrawFn) -> tuple[Planner, FlatRanges]:
+    """Every parameter of data-parallel replicas, cut anywhere between them; some held whole."""
+    planner = draw(planners())
+    layout = planner.trainer
+    replicated = dataclasses.replace(layout, size=layout.size * draw(st.sampled_from([1, 2, 3])))
+    size = math.lcm(replicated.size, planner.rollout.size)
+    first = size if planner.rollout.first else 0
+    planner = dataclasses.replace(
+        planner,
+        trainer=dataclasses.replace(layout, size=size),
+        rollout=dataclasses.replace(planner.rollout, size=size, first=first),
+    )
+    replicas: dict[tuple[tuple[str, tuple[int, ...]], ...], list[tuple[int, int]]] = {}
+    for rank in planner.trainer.world:
+        held = trainer_rank(planner.model, planner.trainer, rank)
+        for name in dict.fromkeys(piece.parameter for piece in held.pieces):
+            pieces = tuple((p.hf_name, p.start) for p in held.pieces if p.parameter == name)
+            replicas.setdefault(pieces, []).append((rank, held.tensors[name].numel()))
+    ranges: dict[int, list[FlatRange]] = {}
+    for pieces, ranks in replicas.items():
+        if draw(st.integers(0, 4)) == 0:
+            continue  # an FP32 parameter of a 16-bit model: no copy, and whole everywhere
+        numel = ranks[0][1]
+        edges = sorted(draw(st.integers(0, numel)) for _ in ranks[1:])
+        spans = zip([0, *edges], [*edges, numel], strict=True)
+        for (rank, _), (begin, end) in zip(ranks, spans, strict=True):
+            ranges.setdefault(rank, []).extend(
+                FlatRange(name, start, begin, end) for name, start in pieces
+            )
+    return planner, FlatRanges(tuple(tuple(ranges.get(r, ())) for r in range(2 * size)))
+
+
+@given(main_copies())
+@settings(max_examples=40, deadline=None)
+def test_main_copies_in_flat_ranges(made: tuple[Planner, FlatRanges]) -> None:
+    """A rank has the numbers of its ranges alone: whatever else is sent from it arrives as -1."""
+    planner, ranges = made
+    world = World(dataclasses.replace(planner, ranges=ranges))
+    for rank, held in world.trainers.items():
+        parameters = {(p.hf_name, p.start): p.parameter for p in held.pieces}
+        for found in ranges.by_rank[rank]:
+            flat = held.tensors[parameters[found.hf_name, found.start]].view(-1)
+            flat[: found.begin] = -1
+            flat[found.end :] = -1
+    world.run()
+    world.check()
 
 
 @given(planners())
