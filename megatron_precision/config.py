@@ -15,7 +15,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_precision.precision.policy import PrecisionPolicy, policy
+from megatron_precision.precision.policy import PrecisionPolicy, WireSource, policy
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,14 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class SyncConfig:
+    """The weight sync: what is sent, and the size of a message, of which a rank holds two."""
+
+    wire_source: WireSource = "parameters"
+    message_mib: int = 64
+
+
+@dataclass(frozen=True)
 class AlgorithmConfig:
     """An algorithm by its name in `rl/algorithms.py`, and the constants of its formula."""
 
@@ -248,6 +256,7 @@ class RunConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     perfectible: PerfectibleConfig = field(default_factory=PerfectibleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     algo: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
@@ -258,7 +267,7 @@ class RunConfig:
     @property
     def policy(self) -> PrecisionPolicy:
         """The precision policy that `precision` names."""
-        return policy(self.precision)
+        return policy(self.precision, self.sync.wire_source)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_precision.actor.batch import Batch, MicroBatch, plan_micro_batches
 from megatron_precision.actor.logprobs import response_logprobs
+from megatron_precision.actor.main_copies import MainCopies
 from megatron_precision.actor.models import build_model, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.parallel import coordinates
@@ -110,12 +111,17 @@ class Actor:
 
     def held_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece of the model on this rank, with the live parameter that holds it."""
+        return [(piece, live.data) for _, live, pieces in self._parameters() for piece in pieces]
+
+    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
         at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
-        return [
-            (piece, parameter.data)
-            for name, parameter in self.model.module.named_parameters()
-            for piece in megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
-        ]
+        for name, parameter in self.model.module.named_parameters():
+            pieces = megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
+            yield name, parameter, pieces
+
+    def main_copies(self) -> MainCopies:
+        """The FP32 main copies on this rank."""
+        return MainCopies.of(self._parameters(), self.optimizer)
 
     def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece of the model on this rank, with its strided view of the live parameter."""
@@ -131,15 +137,21 @@ class Actor:
             change: (piece, its values) to new values of the same shape.
         """
         pieces = self.weight_pieces()
-        true = [view.clone() for _, view in pieces]
+        held = [view for _, view in pieces]
+        with_main_copies = self.policy.wire_source == "main_copies"
+        if with_main_copies:
+            held += [values for _, values in self.main_copies().held]
+        true = [view.clone() for view in held]
         try:
             with torch.no_grad():
                 for piece, view in pieces:
                     view.copy_(change(piece, view))
+            if with_main_copies:
+                self.optimizer.reload_main_params()
             yield
         finally:
             with torch.no_grad():
-                for (_, view), values in zip(pieces, true, strict=True):
+                for view, values in zip(held, true, strict=True):
                     view.copy_(values)
 
     @torch.no_grad()

@@ -32,6 +32,19 @@ class OptimizerOutcome:
     learning_rate: float
 
 
+@dataclass(frozen=True)
+class MainCopy:
+    """A rank's range of a parameter's FP32 main copy.
+
+    Attributes:
+        begin: the first of the parameter's elements, in row-major order.
+        values: FP32, flat; empty where other ranks have all of it.
+    """
+
+    begin: int
+    values: torch.Tensor
+
+
 class ActorOptimizer:
     """AdamW on FP32 main parameters, sharded by Megatron's distributed optimizer."""
 
@@ -109,6 +122,22 @@ class ActorOptimizer:
         self.megatron.step_with_ready_grads()
         self.applied_steps += 1
         return OptimizerOutcome(False, grad_norm, learning_rate)
+
+    def main_copy(self, parameter: torch.nn.Parameter) -> MainCopy | None:
+        """This rank's range of a parameter's main copy; None for a parameter that has none.
+
+        Raises:
+            RuntimeError: where the optimizer keeps it to itself (a precision-aware one).
+        """
+        if not hasattr(parameter, "main_param_sharded"):
+            return None
+        for member in self.members:
+            if parameter in getattr(member, "model_param_gbuf_map", {}):
+                if parameter.main_param is None:
+                    raise RuntimeError("the optimizer holds the main parameters inside its kernels")
+                held = member._get_model_param_range_map(parameter)["param"]
+                return MainCopy(held.start, parameter.main_param.data)
+        return MainCopy(0, torch.empty(0, device=parameter.device))
 
     def reload_main_params(self) -> None:
         """Make the FP32 main parameters equal the model's, after weights were loaded."""

@@ -15,6 +15,7 @@ from typing import Literal
 
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
+WireSource = Literal["parameters", "main_copies"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class PrecisionPolicy:
         rollout_params: the engine's parameters, and its compute dtype.
         kv_cache: the engine's KV cache.
         wire: what the weight sync carries between trainer and engine.
+        wire_source: what the trainer casts to it: its parameters, or the optimizer's FP32 copies.
     """
 
     name: str
@@ -46,6 +48,7 @@ class PrecisionPolicy:
     rollout_params: DType
     kv_cache: DType
     wire: DType
+    wire_source: WireSource = "parameters"
 
     @property
     def loss_scaling(self) -> bool:
@@ -53,12 +56,14 @@ class PrecisionPolicy:
         return self.grads == "fp16"
 
 
-def policy(name: str) -> PrecisionPolicy:
+def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy:
     """Build the policy that a user names.
 
     Args:
         name: `fp16`, `bf16` or `fp32` for both sides, or `TRAIN/ROLLOUT` (`bf16/fp16`) to set
             the trainer's and the engine's dtype apart, as the paper's precision ablation does.
+        wire_source: `main_copies` casts them to the engine's dtype, so that the engine's weights
+            are rounded once and not twice.
 
     Returns:
         The policy. Accumulation, reduction, main parameters, router and log-probs are fp32 in
@@ -87,7 +92,8 @@ def policy(name: str) -> PrecisionPolicy:
         logprobs="fp32",
         rollout_params=_dtype(rollout),
         kv_cache=_dtype(rollout),
-        wire=_dtype(train),
+        wire=_dtype(rollout if wire_source == "main_copies" else train),
+        wire_source=wire_source,
     )
 
 

@@ -159,16 +159,14 @@ class VllmEngine:
         self,
         planner: Planner,
         sources: list[tuple[Piece, torch.Tensor]],
-        wire: torch.dtype,
-        dtype: torch.dtype,
+        **options: Any,
     ) -> Transfer:
-        """Bind a plan to this rank's trainer and engine; see `Transfer`."""
+        """Bind a plan to this rank's trainer and engine; `options` are those of `Transfer`."""
         init_info = {
             "planner": planner,
             "sources": sources,
             "at": self.coordinates(),
-            "wire": wire,
-            "dtype": dtype,
+            **options,
         }
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
         worker = self.llm.model_executor.driver_worker.worker

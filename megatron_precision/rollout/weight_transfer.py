@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class PlannedInit(WeightTransferInitInfo):
     wire: torch.dtype
     dtype: torch.dtype
     message_bytes: int = MESSAGE_BYTES
+    firsts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,6 +63,7 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
             wire=init_info.wire,
             dtype=init_info.dtype,
             message_bytes=init_info.message_bytes,
+            firsts=init_info.firsts,
         )
 
     def start_weight_update(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -18,6 +18,7 @@ from megatron_precision.config import RunConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
+from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
 from megatron_precision.weights.plan import PlanError, Planner
 
 
@@ -53,6 +54,13 @@ def colocated_planner(config: RunConfig) -> Planner:
     return Planner(config.model, trainer, rollout, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
+def _all_ranges(actor: Actor) -> FlatRanges:
+    """What every rank holds of the main copies."""
+    everyone: list[tuple[FlatRange, ...]] = [()] * dist.get_world_size()
+    dist.all_gather_object(everyone, tuple(actor.main_copies().ranges))
+    return FlatRanges(tuple(everyone))
+
+
 class WeightSync:
     """Pushes the trainer's weights into the engine, and proves each push.
 
@@ -61,10 +69,11 @@ class WeightSync:
     """
 
     def __init__(self, actor: Actor, engine: VllmEngine, config: RunConfig) -> None:
-        self._actor, self._engine = actor, engine
+        self._actor, self._engine, self._config = actor, engine, config
         self._planner = colocated_planner(config)
         self.wire_dtype = torch_dtype(config.policy.wire)
-        self._dtype = torch_dtype(config.policy.rollout_params)
+        if config.policy.wire_source == "main_copies":
+            self._planner = replace(self._planner, ranges=_all_ranges(actor))
         everyone = [""] * dist.get_world_size()
         dist.all_gather_object(everyone, self._planner.fingerprint)
         if len(set(everyone)) > 1:
@@ -73,8 +82,19 @@ class WeightSync:
 
     def bind(self) -> None:
         """Bind the plan to the tensors as they are now; again after either side was offloaded."""
+        firsts: dict[str, int] = {}
+        if self._planner.ranges is None:
+            sources = self._actor.held_pieces()
+        else:
+            copies = self._actor.main_copies()
+            sources, firsts = copies.held, copies.firsts
         self.transfer = self._engine.connect(
-            self._planner, self._actor.held_pieces(), self.wire_dtype, self._dtype
+            self._planner,
+            sources,
+            wire=self.wire_dtype,
+            dtype=torch_dtype(self._config.policy.rollout_params),
+            message_bytes=self._config.sync.message_mib * 2**20,
+            firsts=firsts,
         )
 
     def push(self, weight_version: int) -> SyncResult:

@@ -52,10 +52,15 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Group:
-    """A part of the plan, bound to tensors: local copies, then rounds of turns."""
+    """A part of the plan, bound to tensors: local copies, then rounds of turns.
+
+    Attributes:
+        through_wire: a copy at once would round otherwise than what comes from another rank.
+    """
 
     copy_from: list[torch.Tensor]
     copy_to: list[torch.Tensor]
+    through_wire: bool
     rounds: list[list[_Turn]]
 
 
@@ -89,7 +94,7 @@ class Transport:
         have, need = Views(sources, "the trainer", firsts), Views(targets, "the engine")
         self._wire = wire
         limit = message_bytes // wire.itemsize
-        self._groups = [_bind(plan, have, need, world_size, limit) for plan in groups]
+        self._groups = [_bind(plan, have, need, wire, world_size, limit) for plan in groups]
         turns = [turn for group in self._groups for turns in group.rounds for turn in turns]
         messages = [message for turn in turns for message in (*turn.sends, *turn.receives)]
         longest = max((message.numel for message in messages), default=0)
@@ -109,9 +114,9 @@ class Transport:
         """Bring a group's tensors up to date; every rank of the world calls it, in order."""
         part = self._groups[group]
         if part.copy_to:
-            if self._wire in (part.copy_from[0].dtype, part.copy_to[0].dtype):
+            if not part.through_wire:
                 torch._foreach_copy_(part.copy_to, part.copy_from)
-            else:  # through the wire's dtype, as what comes from another rank does
+            else:
                 for target, source in zip(part.copy_to, part.copy_from, strict=True):
                     target.copy_(source.to(self._wire))
         for turns in part.rounds:
@@ -190,7 +195,9 @@ def view_of(cell: Cell, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
 
 
-def _bind(plan: RankPlan, have: Views, need: Views, world_size: int, limit: int) -> _Group:
+def _bind(
+    plan: RankPlan, have: Views, need: Views, wire: torch.dtype, world_size: int, limit: int
+) -> _Group:
     copy_from = [have.of(cell) for cell in plan.copies]
     # The engine's views are rows; the trainer's may be rows by group and head.
     copy_to = [
@@ -200,7 +207,9 @@ def _bind(plan: RankPlan, have: Views, need: Views, world_size: int, limit: int)
         list(_turns(plan.rank, world_size, exchange, source, need, limit))
         for exchange, source in ((plan.direct, have), (plan.fan_out, need))
     ]
-    return _Group(copy_from, copy_to, rounds)
+    ends = zip(copy_from, copy_to, strict=True)
+    through_wire = any(wire not in (source.dtype, target.dtype) for source, target in ends)
+    return _Group(copy_from, copy_to, through_wire, rounds)
 
 
 def _turns(

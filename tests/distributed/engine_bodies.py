@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +16,21 @@ import torch.distributed as dist
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import RunConfig
 from megatron_precision.data.arithmetic import make_questions
+from megatron_precision.data.supervised import warm_start_batches
 from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
 from megatron_precision.rollout.engine import Request, Rollout, Sampling, request_seed
 from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreementError
+from megatron_precision.train.prepare import _supervised_step
 from megatron_precision.train.session import Session
+from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
+from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSyncError
 from megatron_precision.weights.transfer import Proof
+from megatron_precision.weights.vllm_layout import vllm_pieces
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -374,3 +380,65 @@ def mismatch_alone(
     session = open_session(config, tensors, folder)
     session.sync.push(0)
     return mismatch(session, config)
+
+
+def assembled_main_copies(session: Session) -> dict[str, torch.Tensor]:
+    """Main copies as Hugging Face tensors, from Megatron's own groups and ranges of every rank."""
+    mine = []
+    names = {id(p): name for name, p in session.actor.model.module.named_parameters()}
+    for member in session.actor.optimizer.members:
+        for models, mains in zip(
+            member.model_float16_groups, member.shard_fp32_from_float16_groups, strict=True
+        ):
+            for parameter, main in zip(models, mains, strict=True):
+                held = member._get_model_param_range_map(parameter)["param"]
+                mine.append((names[id(parameter)], tuple(parameter.shape), held.start, main.data))
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    whole: dict[str, torch.Tensor] = {}
+    for name, shape, begin, values in itertools.chain(*everyone):
+        flat = whole.setdefault(name, torch.full(shape, torch.nan)).view(-1)
+        flat[begin : begin + len(values)] = values
+    found = {name: torch.empty(shape) for name, shape in hf_shapes(session.config.model).items()}
+    for name, tensor in whole.items():
+        shape = tuple(tensor.shape)
+        for piece in megatron_pieces(name, shape, session.config.model, ShardCoordinates()):
+            values = tensor.view(piece.view)[piece.spans].reshape(piece.shape)
+            found[piece.hf_name][piece.box] = values
+    return found
+
+
+def engine_tensors(session: Session) -> dict[str, torch.Tensor]:
+    """What a one-rank engine's kernels read, as Hugging Face tensors."""
+    model, engine = session.config.model, session.sync.transfer.engine
+    found: dict[str, torch.Tensor] = {}
+    for parameter in engine.parameters:
+        for read in engine.reads(parameter.name):
+            for piece in vllm_pieces(parameter.name, parameter.shape, model, ShardCoordinates()):
+                found[piece.hf_name] = read.view(piece.view)[piece.spans].reshape(piece.shape)
+    return found
+
+
+def synced_main_copies(
+    config: RunConfig, tensors: dict[str, torch.Tensor], folder: str
+) -> dict[str, Any]:
+    """A step, and a push of what the optimizer then holds: both sides, and the parameters."""
+    session = open_session(config, tensors, folder)
+    session.check(questions(config, 8))
+    batches = warm_start_batches(config.task, session.tokenizer, batch_size=16, seed=1)
+    _supervised_step(session, next(batches))
+    result = session.sync.push(3)
+    return {
+        "main": assembled_main_copies(session),
+        "parameters": full_tensors(session.actor, config.model),
+        "engine": engine_tensors(session),
+        "bytes": result.bytes,
+        "damaged": complaint_of_main_copies(session),
+    }
+
+
+def complaint_of_main_copies(session: Session) -> str:
+    """What a proof says when one main copy has changed since the push."""
+    for values in [values for _, values in session.actor.main_copies().held if len(values)][:1]:
+        values[0] += 1
+    return error_of(WeightSyncError, lambda: session.sync.prove(4))

@@ -15,9 +15,11 @@ from oracle import checkpoint, random_hf_model
 from megatron_precision.config import (
     LossScaleConfig,
     ModelConfig,
+    OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
+    SyncConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -113,5 +115,21 @@ def mismatch_world(world: str) -> dict[str, torch.Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         found = run_distributed(
             "engine_bodies.mismatch_alone", 2, config(world), weights(world.split()[0]), folder
+        )
+    return found
+
+
+def main_copies_world() -> dict[str, Any]:
+    """Two replicas of an MoE model that trains in BF16, and rolls out in FP16 by main copies."""
+    changed = dataclasses.replace(
+        config("MoE bf16"),
+        precision="bf16/fp16",
+        parallel=ParallelConfig(2, 1, rollout_tp_size=1),
+        sync=SyncConfig("main_copies"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = run_distributed(
+            "engine_bodies.synced_main_copies", 2, changed, weights("MoE"), folder
         )
     return found

@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from engine_worlds import LAYOUTS, engine_world, every_world, fresh_world
+from engine_worlds import LAYOUTS, engine_world, every_world, fresh_world, main_copies_world
 from oracle import logprobs_of
 
 from megatron_precision.weights.hf_model import build_hf_model
@@ -130,3 +130,18 @@ def test_vllms_own_reload_without_our_repack_is_caught_at_the_experts(world: str
         for layer in range(2)
         for stack in ("w13_weight", "w2_weight")
     }
+
+
+def test_main_copies_are_rounded_once_for_the_engine() -> None:
+    """The distributed optimizer's halves of each parameter, cast from FP32 to the engine's FP16."""
+    found = main_copies_world()
+    once = {name: main.half() for name, main in found["main"].items()}
+    twice = {name: values.half() for name, values in found["parameters"].items()}
+    assert found["engine"].keys() == once.keys()
+    assert [n for n, values in found["engine"].items() if not torch.equal(values, once[n])] == []
+    # Main copies have digits that the parameters lost: the test could fail.
+    assert sum(int((once[name] != twice[name]).sum()) for name in once) > 1000
+    # One of two replicas holds each element: half of them come from the other rank.
+    numel = sum(tensor.numel() for tensor in once.values())
+    assert found["bytes"] / (2 * numel) == pytest.approx(0.5, abs=0.05)
+    assert "differs" in found["damaged"]
