@@ -9,7 +9,7 @@ takes it to mean (`DEFAULTS`); `defaults_taken` says which were.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,11 +134,12 @@ def defaults_taken(path: Path) -> dict[str, object]:
     }
 
 
-def read_object(path: Path, what: str) -> dict[str, Any]:
+def read_object(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
         what: it is, for messages.
+        remedy: for whoever has a file that holds anything else.
 
     Raises:
         UserError: where the file cannot be read, or holds anything else.
@@ -155,7 +156,9 @@ def read_object(path: Path, what: str) -> dict[str, Any]:
         got = "bytes that are no text in UTF-8"
     except json.JSONDecodeError as wrong:
         got = f"no JSON from line {wrong.lineno}, column {wrong.colno} on"
-    raise UserError(Problem(f"cannot read {what}", str(path), got, "a JSON object"))
+    except (ValueError, RecursionError):  # JSON, but not for Python
+        got = "a number too long to be read, or lists too deep"
+    raise UserError(Problem(f"cannot read {what}", str(path), got, "a JSON object", remedy))
 
 
 def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -266,7 +269,9 @@ def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> It
 
 
 def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:

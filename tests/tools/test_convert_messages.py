@@ -157,6 +157,11 @@ def binary_config(folder: Path) -> str:
     return "bytes that are no text in UTF-8"
 
 
+def deep_config(folder: Path) -> str:
+    (folder / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    return "lists too deep"
+
+
 def manifest_of(text: str, told: str) -> Callable[[Path], str]:
     def damage(folder: Path) -> str:
         (folder / manifest.FILE).write_text(text, encoding="utf-8")
@@ -182,6 +187,7 @@ def manifest_of(text: str, told: str) -> Callable[[Path], str]:
         ("hf", header(b'{"a": {"dtype": "F16", "shape": [-1], "data_offsets": [0, 0]}}')),
         ("hf", garbage_config),
         ("hf", binary_config),
+        ("hf", deep_config),
     ],
 )
 def test_damage_is_told_in_plain_words(
@@ -195,6 +201,7 @@ def test_damage_is_told_in_plain_words(
     assert main([command, str(tmp_path / side), str(tmp_path / "out")]) == 2
     error = message(capsys)
     assert told in error
+    assert "remedy:" in error or side == "hf"
     for python in ("Error", "Errno", "Traceback", "unpack", "invalid load key", "Expecting"):
         assert python not in error
     assert not (tmp_path / "out").exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -18,9 +20,11 @@ import psutil
 import pytest
 from oracle import DENSE
 
+from megatron_precision.errors import UserError
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_config import hf_config
 from tools.checkpoint_convert.cli import main
+from tools.checkpoint_convert.workers import run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,10 +100,7 @@ def test_a_conversion_that_is_stopped_anywhere_leaves_nothing(
 def test_a_conversion_by_several_processes_is_stopped_as_one(
     moment: str, number: signal.Signals, line: str, tmp_path: Path
 ) -> None:
-    """While the workers start, and while they write. Ctrl-C goes to all, SIGTERM to the first.
-
-    How soon the workers end is not covered: a few seconds of work each.
-    """
+    """While the workers start, and while they write. Ctrl-C goes to all, SIGTERM to the first."""
     hf = zeros(tmp_path / "hf", 3_000_000)
     words = ["-m", "tools.checkpoint_convert", "import", str(hf), str(tmp_path / "out")]
     running = subprocess.Popen(
@@ -125,3 +126,33 @@ def test_a_conversion_by_several_processes_is_stopped_as_one(
         return False
 
     until(gone)
+
+
+@pytest.mark.parametrize(
+    ("ends", "kind", "told"),
+    [
+        ("raise ValueError('refused')", ValueError, "^refused$"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", UserError, "a worker was killed"),
+    ],
+)
+def test_when_one_worker_ends_the_others_are_not_waited_for(
+    ends: str, kind: type[Exception], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"""
+import os, signal, time
+class Ends:
+    def run(self, progress):
+        {ends}
+class Sleeps:
+    def run(self, progress):
+        time.sleep(50)
+"""
+    (tmp_path / "worker_tasks.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "worker_tasks", raising=False)
+    tasks = importlib.import_module("worker_tasks")
+    began = time.monotonic()
+    with pytest.raises(kind, match=told):
+        run_tasks([tasks.Sleeps(), tasks.Ends()], 2, lambda _bytes: None)
+    assert time.monotonic() - began < 40
+    assert not multiprocessing.active_children()

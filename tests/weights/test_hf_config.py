@@ -100,6 +100,7 @@ def test_transformers_5_writes_the_same_in_other_fields() -> None:
         (LLAMA_3_2_3B, "mlp_bias", True),
         (QWEN3_14B, "rope_theta", "1e6"),
         (QWEN3_14B, "rope_parameters", {"rope_theta": 0}),
+        (QWEN3_14B, "rope_theta", 10**400),
         (LLAMA_3_2_3B, "rms_norm_eps", None),
         (
             LLAMA_3_2_3B,

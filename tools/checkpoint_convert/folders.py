@@ -10,6 +10,8 @@ from megatron_precision.errors import Problem
 PARTIAL = ".partial"
 # The file that a `torch_dist` folder has and no other.
 METADATA = ".metadata"
+# The remedy for what was damaged or lost after a conversion.
+COPY_AGAIN = "copy it again from where it was written"
 
 
 def is_megatron(path: Path) -> bool:
@@ -59,7 +61,9 @@ def target_problems(source: Path | None, target: Path) -> list[Problem]:
         got = f"a name that ends in {PARTIAL}"
         if target.exists():
             got = "a folder that exists" if target.is_dir() else "a file that exists"
-        return [Problem("not a new folder", str(target), got, "a new folder")]
+        return [
+            Problem("not a new folder", str(target), got, "a new folder", "choose another name")
+        ]
     if source is not None and target.is_relative_to(source.resolve()):
         return [
             Problem(

@@ -78,8 +78,8 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
         ids = tokenizer(TEXT).input_ids
         if not ids:
             raise ValueError("a tokenizer without a vocabulary")
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as missing:
-        print(f"no tokenizer ({type(missing).__name__}): random tokens are used")
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError):
+        print("no tokenizer that can be read: random tokens are used")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (1, 64), generator=generator), False
     longest = source.model.max_position_embeddings
@@ -90,6 +90,7 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
 def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it draws into files too
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import read_object
+from tools.checkpoint_convert.folders import COPY_AGAIN
 
 FILE = "conversion_manifest.json"
 VERSION = 1
@@ -58,14 +59,14 @@ def read(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.exists():
         return None
-    values = read_object(path, "the manifest")
+    remedy = "copy it again; or delete it, and the folder is taken as it is"
+    values = read_object(path, "the manifest", remedy)
     if got := _malformed(values):
         raise UserError(
             Problem(
-                "cannot read the manifest", str(path), got, f"what version {VERSION} writes",
-                "copy it again; or delete it, and the folder is taken as it is",
+                "cannot read the manifest", str(path), got, f"what version {VERSION} writes", remedy
             )
-        )  # fmt: skip
+        )
     found = Manifest(values["tensors"], values["sizes"], values["files"])
     if problems := list(_file_problems(folder, found)):
         raise UserError(problems)
@@ -84,18 +85,17 @@ def _malformed(values: Mapping[str, Any]) -> str:
 
 
 def _file_problems(folder: Path, found: Manifest) -> Iterator[Problem]:
-    copy_again = "copy it again from where it was written"
     for name, size in found.sizes.items():
         path = folder / name
         if not path.is_file():
-            yield Problem("a file is missing", str(path), "no file", f"{size} bytes", copy_again)
+            yield Problem("a file is missing", str(path), "no file", f"{size} bytes", COPY_AGAIN)
         elif path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes"
-            yield Problem("a file of another size", str(path), got, f"{size} bytes", copy_again)
+            yield Problem("a file of another size", str(path), got, f"{size} bytes", COPY_AGAIN)
     for name, digest in found.files.items():
         path, expected = folder / name, f"sha256 {digest}"
         if not path.is_file():
-            yield Problem("a file is missing", str(path), "no file", expected, copy_again)
+            yield Problem("a file is missing", str(path), "no file", expected, COPY_AGAIN)
         elif (got := f"sha256 {_hash(path)}") != expected:
             yield Problem(
                 "a file is not as it was written", str(path), got, expected,

@@ -42,7 +42,7 @@ def read_header(file: Path) -> list[tuple[str, torch.dtype, tuple[int, ...], int
         text = stream.read(length)
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise DamagedHeader("a header that is no JSON object")

@@ -127,6 +127,7 @@ def counted(
         Problem(
             "the configuration and the tensors disagree", f"{config}: {name}",
             str(getattr(model, name)), f"{count}, by the tensors",
+            "take the config.json that came with these weights",
         )
         for name, count in shown.items()
         if count and count != getattr(model, name)

@@ -32,7 +32,7 @@ from megatron_precision.weights.hf_config import read_model
 from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, row_runs, slots
 from megatron_precision.weights.regions import round_up
 from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.folders import METADATA
+from tools.checkpoint_convert.folders import COPY_AGAIN, METADATA
 from tools.checkpoint_convert.source import (
     Scratch,
     TensorInfo,
@@ -225,18 +225,18 @@ class TorchDistFolder:
         except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as wrong:
             got = "bytes that are no stored tensor"
             raise UserError(
-                Problem("a damaged tensor", where, got, "what torch.save wrote")
+                Problem("a damaged tensor", where, got, "what torch.save wrote", COPY_AGAIN)
             ) from wrong
         expected = f"{self._stored(name)[1].properties.dtype} {list(chunk.sizes)}"
         tensor = isinstance(saved, torch.Tensor)
         found = f"{saved.dtype} {list(saved.shape)}" if tensor else "something else"
         if found != expected:
-            raise UserError(Problem("a damaged tensor", where, found, expected))
+            raise UserError(Problem("a damaged tensor", where, found, expected, COPY_AGAIN))
         storage = saved.untyped_storage()
         begin = storage._checkpoint_offset  # of the archive; set by torch.load, which documents it
         if begin + storage.nbytes() > at.length:
-            held = f"{at.length} bytes"
-            raise UserError(Problem("a damaged tensor", where, held, f"{storage.nbytes()} bytes"))
+            got, expected = f"{at.length} bytes", f"{storage.nbytes()} bytes"
+            raise UserError(Problem("a damaged tensor", where, got, expected, COPY_AGAIN))
         place = _Place(file, at.offset + begin, saved.storage_offset(), saved.stride())
         self._places[index] = place
         return place
@@ -253,10 +253,10 @@ class TorchDistFolder:
         for name, end in sorted(ends.items()):
             file = self.path / name
             if not file.is_file():
-                yield Problem("a file is missing", str(file), "no file", f"{end} bytes")
+                yield Problem("a file is missing", str(file), "no file", f"{end} bytes", COPY_AGAIN)
             elif file.stat().st_size < end:
                 got = f"{file.stat().st_size} bytes"
-                yield Problem("a file was cut short", str(file), got, f"{end} bytes")
+                yield Problem("a file was cut short", str(file), got, f"{end} bytes", COPY_AGAIN)
 
     def _differences(self) -> Iterator[Problem]:
         wanted: dict[str, tuple[int, ...]] = {}
@@ -341,6 +341,6 @@ def _read_metadata(path: Path) -> Metadata:
         Problem(
             "cannot read the checkpoint's metadata", f"{path}/{METADATA}", got,
             "what PyTorch's distributed checkpoint writes",
-            "copy it again from where it was written",
+            COPY_AGAIN,
         )
     )  # fmt: skip

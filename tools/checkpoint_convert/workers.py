@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from megatron_precision.errors import Problem, UserError
@@ -49,6 +50,7 @@ def run_tasks(tasks: Sequence[Task[Result]], workers: int, progress: Progress) -
         # A terminal's Ctrl-C goes to the workers too: only this process is to answer it.
         with uninterrupted():
             futures = [pool.submit(_run, task) for task in tasks]
+        processes = _started(others)
         told = 0
         pending: set[Any] = set(futures)
         while pending:
@@ -58,11 +60,13 @@ def run_tasks(tasks: Sequence[Task[Result]], workers: int, progress: Progress) -
             told = now
             for future in done:
                 future.result()
+            # The pool looks at a process that it started last only once another has a result.
+            if pending and not all(process.is_alive() for process in processes):
+                raise BrokenProcessPool
         return [future.result() for future in futures]
     except BaseException as wrong:
-        for child in multiprocessing.active_children():
-            if child not in others:
-                child.kill()
+        for process in _started(others):
+            process.kill()
         if isinstance(wrong, BrokenProcessPool):
             raise UserError(
                 Problem(
@@ -73,6 +77,11 @@ def run_tasks(tasks: Sequence[Task[Result]], workers: int, progress: Progress) -
         raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _started(others: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """The children that are not among `others`, which were there before."""
+    return [child for child in multiprocessing.active_children() if child not in others]
 
 
 def _begin(counter: Any) -> None:
