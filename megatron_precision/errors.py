@@ -8,8 +8,12 @@ any other exception and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+# Problems of one kind that a message names; a model whose shard is lost lacks hundreds of tensors.
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,22 @@ class UserError(ValueError):
             raise ValueError("a UserError needs at least one problem")
         super().__init__(self.message())
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
+        """From a worker process to its parent: an exception is made anew from its message."""
+        return type(self), (self.problems,)
+
     def message(self) -> str:
-        """The whole message, one numbered entry a problem."""
+        """The message, one numbered entry a problem; of many of one kind, the first and how many"""
         if len(self.problems) == 1:
             return f"error: {self.problems[0]}"
-        entries = [f"{number}. {problem}" for number, problem in enumerate(self.problems, start=1)]
-        return "\n".join([f"error: {len(self.problems)} problems", *entries])
+        kinds = Counter[str]()
+        entries = []
+        for number, problem in enumerate(self.problems, start=1):
+            kinds[problem.what] += 1
+            if kinds[problem.what] <= _SHOWN:
+                entries.append(f"{number}. {problem}")
+        more = [f"... and {n - _SHOWN} more: {what}" for what, n in kinds.items() if n > _SHOWN]
+        return "\n".join([f"error: {len(self.problems)} problems", *entries, *more])
 
 
 def nearest(name: str, valid: Sequence[str], count: int = 3) -> list[str]:

@@ -2,12 +2,14 @@
 
 Every field of a known architecture is either read into a `ModelConfig`, required to have the one
 value that Megatron's model here implements, or known to say nothing about the weights. A field
-that is none of these is an error that names it.
+that is none of these is an error that names it. A field that is left out means what transformers
+takes it to mean (`DEFAULTS`); `defaults_taken` says which were.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,9 @@ _OPTIONAL = frozenset(
     {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
      "rms_norm_eps", "tie_word_embeddings", "sliding_window", "layer_types"}
 )  # fmt: skip
+# What the weights compute depends on these and shows in no shape, and real files leave them out
+# (Llama 2's has no `rope_theta`). They are transformers' values, the same for all architectures.
+DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "norm_topk_prob": False}
 # The one value of each that Megatron's model here implements.
 _REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda v: v == "silu", "silu"),
@@ -110,15 +115,50 @@ def read_model(path: Path) -> ModelConfig:
     Raises:
         UserError: where the file cannot be read, or `model_from_hf` refuses what it says.
     """
+    return model_from_hf(read_object(path, "the model's configuration"), str(path))
+
+
+def defaults_taken(path: Path) -> dict[str, object]:
+    """The fields that a `config.json` leaves to transformers' defaults, with what those are.
+
+    Raises:
+        UserError: as `read_model`.
+    """
+    values = read_object(path, "the model's configuration")
+    said = {**values, **_rope(values)}
+    experts = model_from_hf(values, str(path)).num_experts > 0
+    return {
+        name: value
+        for name, value in DEFAULTS.items()
+        if name not in said and (experts or name != "norm_topk_prob")
+    }
+
+
+def read_object(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        what: it is, for messages.
+        remedy: for whoever has a file that holds anything else.
+
+    Raises:
+        UserError: where the file cannot be read, or holds anything else.
+    """
+    kinds = {list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"a {type(values).__name__}, not an object")
-    except (OSError, ValueError) as wrong:
-        raise UserError(
-            Problem("cannot read the model's configuration", str(path), str(wrong), "a JSON object")
-        ) from wrong
-    return model_from_hf(values, str(path))
+        if isinstance(values, dict):
+            return values
+        got = f"{kinds.get(type(values), 'a number')}, not an object"
+    except OSError as wrong:
+        got = str(wrong.strerror).lower()
+    except UnicodeDecodeError:
+        got = "bytes that are no text in UTF-8"
+    except json.JSONDecodeError as wrong:
+        got = f"no JSON from line {wrong.lineno}, column {wrong.colno} on"
+    except (ValueError, RecursionError):  # JSON, but not for Python
+        got = "a number too long to be read, or lists too deep"
+    raise UserError(Problem(f"cannot read {what}", str(path), got, "a JSON object", remedy))
 
 
 def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -148,12 +188,14 @@ def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mode
         **{name: values[name] for name in _SIZES},
         num_key_value_heads=values.get("num_key_value_heads") or heads,
         head_dim=values.get("head_dim") or hidden // heads,
-        rope_theta=float(rope.get("rope_theta") or 10000.0),
-        rope_scaling_factor=float(rope.get("factor") or 1.0),
-        rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+        rope_theta=float(rope.get("rope_theta", DEFAULTS["rope_theta"])),
+        rope_scaling_factor=float(rope.get("factor", 1.0)),
+        rms_norm_eps=values.get("rms_norm_eps", DEFAULTS["rms_norm_eps"]),
         tie_word_embeddings=values.get("tie_word_embeddings", False),
         **({name: values[name] for name in _EXPERT_FIELDS} if experts else {}),
-        norm_topk_prob=values.get("norm_topk_prob", False) if experts else True,
+        norm_topk_prob=(
+            values.get("norm_topk_prob", DEFAULTS["norm_topk_prob"]) if experts else True
+        ),
     )
 
 
@@ -203,7 +245,7 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
                 "a value of another kind", f"{where}: {name}", repr(values[name]), "an object"
             )
             return
-    yield from _rope_problems(_rope(values), where)
+    yield from _rope_problems(values, where)
 
 
 def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> Iterator[Problem]:
@@ -219,26 +261,33 @@ def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> It
             continue
         if type(value) is not int or value < 1:
             yield problem(name, "a positive integer")
-    for name in ("rms_norm_eps", "rope_theta"):
-        value = values.get(name, 1.0)
-        if type(value) not in (int, float) or value <= 0:
-            yield problem(name, "a positive number")
-    if type(values.get("tie_word_embeddings", False)) is not bool:
-        yield problem("tie_word_embeddings", "true or false")
+    if not _positive(values.get("rms_norm_eps", 1.0)):
+        yield problem("rms_norm_eps", "a positive number")
+    for name in ("tie_word_embeddings", "norm_topk_prob"):
+        if type(values.get(name, False)) is not bool:
+            yield problem(name, "true or false")
+
+
+def _positive(value: object) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return 0 < value <= sys.float_info.max
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings in one dictionary: transformers 5 has it, 4 spreads it over two fields."""
-    rope = {"rope_theta": values.get("rope_theta")}
+    rope = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     rope |= values.get("rope_scaling") or {}
     return rope | (values.get("rope_parameters") or {})
 
 
-def _rope_problems(rope: Mapping[str, Any], where: str) -> Iterator[Problem]:
+def _rope_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    rope = _rope(values)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
+    numbers = {"rope_theta": rope.get("rope_theta", 1.0)}
     if kind == "llama3":
-        rest.pop("factor", None)
+        numbers["factor"] = rest.pop("factor", None)
         expected: dict[str, Any] = LLAMA3_SCALING
     else:
         expected = {}
@@ -249,3 +298,8 @@ def _rope_problems(rope: Mapping[str, Any], where: str) -> Iterator[Problem]:
             repr(dict(rope)),
             f"none, or llama3 with {LLAMA3_SCALING} (Megatron Core has them written in)",
         )
+    for name, value in numbers.items():
+        if not _positive(value):
+            fields = [field for field in ("rope_parameters", "rope_scaling") if values.get(field)]
+            at = ": ".join((where, *fields[:1], name))
+            yield Problem("a value of another kind", at, repr(value), "a positive number")

@@ -102,8 +102,7 @@ class RowRun:
 
 def row_runs(slot: Slot, piece: Piece) -> list[RowRun]:
     """Where the rows of a slot's piece lie, in their order: one run, or one for each KV group."""
-    inner = len(slot.shape) - 1
-    leading = len(piece.view) - inner
+    leading = len(piece.row_sizes)
     if piece.shape[1:] != slot.shape[1:]:
         raise ValueError(f"{piece.hf_name}: rows of {piece.shape[1:]}, not of {slot.shape[1:]}")
     *outer, (begin, end) = piece.index[:leading]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.architectures import architecture
-from megatron_precision.weights.regions import Piece, rows, split, whole
+from megatron_precision.weights.regions import Piece, round_up, rows, split, whole
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,7 @@ def megatron_parameters(
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
     """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 8 × TP."""
-    multiple = VOCAB_MULTIPLE * tp_size
-    return -(-vocab_size // multiple) * multiple
+    return round_up(vocab_size, VOCAB_MULTIPLE * tp_size)
 
 
 def vocabulary_rows(

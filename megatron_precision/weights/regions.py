@@ -116,6 +116,11 @@ class Piece:
         )
 
 
+def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple that is no smaller than `count`."""
+    return -(-count // multiple) * multiple
+
+
 def slabs(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
     """Cut rows `[begin, end)` of dimensions `sizes`, flattened, into as few boxes as can be.
 
@@ -125,7 +130,7 @@ def slabs(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
     inner = math.prod(sizes[1:])
     if len(sizes) == 1 or begin == end:
         return [(begin, end)] if begin < end else []
-    first = min(end, -(-begin // inner) * inner)
+    first = min(end, round_up(begin, inner))
     last = max(first, end // inner * inner)
     found: list[Span] = []
     for a, b, whole_rows in ((begin, first, False), (first, last, True), (last, end, False)):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import ShardCoordinates, gate_up, vocabulary_rows
-from megatron_precision.weights.regions import Piece, rows, split, whole
+from megatron_precision.weights.regions import Piece, round_up, rows, split, whole
 
 # vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`).
 VOCAB_MULTIPLE = 64
@@ -30,7 +30,7 @@ _VLLM_WHOLE = (
 
 def padded_vocab_rows(model: ModelConfig) -> int:
     """Rows of vLLM's embedding over all its ranks, which must divide them."""
-    return -(-model.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    return round_up(model.vocab_size, VOCAB_MULTIPLE)
 
 
 def vllm_parameters(

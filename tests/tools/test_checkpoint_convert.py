@@ -162,6 +162,7 @@ def test_both_sides_compute_the_same_logits(name: str, tmp_path: Path) -> None:
     done = subprocess.run([*words, "--logits"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "64 random tokens" in done.stdout
+    assert done.stderr == ""
     assert "the same choice at 100.0%" in done.stdout
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from megatron_precision.errors import UserError
 from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.hf_config import model_from_hf
+from megatron_precision.weights.hf_config import defaults_taken, model_from_hf
 from megatron_precision.weights.megatron_checkpoint import slots
 
 COMMON = {
@@ -95,6 +98,15 @@ def test_transformers_5_writes_the_same_in_other_fields() -> None:
         (QWEN3_14B, "quantization_config", {"bits": 4}),
         (LLAMA_3_2_3B, "sliding_window", 4096),
         (LLAMA_3_2_3B, "mlp_bias", True),
+        (QWEN3_14B, "rope_theta", "1e6"),
+        (QWEN3_14B, "rope_parameters", {"rope_theta": 0}),
+        (QWEN3_14B, "rope_theta", 10**400),
+        (LLAMA_3_2_3B, "rms_norm_eps", None),
+        (
+            LLAMA_3_2_3B,
+            "rope_scaling",
+            {k: v for k, v in LLAMA_3_2_3B["rope_scaling"].items() if k != "factor"},
+        ),
         (
             LLAMA_3_2_3B,
             "rope_scaling",
@@ -118,3 +130,24 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     with pytest.raises(UserError) as caught:
         model_from_hf(config)
     assert {problem.got for problem in caught.value.problems} == {"hidden_size", "num_experts"}
+
+
+@pytest.mark.parametrize("config", [QWEN3_14B, QWEN3_30B_A3B, R1_DISTILL_QWEN_1_5B, LLAMA_3_2_3B])
+def test_what_is_left_out_is_what_transformers_takes_it_to_be(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    names = {"rms_norm_eps", "rope_theta", "rope_scaling", "norm_topk_prob", "tie_word_embeddings"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in names}))
+    theirs, taken = transformers.AutoConfig.from_pretrained(tmp_path), defaults_taken(path)
+    model = model_from_hf(json.loads(path.read_text()))
+    assert taken.keys() == {"rms_norm_eps", "rope_theta"} | (
+        {"norm_topk_prob"} if config is QWEN3_30B_A3B else set()
+    )
+    assert model.rms_norm_eps == taken["rms_norm_eps"] == theirs.rms_norm_eps
+    assert model.rope_theta == taken["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert model.tie_word_embeddings == theirs.tie_word_embeddings
+    if model.num_experts:
+        assert model.norm_topk_prob == taken["norm_topk_prob"] == theirs.norm_topk_prob
+    path.write_text(json.dumps(config))
+    assert defaults_taken(path) == {}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,10 +14,13 @@ from typing import cast as typed
 
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
+from tools.checkpoint_convert.arguments import program, refuse_arguments
+from tools.checkpoint_convert.signals import Stopped, stoppable
 
 if TYPE_CHECKING:
     from megatron_precision.precision.policy import DType
     from tools.checkpoint_convert.casting import Loss
+    from tools.checkpoint_convert.source import Source
 
 DTYPES = ("fp16", "bf16", "fp32")
 # Any layout loads any cut; the ranks of this one read nothing but their own parts.
@@ -32,30 +37,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, 1 where `verify` found a difference or `audit` a value that the dtype cannot hold, 2 for
-        a mistake or a damaged checkpoint.
+        a mistake or a damaged checkpoint, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of
+        the output went away.
     """
     args = _parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except UserError as wrong:
-        print(wrong, file=sys.stderr)
-        return 2
-    except OSError as wrong:
-        where = str(wrong.filename or wrong)
-        print(
-            UserError(
-                Problem("a file cannot be used", where, str(wrong), "a usable file or folder")
-            ),
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    with stoppable():
+        try:
+            refuse_arguments(args)
+            code = int(args.run(args))
+            sys.stdout.flush()
+            return code
+        except UserError as wrong:
+            print(wrong, file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader of a pipe, such as `head`, has what it wants
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except OSError as wrong:
+            where, got = str(wrong.filename or "a file"), str(wrong.strerror or wrong).lower()
+            problem = Problem("a file cannot be used", where, got, "a usable file or folder")
+            print(UserError(problem), file=sys.stderr)
+            return 2
+        except Stopped as stopped:
+            word = "terminated" if stopped.number == signal.SIGTERM else "interrupted"
+            print(word, file=sys.stderr)
+            return 128 + stopped.number
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.checkpoint_convert",
+        prog=program(),
         description="Hugging Face checkpoints to Megatron's torch_dist format and back.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -64,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         ("export", "Megatron to Hugging Face", _export),
     ):
         command = commands.add_parser(name, help=text)
-        command.add_argument("source", type=Path, metavar="FROM")
-        command.add_argument("target", type=Path, metavar="TO", help="a new folder")
+        command.add_argument("source", metavar="FROM")
+        command.add_argument("target", metavar="TO", help="a new folder")
         command.add_argument("--dtype", choices=DTYPES, help="default: each tensor keeps its own")
         command.add_argument(
             "--allow-overflow", action="store_true", help="clamp what the dtype cannot hold"
@@ -80,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
                 command.add_argument(
                     f"--{size}", type=int, default=1, metavar="N", help=f"cut for this {what}"
                 )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, command=name)
 
     verify = commands.add_parser("verify", help="compare two checkpoints, bit for bit")
-    verify.add_argument("first", type=Path, metavar="A")
-    verify.add_argument("second", type=Path, metavar="B")
+    verify.add_argument("first", metavar="A")
+    verify.add_argument("second", metavar="B")
     verify.add_argument(
         "--logits",
         action="store_true",
@@ -97,12 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify)
 
     inspect = commands.add_parser("inspect", help="what a checkpoint holds")
-    inspect.add_argument("folder", type=Path, metavar="DIR")
+    inspect.add_argument("folder", metavar="DIR")
     _add_config(inspect)
     inspect.set_defaults(run=_inspect)
 
     audit = commands.add_parser("audit", help="what a dtype would cost, without writing anything")
-    audit.add_argument("folder", type=Path, metavar="DIR")
+    audit.add_argument("folder", metavar="DIR")
     audit.add_argument("--dtype", choices=DTYPES, required=True)
     _add_config(audit)
     audit.set_defaults(run=_audit)
@@ -112,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
-        type=Path,
         metavar="HF_DIR",
         help="the configuration of a Megatron checkpoint that carries none",
     )
@@ -122,7 +132,9 @@ def _import(args: argparse.Namespace) -> int:
     from tools.checkpoint_convert.convert import import_checkpoint
     from tools.checkpoint_convert.source import open_source
 
-    with _progress(sum(info.bytes for info in open_source(args.source).tensors.values())) as told:
+    source = open_source(args.source)
+    _say_defaults(source)
+    with _progress(sum(info.bytes for info in source.tensors.values())) as told:
         part = import_checkpoint(
             args.source,
             args.target,
@@ -130,7 +142,7 @@ def _import(args: argparse.Namespace) -> int:
             args.allow_overflow,
             told,
             ParallelConfig(1, args.tp, args.pp, args.ep, args.etp, rollout_tp_size=1),
-            _workers(args),
+            args.workers,
         )
     return _done(args.target, part.losses)
 
@@ -140,6 +152,7 @@ def _export(args: argparse.Namespace) -> int:
     from tools.checkpoint_convert.source import open_source
 
     source = open_source(args.source, args.config)
+    _say_defaults(source)
     with _progress(sum(info.bytes for info in source.tensors.values())) as told:
         part = export_checkpoint(
             args.source,
@@ -148,7 +161,7 @@ def _export(args: argparse.Namespace) -> int:
             args.allow_overflow,
             told,
             args.config,
-            _workers(args),
+            args.workers,
         )
     return _done(args.target, part.losses)
 
@@ -193,6 +206,7 @@ def _inspect(args: argparse.Namespace) -> int:
         f"\n{source.model.model_type}, {len(source.tensors)} tensors, {size / 2**30:.3f} GiB, "
         f"{hashed}"
     )
+    _say_defaults(source)
     return 0
 
 
@@ -212,6 +226,14 @@ def _audit(args: argparse.Namespace) -> int:
                 told(block.nbytes)
     _print_losses(losses)
     return 1 if any(loss.overflowed or loss.nonfinite for loss in losses.values()) else 0
+
+
+def _say_defaults(source: Source) -> None:
+    """Name what config.json leaves out and the weights' meaning hangs on."""
+    from megatron_precision.weights.hf_config import defaults_taken
+
+    for name, value in defaults_taken(source.sidecar / "config.json").items():
+        print(f"config.json has no {name}: {value}, as transformers takes it")
 
 
 def _done(target: Path, losses: dict[str, Loss]) -> int:
@@ -234,12 +256,6 @@ def _print_losses(losses: dict[str, Loss]) -> None:
             f"{loss.changed:>14,}{loss.relative_error:>12.2e}  {name}"
         )
     print(f"{len(hurt)} of {len(losses)} tensors are changed, or hold subnormal, inf or nan values")
-
-
-def _workers(args: argparse.Namespace) -> int:
-    if args.workers < 1:
-        raise UserError(Problem("no workers", "--workers", str(args.workers), "1 or more"))
-    return int(args.workers)
 
 
 def _dtype(name: str | None):  # type: ignore[no-untyped-def]

@@ -1,15 +1,10 @@
 """Import and export: one Hugging Face tensor after another, in row blocks, into a new folder.
 
-Everything is written into `<target>.partial`, the manifest last; then the folder is renamed. A
-conversion that was killed leaves the partial folder, which the next one removes.
+Everything is written into a partial folder (`new_folder.py`), the manifest last.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +17,7 @@ from megatron_precision.weights.megatron_checkpoint import Slot, row_runs, slots
 from tools.checkpoint_convert import manifest
 from tools.checkpoint_convert.casting import Loss, cast
 from tools.checkpoint_convert.cutting import file_spans, refuse_layout, shards
+from tools.checkpoint_convert.new_folder import new_folder
 from tools.checkpoint_convert.safetensors_folder import (
     SHARD_BYTES,
     SafetensorsWriter,
@@ -29,7 +25,6 @@ from tools.checkpoint_convert.safetensors_folder import (
     state_dtype,
 )
 from tools.checkpoint_convert.source import (
-    PARTIAL,
     BlockHash,
     Scratch,
     Source,
@@ -40,9 +35,6 @@ from tools.checkpoint_convert.source import (
 from tools.checkpoint_convert.torch_dist_folder import SIDECAR
 from tools.checkpoint_convert.torch_dist_writer import TorchDistWriter, Written, finish
 from tools.checkpoint_convert.workers import Progress, run_tasks
-
-# Beyond the tensors: headers, tokenizer, metadata.
-_ROOM_FOR_THE_REST = 64 * 2**20
 
 
 @dataclass
@@ -203,7 +195,7 @@ def import_checkpoint(
     layout = layout or ParallelConfig(1, tp_size=1, rollout_tp_size=1)
     refuse_layout(source.model, layout)
     dtypes = _stacked_dtypes(source, dtype)
-    with new_folder(target, _bytes(source, dtype)) as folder:
+    with new_folder(source_path, target, _bytes(source, dtype)) as folder:
         tasks = [
             ImportTask(source_path, folder, number, *span, dtype, layout.tp_size, layout.etp_size)
             for number, span in enumerate(file_spans(source, layout, workers))
@@ -236,7 +228,7 @@ def export_checkpoint(
     tensors = {
         name: TensorInfo(info.shape, dtype or info.dtype) for name, info in source.tensors.items()
     }
-    with new_folder(target, _bytes(source, dtype)) as folder:
+    with new_folder(source_path, target, _bytes(source, dtype)) as folder:
         # A worker writes whole shards: several of them want several.
         size = sum(info.bytes for info in tensors.values())
         writer = SafetensorsWriter(folder, tensors, min(SHARD_BYTES, size // workers + 1))
@@ -267,86 +259,6 @@ def refuse_overflows(part: Part, allowed: bool) -> None:
             )
             for name, loss in found.items()
         )
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, size: int) -> Iterator[Path]:
-    """A folder beside `target` to write into; it becomes `target` when the block succeeds.
-
-    Args:
-        size: bytes that will be written.
-
-    Raises:
-        UserError: where `target` exists, another conversion writes it, or room is short.
-    """
-    target = target.resolve()
-    if target.exists() or target.name.endswith(PARTIAL):
-        got = "a file or folder" if target.exists() else f"a name that ends in {PARTIAL}"
-        raise UserError(Problem("not a new folder", str(target), got, "a new folder"))
-    partial = target.with_name(target.name + PARTIAL)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target) as interrupted:
-        if partial.exists() and not interrupted:
-            # Only what a conversion has made is ever removed.
-            raise UserError(
-                Problem(
-                    "a folder of somebody else's is in the way",
-                    str(partial),
-                    "a file or folder that no conversion made",
-                    "nothing, or an unfinished conversion",
-                    "choose another output",
-                )
-            )
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < size + _ROOM_FOR_THE_REST:
-            raise UserError(
-                Problem(
-                    "no room on the disk",
-                    str(target.parent),
-                    f"{free / 2**30:.2f} GiB free",
-                    f"{(size + _ROOM_FOR_THE_REST) / 2**30:.2f} GiB",
-                )
-            )
-        partial.mkdir()
-        try:
-            yield partial
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        _sync_folder(partial)
-        partial.rename(target)
-        _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def _lock(target: Path) -> Iterator[bool]:
-    """Keep other conversions away from a target.
-
-    Yields:
-        Whether one was killed here: it leaves its lock, and perhaps an unfinished folder.
-    """
-    path = target.with_name(f".{target.name}.lock")
-    interrupted = path.exists()
-    with open(path, "a", encoding="ascii") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                Problem("another conversion is writing it", str(target), "a lock", "one at a time")
-            ) from None
-        try:
-            yield interrupted
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _bytes(source: Source, dtype: torch.dtype | None) -> int:

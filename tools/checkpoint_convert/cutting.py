@@ -12,6 +12,7 @@ import torch
 from megatron_precision.config import ModelConfig, ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.megatron_checkpoint import Slot, slots
+from tools.checkpoint_convert.arguments import below_one
 from tools.checkpoint_convert.source import Source
 
 
@@ -41,7 +42,9 @@ def shards(
 
 
 def refuse_layout(model: ModelConfig, layout: ParallelConfig) -> None:
-    """Raise a UserError that lists every size which the layout does not divide."""
+    """Raise a UserError that lists every size below 1, and all that the layout does not divide."""
+    ranks = {name: getattr(layout, f"{name}_size") for name in ("tp", "pp", "ep", "etp")}
+    problems = below_one(ranks)
     sizes = [
         ("tp", layout.tp_size, "KV heads", model.num_key_value_heads),
         ("pp", layout.pp_size, "layers", model.num_hidden_layers),
@@ -53,12 +56,12 @@ def refuse_layout(model: ModelConfig, layout: ParallelConfig) -> None:
         ]
     else:
         sizes.append(("tp", layout.tp_size, "the MLP", model.intermediate_size))
-    problems = [
+    problems += [
         Problem(
             f"{what} do not divide", f"--{option}", f"{count} / {size}", f"a divisor of {count}"
         )
         for option, size, what, count in sizes
-        if size < 1 or count % size
+        if size >= 1 and count % size
     ]
     if not model.num_experts and layout.ep_size * layout.etp_size != 1:
         problems.append(Problem("a dense model has no experts", "--ep, --etp", "more than 1", "1"))

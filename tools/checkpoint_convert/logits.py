@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import torch
 
 from megatron_precision import rank
 from megatron_precision.config import ModelConfig, ParallelConfig
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.errors import UserError
 from megatron_precision.precision.policy import policy
+from tools.checkpoint_convert.folders import is_megatron, one_format_problem
 from tools.checkpoint_convert.source import Source, open_source
-from tools.checkpoint_convert.torch_dist_folder import METADATA
 
 TEXT = (
     "The bridge was closed for repairs in the spring of 1987, and for eleven months everyone in "
@@ -52,22 +53,14 @@ def compare_logits(first: Path, second: Path, config: Path | None = None) -> Log
     Raises:
         UserError: where they are of one format.
     """
-    megatron = [path for path in (first, second) if (path / METADATA).is_file()]
-    if len(megatron) != 1:
-        raise UserError(
-            Problem(
-                "--logits compares the two formats",
-                f"{first}, {second}",
-                "one format twice",
-                "a Hugging Face folder and a Megatron folder",
-            )
-        )
-    hf = second if megatron[0] == first else first
+    if problems := one_format_problem(first, second):
+        raise UserError(problems)
+    hf, megatron = sorted((first, second), key=is_megatron)
     tokens, from_text = _tokens(open_source(hf))
     # transformers first: once the CPU platform has patched torch's factories for Megatron, loading
     # a model leaves its rotary frequencies uninitialised.
     theirs = _hf_logprobs(hf, tokens)
-    ours = _megatron_logprobs(megatron[0], open_source(megatron[0], config).model, tokens)
+    ours = _megatron_logprobs(megatron, open_source(megatron, config).model, tokens)
     gap = (ours - theirs).abs()
     same = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
     return LogitsComparison(
@@ -85,8 +78,8 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
         ids = tokenizer(TEXT).input_ids
         if not ids:
             raise ValueError("a tokenizer without a vocabulary")
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError) as missing:
-        print(f"no tokenizer ({type(missing).__name__}): random tokens are used")
+    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError):
+        print("no tokenizer that can be read: random tokens are used")
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, vocabulary, (1, 64), generator=generator), False
     longest = source.model.max_position_embeddings
@@ -97,6 +90,7 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
 def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()  # it draws into files too
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
@@ -120,7 +114,12 @@ def _megatron_logprobs(folder: Path, model: ModelConfig, tokens: torch.Tensor) -
     parallel.divide_world(layout, seed=0)
     config = models.transformer_config(model, layout, policy("fp32"))
     module = models.build_model(model, layout, config).eval()
-    module.load_state_dict(dist_checkpointing.load(module.sharded_state_dict(), str(folder)))
+    with warnings.catch_warnings():
+        # Megatron Core calls what PyTorch deprecates; neither is for who reads the comparison.
+        for message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):
+            warnings.filterwarnings("ignore", message, FutureWarning)
+        held = dist_checkpointing.load(module.sharded_state_dict(), str(folder))
+    module.load_state_dict(held)
     positions = torch.arange(tokens.shape[1])[None]
     logits = module(tokens, positions, attention_mask=None)[0]
     torch.distributed.destroy_process_group()

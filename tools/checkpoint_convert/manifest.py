@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.weights.hf_config import read_object
+from tools.checkpoint_convert.folders import COPY_AGAIN
 
 FILE = "conversion_manifest.json"
 VERSION = 1
@@ -55,29 +59,48 @@ def read(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.exists():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values["version"] != VERSION:
-            raise ValueError(f"version {values['version']}")
-        found = Manifest(dict(values["tensors"]), dict(values["sizes"]), dict(values["files"]))
-    except (OSError, ValueError, KeyError, TypeError) as wrong:
+    remedy = "copy it again; or delete it, and the folder is taken as it is"
+    values = read_object(path, "the manifest", remedy)
+    if got := _malformed(values):
         raise UserError(
-            Problem("cannot read the manifest", str(path), repr(wrong), f"version {VERSION}")
-        ) from wrong
-    written = {name: f"{size} bytes" for name, size in found.sizes.items()} | {
-        name: f"sha256 {digest}" for name, digest in found.files.items()
-    }
-    problems = [
-        Problem(
-            "a file is not as it was written", f"{folder}/{name}", got, expected,
-            f"restore it; or delete {FILE}, and the folder is taken as it is",
+            Problem(
+                "cannot read the manifest", str(path), got, f"what version {VERSION} writes", remedy
+            )
         )
-        for name, expected in written.items()
-        if (got := _state(folder / name)) != expected
-    ]  # fmt: skip
-    if problems:
+    found = Manifest(values["tensors"], values["sizes"], values["files"])
+    if problems := list(_file_problems(folder, found)):
         raise UserError(problems)
     return found
+
+
+def _malformed(values: Mapping[str, Any]) -> str:
+    """What is not as `Manifest.write` leaves it, or nothing."""
+    if values.get("version") != VERSION:
+        return f"version {values['version']}" if "version" in values else "no version"
+    for name, kind in (("tensors", str), ("sizes", int), ("files", str)):
+        held = values.get(name)
+        if not isinstance(held, dict) or not all(isinstance(v, kind) for v in held.values()):
+            return f"no list of {name}, or a damaged one"
+    return ""
+
+
+def _file_problems(folder: Path, found: Manifest) -> Iterator[Problem]:
+    for name, size in found.sizes.items():
+        path = folder / name
+        if not path.is_file():
+            yield Problem("a file is missing", str(path), "no file", f"{size} bytes", COPY_AGAIN)
+        elif path.stat().st_size != size:
+            got = f"{path.stat().st_size} bytes"
+            yield Problem("a file of another size", str(path), got, f"{size} bytes", COPY_AGAIN)
+    for name, digest in found.files.items():
+        path, expected = folder / name, f"sha256 {digest}"
+        if not path.is_file():
+            yield Problem("a file is missing", str(path), "no file", expected, COPY_AGAIN)
+        elif (got := f"sha256 {_hash(path)}") != expected:
+            yield Problem(
+                "a file is not as it was written", str(path), got, expected,
+                f"restore it; or delete {FILE}, and the folder is taken as it is",
+            )  # fmt: skip
 
 
 def made(tensors: dict[str, str], folder: Path) -> Manifest:
@@ -97,14 +120,6 @@ def made(tensors: dict[str, str], folder: Path) -> Manifest:
         {name: (folder / name).stat().st_size for name in holding},
         {name: _hash(folder / name) for name in names if name not in holding},
     )
-
-
-def _state(path: Path) -> str:
-    if not path.is_file():
-        return "no such file"
-    if path.name.endswith(_TENSOR_FILES):
-        return f"{path.stat().st_size} bytes"
-    return f"sha256 {_hash(path)}"
 
 
 def _hash(path: Path) -> str:

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 from megatron_precision.errors import Problem, UserError
-from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.hf_config import read_model
+from megatron_precision.weights.hf_config import read_model, read_object
 from tools.checkpoint_convert import manifest
+from tools.checkpoint_convert.safetensors_header import DTYPES, DamagedHeader, read_header
 from tools.checkpoint_convert.source import (
     Scratch,
     TensorInfo,
+    counted,
     raw_bytes,
     read_into,
     row_blocks,
@@ -35,14 +36,7 @@ from tools.checkpoint_convert.source import (
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch_dtype("fp32"),
-    "F16": torch_dtype("fp16"),
-    "BF16": torch_dtype("bf16"),
-}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAX_HEADER = 100 * 2**20
 # Other formats' weights, which the new checkpoint's are not; any *.index.json belongs to weights.
 _WEIGHTS = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data",
@@ -50,6 +44,8 @@ _WEIGHTS = frozenset(
 )  # fmt: skip
 # The one folder beside the tokenizer that transformers reads.
 _TEMPLATES = "additional_chat_templates"
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
 # Buffers that old checkpoints store and every reader computes.
 _COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -72,11 +68,19 @@ class SafetensorsFolder:
         self.path = self.sidecar = path
         self.model = read_model(path / "config.json")
         self.manifest = manifest.read(path)
-        found, problems = _read_headers(path)
-        expected = hf_shapes(self.model)
+        found, listed, problems = _read_headers(path)
+        damaged = bool(problems)
+        names = found.keys() | listed.keys()
+        shown, wrong = counted(
+            self.model, _numbers(_LAYER, names), _numbers(_EXPERT, names), path / "config.json"
+        )
+        problems += wrong
+        expected = hf_shapes(shown)
         if self.model.tie_word_embeddings:
             problems += _untied_head(path, found)
         found = {name: at for name, at in found.items() if not _COMPUTED.fullmatch(name)}
+        if damaged:  # what a shard that is lost would hold is not missed name by name
+            expected = {name: shape for name, shape in expected.items() if name in found}
         problems += _differences(path, expected, {name: info for name, (info, _) in found.items()})
         if problems:
             raise UserError(problems)
@@ -200,84 +204,84 @@ def _blocks(info: TensorInfo, place: _Place, scratch: Scratch) -> Iterator[torch
             yield block
 
 
+def _numbers(pattern: re.Pattern[str], names: Iterable[str]) -> int:
+    """How many different numbers the names have where a pattern takes one."""
+    return len({match[1] for name in names if (match := pattern.match(name))})
+
+
 def _read_headers(
     folder: Path,
-) -> tuple[dict[str, tuple[TensorInfo, _Place]], list[Problem]]:
+) -> tuple[dict[str, tuple[TensorInfo, _Place]], dict[str, str], list[Problem]]:
+    """Where each tensor lies, where the index says so, and what is wrong with either."""
     files, listed, problems = _files(folder)
     found: dict[str, tuple[TensorInfo, _Place]] = {}
+    whole = set()
     for file in files:
         try:
-            for name, info, begin in _read_header(file):
-                if name in found:
-                    two = f"{found[name][1].file.name} and {file.name}"
-                    problems.append(Problem("a tensor twice", f"{folder}: {name}", two, "one"))
-                found[name] = (info, _Place(file, begin))
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as wrong:
+            entries = read_header(file)
+        except DamagedHeader as wrong:
             problems.append(
-                Problem("a damaged shard", str(file), str(wrong), "a whole safetensors file")
-            )
+                Problem(
+                    "a damaged shard", str(file), str(wrong), "a whole safetensors file",
+                    "copy it again from where it came",
+                )
+            )  # fmt: skip
+            continue
+        whole.add(file.name)
+        for name, dtype, shape, begin in entries:
+            if name in found:
+                two = f"{found[name][1].file.name} and {file.name}"
+                problems.append(Problem("a tensor twice", f"{folder}: {name}", two, "one"))
+            found[name] = (TensorInfo(shape, dtype), _Place(file, begin))
     for name, file_name in listed.items():
         place = found.get(name)
-        if (place is None or place[1].file.name != file_name) and (folder / file_name).is_file():
+        if (place is None or place[1].file.name != file_name) and file_name in whole:
             problems.append(
                 Problem(
                     "the index is wrong", f"{folder}/{INDEX}", f"{name} in {file_name}",
                     "the shard that holds it",
                 )
             )  # fmt: skip
-    return found, problems
+    return found, listed, problems
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:
     """The shards that are there, the index's map, and what is wrong with either."""
-    single = folder / SINGLE
-    if not (folder / INDEX).is_file():
+    single, index = folder / SINGLE, folder / INDEX
+    if not index.is_file():
         if single.is_file():
             return [single], {}, []
-        expected = f"{SINGLE}, or {INDEX} with its shards"
-        return [], {}, [Problem("no weights", str(folder), "no safetensors", expected)]
-    try:
-        listed = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(listed.values()))
-        if not all(isinstance(name, str) for name in names):
-            raise TypeError("a file name that is no text")
-    except (ValueError, KeyError, TypeError, AttributeError) as wrong:
-        problem = Problem("cannot read the index", f"{folder}/{INDEX}", repr(wrong), "a weight_map")
-        return [], {}, [problem]
-    files = [folder / name for name in names]
+        return [], {}, [_without_index(folder)]
+    listed = read_object(index, "the index").get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        expected = "a weight_map of each tensor's name to its shard's"
+        return [], {}, [Problem("cannot read the index", str(index), "none such", expected)]
+    files = [folder / name for name in sorted(set(listed.values()))]
     missing = [
-        Problem("the index names a shard that is not there", str(file), "no file", "the shard")
+        Problem(
+            "the index names a shard that is not there", str(file), "no file", "the shard",
+            "copy it again from where it came",
+        )
         for file in files
         if not file.is_file()
-    ]
+    ]  # fmt: skip
     if single.is_file() and single not in files:
         got = f"{SINGLE} beside {INDEX}, which does not list it"
         missing.append(Problem("weights twice", str(folder), got, "one of them"))
     return [file for file in files if file.is_file()], listed, missing
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, TensorInfo, int]]:
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > min(_MAX_HEADER, size - 8):
-            raise ValueError(f"a header of {length} bytes in a file of {size}")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    first, last = 8 + length, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name}: dtype {entry['dtype']} is not a floating-point one")
-        info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-        if begin != last:
-            raise ValueError(f"{name}: begins at {begin}, where {last} bytes are taken")
-        if end - begin != info.bytes:
-            raise ValueError(f"{name}: {end - begin} bytes for a shape of {info.bytes}")
-        last = end
-        yield name, info, first + begin
-    if first + last != size:
-        raise ValueError(f"{size} bytes, {first + last} by its header: cut short or overwritten")
+def _without_index(folder: Path) -> Problem:
+    shards = len(list(folder.glob("*.safetensors")))
+    if shards:
+        return Problem(
+            "the index of the shards is missing", f"{folder}/{INDEX}",
+            f"no file, and {shards} shard{'s' * (shards != 1)}",
+            "the file that says which shard holds which tensor",
+            "copy it again from where the shards came",
+        )  # fmt: skip
+    expected = f"{SINGLE}, or {INDEX} with its shards"
+    return Problem("no weights", str(folder), "no safetensors", expected)
 
 
 def _untied_head(folder: Path, found: dict[str, tuple[TensorInfo, _Place]]) -> Iterator[Problem]:

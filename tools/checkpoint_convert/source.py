@@ -7,6 +7,7 @@ its memory is used again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import math
@@ -14,17 +15,16 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.errors import Problem, UserError
+from tools.checkpoint_convert.folders import is_megatron, source_problems
 from tools.checkpoint_convert.manifest import Manifest
 
 BLOCK_BYTES = 32 * 2**20
-# The folder of a conversion that is under way, or was killed.
-PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,33 @@ class Source(Protocol):
         ...
 
 
+def counted(
+    model: ModelConfig, layers: int, experts: int, config: Path
+) -> tuple[ModelConfig, list[Problem]]:
+    """The model with the layers and experts that a checkpoint shows, and where those are others.
+
+    Asked before tensors are enumerated by a configuration, whose numbers may be any.
+
+    Args:
+        layers, experts: what the tensors show; 0 where they show none.
+        config: the file that says the model's.
+    """
+    shown = {"num_hidden_layers": layers}
+    if model.num_experts:
+        shown["num_experts"] = experts
+    problems = [
+        Problem(
+            "the configuration and the tensors disagree", f"{config}: {name}",
+            str(getattr(model, name)), f"{count}, by the tensors",
+            "take the config.json that came with these weights",
+        )
+        for name, count in shown.items()
+        if count and count != getattr(model, name)
+    ]  # fmt: skip
+    there: dict[str, Any] = {name: max(1, count) for name, count in shown.items()}
+    return dataclasses.replace(model, **there), problems
+
+
 def row_blocks(info: TensorInfo) -> Iterator[tuple[int, int]]:
     """`[begin, end)` rows of each block."""
     count = info.shape[0]
@@ -184,22 +211,6 @@ def open_source(path: Path, config: Path | None = None) -> Source:
     from tools.checkpoint_convert.safetensors_folder import SafetensorsFolder
     from tools.checkpoint_convert.torch_dist_folder import TorchDistFolder
 
-    if path.resolve().name.endswith(PARTIAL):
-        raise UserError(
-            Problem(
-                "an unfinished conversion", str(path), f"a folder named *{PARTIAL}",
-                "a finished one", "convert again",
-            )
-        )  # fmt: skip
-    if (path / ".metadata").is_file():
-        return TorchDistFolder(path, config)
-    if (path / "config.json").is_file():
-        return SafetensorsFolder(path)
-    raise UserError(
-        Problem(
-            what="not a checkpoint",
-            where=str(path),
-            got="a folder without config.json and .metadata" if path.is_dir() else "no folder",
-            expected="a Hugging Face folder, or a Megatron torch_dist folder",
-        )
-    )
+    if problems := source_problems(path):
+        raise UserError(problems)
+    return TorchDistFolder(path, config) if is_megatron(path) else SafetensorsFolder(path)

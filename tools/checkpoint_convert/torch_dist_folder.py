@@ -9,6 +9,7 @@ Checkpoints of a trainer may hold more (optimizer, random state); only the model
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 import pickle
@@ -29,10 +30,18 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import read_model
 from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, row_runs, slots
+from megatron_precision.weights.regions import round_up
 from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.source import Scratch, TensorInfo, raw_bytes, read_into, row_blocks
+from tools.checkpoint_convert.folders import COPY_AGAIN, METADATA
+from tools.checkpoint_convert.source import (
+    Scratch,
+    TensorInfo,
+    counted,
+    raw_bytes,
+    read_into,
+    row_blocks,
+)
 
-METADATA = ".metadata"
 # Config, tokenizer and chat template of the Hugging Face folder, carried along unchanged.
 SIDECAR = "huggingface"
 _CHECKPOINT = "torch.distributed.checkpoint"
@@ -79,8 +88,15 @@ class TorchDistFolder:
     def __init__(self, path: Path, config: Path | None = None) -> None:
         self.path = path
         self.sidecar = config or path / SIDECAR
-        self.model = read_model(self.sidecar / "config.json")
         own = path / SIDECAR / "config.json"
+        if config is None and not own.is_file():
+            raise UserError(
+                Problem(
+                    "a checkpoint without a configuration", str(own), "no file", "config.json",
+                    "--config HF_DIR names a folder that has it",
+                )
+            )  # fmt: skip
+        self.model = read_model(self.sidecar / "config.json")
         if config is not None and own.is_file() and read_model(own) != self.model:
             raise UserError(
                 Problem(
@@ -90,11 +106,12 @@ class TorchDistFolder:
             )  # fmt: skip
         self.manifest = manifest.read(path)
         self._metadata = _read_metadata(path)
+        shown, problems = counted(self.model, *self._counts(), self.sidecar / "config.json")
         self._slots = {
-            piece.hf_name: (slot, piece) for slot in slots(self.model) for piece in slot.pieces
+            piece.hf_name: (slot, piece) for slot in slots(shown) for piece in slot.pieces
         }
         self._chunks = self._chunks_by_slot()
-        problems = [*self._missing_files(), *self._differences()]
+        problems += [*self._missing_files(), *self._differences()]
         if problems:
             raise UserError(problems)
         self.tensors = {
@@ -115,6 +132,17 @@ class TorchDistFolder:
                     first = part.hf_row - begin
                     self._read_rows(slot, part.slot_row, block[first : first + part.rows])
             yield block
+
+    def _counts(self) -> tuple[int, int]:
+        """Layers and experts, by tensors that every architecture of either kind has."""
+        found = []
+        for axis, name in enumerate(
+            ("self_attention.linear_proj.weight", "mlp.experts.experts.linear_fc1.weight")
+        ):
+            stored = self._metadata.state_dict_metadata.get(f"decoder.layers.{name}")
+            shape = stored.size if isinstance(stored, TensorStorageMetadata) else ()
+            found.append(shape[axis] if axis < len(shape) else 0)
+        return found[0], found[1]
 
     def _chunks_by_slot(self) -> dict[tuple[str, tuple[int, ...]], list[ChunkStorageMetadata]]:
         """The chunks of each slot: a search through all of them for each takes too long."""
@@ -194,21 +222,21 @@ class TorchDistFolder:
             with open(file, "rb") as stream:
                 archive = cast("BinaryIO", _create_file_view(stream, at.offset, at.length))
                 saved = torch.load(archive, map_location="meta", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as wrong:
-            first = str(wrong).splitlines()[0] if str(wrong) else repr(wrong)
+        except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as wrong:
+            got = "bytes that are no stored tensor"
             raise UserError(
-                Problem("a damaged tensor", where, first, "what torch.save wrote")
+                Problem("a damaged tensor", where, got, "what torch.save wrote", COPY_AGAIN)
             ) from wrong
-        expected = (tuple(chunk.sizes), self._stored(name)[1].properties.dtype)
+        expected = f"{self._stored(name)[1].properties.dtype} {list(chunk.sizes)}"
         tensor = isinstance(saved, torch.Tensor)
-        found = (tuple(saved.shape), saved.dtype) if tensor else type(saved)
+        found = f"{saved.dtype} {list(saved.shape)}" if tensor else "something else"
         if found != expected:
-            raise UserError(Problem("a damaged tensor", where, str(found), str(expected)))
+            raise UserError(Problem("a damaged tensor", where, found, expected, COPY_AGAIN))
         storage = saved.untyped_storage()
         begin = storage._checkpoint_offset  # of the archive; set by torch.load, which documents it
         if begin + storage.nbytes() > at.length:
-            held = f"{at.length} bytes"
-            raise UserError(Problem("a damaged tensor", where, held, f"{storage.nbytes()} bytes"))
+            got, expected = f"{at.length} bytes", f"{storage.nbytes()} bytes"
+            raise UserError(Problem("a damaged tensor", where, got, expected, COPY_AGAIN))
         place = _Place(file, at.offset + begin, saved.storage_offset(), saved.stride())
         self._places[index] = place
         return place
@@ -225,10 +253,10 @@ class TorchDistFolder:
         for name, end in sorted(ends.items()):
             file = self.path / name
             if not file.is_file():
-                yield Problem("a file is missing", str(file), "no file", f"{end} bytes")
+                yield Problem("a file is missing", str(file), "no file", f"{end} bytes", COPY_AGAIN)
             elif file.stat().st_size < end:
                 got = f"{file.stat().st_size} bytes"
-                yield Problem("a file was cut short", str(file), got, f"{end} bytes")
+                yield Problem("a file was cut short", str(file), got, f"{end} bytes", COPY_AGAIN)
 
     def _differences(self) -> Iterator[Problem]:
         wanted: dict[str, tuple[int, ...]] = {}
@@ -269,7 +297,7 @@ def is_padded(vocabulary: int, rows: int) -> bool:
     A checkpoint of another model with a larger vocabulary is hardly ever taken for one.
     """
     multiples = [rows_a_rank * tp for rows_a_rank in (8, 128) for tp in range(1, 65)]
-    return any(rows == -(-vocabulary // multiple) * multiple for multiple in multiples)
+    return any(rows == round_up(vocabulary, multiple) for multiple in multiples)
 
 
 def _volume(box: _Box) -> int:
@@ -285,23 +313,34 @@ def _partition(boxes: list[_Box], elements: int) -> bool:
     return apart and sum(map(_volume, boxes)) == elements
 
 
+class _Foreign(Exception):
+    """A pickle names a class or function that is not of checkpoint metadata."""
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata")
+        raise _Foreign(f"{module}.{name}, which has no place in checkpoint metadata")
 
 
 def _read_metadata(path: Path) -> Metadata:
+    with open(path / METADATA, "rb") as file:
+        data = file.read()
     try:
-        with open(path / METADATA, "rb") as file:
-            found = _MetadataUnpickler(file).load()
-        if not isinstance(found, Metadata) or found.storage_data is None:
-            raise ValueError(f"a {type(found).__name__}")
-    except Exception as wrong:  # a damaged pickle can raise anything
-        raise UserError(
-            Problem("cannot read the checkpoint's metadata", f"{path}/{METADATA}", str(wrong),
-                    "what PyTorch's distributed checkpoint writes")
-        ) from wrong  # fmt: skip
-    return found
+        found = _MetadataUnpickler(io.BytesIO(data)).load()
+        if isinstance(found, Metadata) and isinstance(found.storage_data, dict):
+            return found
+        got = "other data"
+    except _Foreign as wrong:
+        got = str(wrong)
+    except Exception:  # a damaged pickle can raise anything
+        got = f"{len(data)} bytes that cannot be read as it"
+    raise UserError(
+        Problem(
+            "cannot read the checkpoint's metadata", f"{path}/{METADATA}", got,
+            "what PyTorch's distributed checkpoint writes",
+            COPY_AGAIN,
+        )
+    )  # fmt: skip

@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.megatron_checkpoint import Slot, slots
+from tools.checkpoint_convert.folders import METADATA
 from tools.checkpoint_convert.source import Scratch, raw_bytes
-from tools.checkpoint_convert.torch_dist_folder import METADATA
 
 FORMAT = {
     "sharded_backend": "torch_dist",

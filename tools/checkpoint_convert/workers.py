@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
+
+from megatron_precision.errors import Problem, UserError
+from tools.checkpoint_convert.signals import STOPPING, uninterrupted
 
 Result = TypeVar("Result", covariant=True)
 Progress = Callable[[int], None]
@@ -29,33 +35,58 @@ def run_tasks(tasks: Sequence[Task[Result]], workers: int, progress: Progress) -
         workers: processes; with 1 the work is done here.
 
     Raises:
-        Exception: the first that a task raised; tasks that have not begun are dropped.
+        UserError: where a process was killed from outside.
+        Exception: the first that a task raised; the other processes are killed.
     """
     if workers == 1 or len(tasks) == 1:
         return [task.run(progress) for task in tasks]
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    told = 0
-    with ProcessPoolExecutor(
+    others = multiprocessing.active_children()
+    pool = ProcessPoolExecutor(
         min(workers, len(tasks)), context, initializer=_begin, initargs=(counter,)
-    ) as pool:
-        futures = [pool.submit(_run, task) for task in tasks]
+    )
+    try:
+        # A terminal's Ctrl-C goes to the workers too: only this process is to answer it.
+        with uninterrupted():
+            futures = [pool.submit(_run, task) for task in tasks]
+        processes = _started(others)
+        told = 0
         pending: set[Any] = set(futures)
         while pending:
             done, pending = wait(pending, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
-            now = counter.value
+            now = counter.get_obj().value  # without its lock, which a killed worker may hold
             progress(now - told)
             told = now
-            if any(future.exception() is not None for future in done):
-                pool.shutdown(wait=True, cancel_futures=True)
-                break
-        failed = [f for f in futures if f.done() and not f.cancelled() and f.exception()]
-        if failed:
-            raise failed[0].exception()  # type: ignore[misc]
+            for future in done:
+                future.result()
+            # The pool looks at a process that it started last only once another has a result.
+            if pending and not all(process.is_alive() for process in processes):
+                raise BrokenProcessPool
         return [future.result() for future in futures]
+    except BaseException as wrong:
+        for process in _started(others):
+            process.kill()
+        if isinstance(wrong, BrokenProcessPool):
+            raise UserError(
+                Problem(
+                    "a worker was killed", "--workers", "a process that ended without a word",
+                    "processes that are left alone", "fewer workers, if memory ran out",
+                )
+            ) from None  # fmt: skip
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _started(others: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """The children that are not among `others`, which were there before."""
+    return [child for child in multiprocessing.active_children() if child not in others]
 
 
 def _begin(counter: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     import torch
 
     from megatron_precision.platform.process import die_with_parent
