@@ -8,6 +8,7 @@ its parameters are put together in the loader's layout and handed to vLLM's own 
 What kernels read is read back the same way for the proof: a linear layer is asked through its own
 kernel (the product with the identity returns every weight exactly, in every dtype: one term of
 each sum is 1 × w, the others are zero), packed experts are unpacked by the permutation that packs.
+A sum has lost the sign of a zero; it is remembered from what was loaded.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class EngineWeights:
 
     def __init__(self, model: torch.nn.Module, model_config: Any) -> None:
         self._model_config = model_config
+        # By layer: where its weight is -0.0, if anywhere.
+        self._negative_zeros: dict[int, torch.Tensor] = {}
         head = getattr(model, "lm_head", None)
         layers = dict(model.named_modules())
         self.parameters = [
@@ -115,10 +118,24 @@ class EngineWeights:
 
     def reads(self, name: str) -> list[torch.Tensor]:
         """What every kernel that uses a parameter reads, in the layout of the loader."""
-        found = [self._by_name[name].read_back()]
+        users = [self._by_name[name]]
         if self._tied_head is not None and name == _EMBEDDING + ".weight":
-            found.append(self._tied_head.read_back())
-        return found
+            users.append(self._tied_head)
+        return [self._signed(parameter, parameter.read_back()) for parameter in users]
+
+    def _signed(self, parameter: EngineParameter, read: torch.Tensor) -> torch.Tensor:
+        zeros = self._negative_zeros.get(id(parameter.layer))
+        if zeros is not None and parameter.attribute == "weight":
+            at = tuple(zeros.t())
+            read[at] = torch.where(read[at] == 0, -read[at].abs(), read[at])
+        return read
+
+    def _remember_signs(self, layer: Any, weight: torch.Tensor) -> None:
+        words = {2: torch.int16, 4: torch.int32}[weight.dtype.itemsize]
+        zeros = (weight.view(words) == torch.iinfo(words).min).nonzero()
+        self._negative_zeros.pop(id(layer), None)
+        if len(zeros):
+            self._negative_zeros[id(layer)] = zeros
 
     def _reload(self, layer: Any, kernel: Kernel, values: Mapping[str, torch.Tensor]) -> None:
         """Load one layer through vLLM's layer-wise reload."""
@@ -130,6 +147,8 @@ class EngineWeights:
         from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
         initialize_layerwise_reload(layer)
+        if kernel == "packed linear":
+            self._remember_signs(layer, values["weight"])
         hooked = {}
         for name in values:
             # The values are this rank's own: nothing is sliced, so the loader is a plain copy.

@@ -153,7 +153,10 @@ def run(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         engine_bytes=_most(sum(tensor.nbytes for tensor in tensors.values())),
         seconds=_rounds(ways, rounds),
-        received={PLANNED: _most(transfer.transport.bytes), GATHER: _most(gather.received)},
+        received={
+            PLANNED: _most(transfer.transport.received_bytes),
+            GATHER: _most(gather.received),
+        },
         extra_bytes={PLANNED: _most(plan_rise[0]), GATHER: _most(gather_rise[0])},
         plan_s=_most_s(plan_s),
         bind_s=_most_s(bind_s),

@@ -75,6 +75,10 @@ def _table(planner: Planner, found: Traffic, message_bytes: int, rates: Rates) -
     for node, (entered, least) in sorted(found.network.items()):
         if least:
             yield f"over the network ÷ lower bound, node {node:<3} {_ratio(entered, least)}"
+    entered_at = [rank.from_network for rank in found.ranks if rank.from_network]
+    if entered_at:
+        busiest = max(entered_at) * len(entered_at) / sum(entered_at)
+        yield f"entering by the busiest NIC ÷ mean   {busiest:.3f}"
     sent = [rank.sent for rank in found.ranks if rank.sent]
     if sent:
         yield f"sent by the busiest ÷ mean           {max(sent) * len(sent) / sum(sent):.3f}"

@@ -279,7 +279,10 @@ class Trainer:
         self._iteration |= {
             "sync/s": result.seconds,
             "sync/bytes": result.bytes,
-            "sync/verified": int(result.verified > 0),
+            "sync/received_bytes": result.received_bytes,
+            "sync/proof_s": result.proof_seconds,
+            "sync/verified": int(result.regions > 0),
+            "sync/regions": result.regions,
             "sync/weight_version": self._weight_version,
         }
 

@@ -189,6 +189,7 @@ class Planner:
                 continue
             begin, end = shared.start[0], shared.start[0] + shared.shape[0]
             step = max(1, self.cell_elements // math.prod(shared.shape[1:]))
+            step -= step % max(n for n in _units(source.piece, target.piece) if n <= step)
             for a, b in common_slabs(source.piece, target.piece, begin, end):
                 for first in range(a, b, step):
                     for x, y in common_slabs(
@@ -344,6 +345,14 @@ def common_slabs(first: Piece, second: Piece, begin: int, end: int) -> Iterator[
         low, high = a + first.start[0] - second.start[0], b + first.start[0] - second.start[0]
         for c, d in slabs(second.row_sizes, low, high):
             yield c + second.start[0], d + second.start[0]
+
+
+def _units(*pieces: Piece) -> Iterator[int]:
+    """Numbers of rows that leave few slabs where a piece is cut at their multiples."""
+    yield 1
+    for piece in pieces:
+        for number in range(1, len(piece.row_sizes)):
+            yield math.prod(piece.row_sizes[number:])
 
 
 def _uncovered(family: Family, shards: list[Shard]) -> str:

@@ -33,14 +33,16 @@ class SyncResult:
     Attributes:
         seconds: transfer and proof on this rank.
         proof_seconds: of these, the proof.
-        bytes: bytes that this rank received from others.
-        verified: regions of this rank's engine that were compared.
+        bytes: brought to this rank's engine.
+        received_bytes: of these, from other ranks.
+        regions: of this rank's engine, all compared and equal.
     """
 
     seconds: float
     proof_seconds: float
     bytes: int
-    verified: int
+    received_bytes: int
+    regions: int
 
 
 def colocated_planner(config: RunConfig) -> Planner:
@@ -128,5 +130,6 @@ class WeightSync:
             end - (middle if begin is None else begin),
             end - middle,
             self.transfer.transport.bytes,
+            self.transfer.transport.received_bytes,
             proof.regions,
         )

@@ -76,6 +76,10 @@ class Transport:
         message_bytes: size of a message; two of them are held.
         firsts: of the sources, see `Views`.
 
+    Attributes:
+        bytes: that a run of all groups brings to this rank's engine, in the wire's dtype.
+        received_bytes: of these, from other ranks.
+
     Raises:
         PlanError: where a cell of the plan is in no piece: the layout is another than planned.
     """
@@ -101,8 +105,10 @@ class Transport:
         device = messages[0].views[0].device if messages else torch.device("cpu")
         self._out = torch.empty(longest, dtype=wire, device=device)
         self._in = torch.empty(longest, dtype=wire, device=device)
-        received = [message for turn in turns for message in turn.receives]
-        self.bytes = sum(message.numel for message in received) * wire.itemsize
+        received = sum(message.numel for turn in turns for message in turn.receives)
+        copied = sum(view.numel() for group in self._groups for view in group.copy_to)
+        self.received_bytes = received * wire.itemsize
+        self.bytes = self.received_bytes + copied * wire.itemsize
 
     @property
     def buffer_bytes(self) -> int:

@@ -76,7 +76,7 @@ def push_of_other_weights(session: Session, prompts: list[list[int]]) -> dict[st
         "prompts": prompts,
         "before": before,
         "scores": session.engine.score(prompts),
-        "verified": result.verified,
+        "regions": result.regions,
         "weight_version": session.engine.weight_version,
     }
 
@@ -433,6 +433,7 @@ def synced_main_copies(
         "parameters": full_tensors(session.actor, config.model),
         "engine": engine_tensors(session),
         "bytes": result.bytes,
+        "received": result.received_bytes,
         "damaged": complaint_of_main_copies(session),
     }
 
