@@ -282,6 +282,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _sync_bench(args: argparse.Namespace) -> int:
     from megatron_precision.sync_bench import layouts, planned
+    from megatron_precision.weights.plan import cell_elements_of
 
     layouts.refuse_numbers(
         world=args.world,
@@ -293,11 +294,17 @@ def _sync_bench(args: argparse.Namespace) -> int:
         vocab_rows=args.vocab_rows,
         rounds=args.rounds,
     )
+    message_bytes = args.message_mib * 2**20
     model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
     planner = layouts.planner_of(
-        model, args.train, args.rollout, args.world, args.ranks_per_node, args.apart
+        model,
+        args.train,
+        args.rollout,
+        args.world,
+        args.ranks_per_node,
+        args.apart,
+        cell_elements_of(message_bytes),
     )
-    message_bytes = args.message_mib * 2**20
     if args.execute:
         from megatron_precision.sync_bench import job
 

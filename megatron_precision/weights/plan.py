@@ -42,11 +42,16 @@ from megatron_precision.weights.flat_ranges import FlatRanges
 from megatron_precision.weights.regions import Piece, slabs
 
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
-CELL_ELEMENTS = 2**22
+CELL_ELEMENTS = 2**24
 # Layers are brought up to date together as long as an engine's rank holds no more elements of them:
 # what is staged for a kernel with a layout of its own is no larger than this, or than one layer.
 GROUP_ELEMENTS = 2**27
 _LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+def cell_elements_of(message_bytes: int) -> int:
+    """The most that a cell may hold to fit into a message, in any dtype."""
+    return min(CELL_ELEMENTS, message_bytes // 4)
 
 
 class PlanError(ValueError):

@@ -19,7 +19,7 @@ from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
 from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
-from megatron_precision.weights.plan import PlanError, Planner
+from megatron_precision.weights.plan import PlanError, Planner, cell_elements_of
 
 
 class WeightSyncError(RuntimeError):
@@ -53,7 +53,13 @@ def colocated_planner(config: RunConfig) -> Planner:
         size, parallel.tp_size, parallel.pp_size, parallel.ep_size, parallel.etp_size
     )
     rollout = RolloutLayout(size, parallel.rollout_tp_size)
-    return Planner(config.model, trainer, rollout, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    return Planner(
+        config.model,
+        trainer,
+        rollout,
+        int(os.environ.get("LOCAL_WORLD_SIZE", size)),
+        cell_elements_of(config.sync.message_mib * 2**20),
+    )
 
 
 def _all_ranges(actor: Actor) -> FlatRanges:

@@ -1,8 +1,9 @@
 """A rank's plan carried out on live tensors: local copies, and few packed messages.
 
 Binding a plan to tensors finds the strided view of every cell once; a run then packs, sends and
-unpacks with grouped copies, and converts dtypes on the way. Buffers are two messages large,
-whatever the model's size.
+unpacks with grouped copies, and converts dtypes on the way. A large cell is a message of its own,
+and an end whose view of it is one run of the wire's dtype sends or receives in place. Buffers are
+two messages large, whatever the model's size.
 
 Ranks meet in turns: in turn `t` a rank sends to the rank `t` after it and receives from the rank
 `t` before it. Both ends know all messages of a turn, so none is announced, and a turn without any
@@ -11,6 +12,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +23,8 @@ from megatron_precision.weights.plan import Cell, Exchange, PlanError, RankPlan
 from megatron_precision.weights.regions import Piece
 
 MESSAGE_BYTES = 64 * 2**20
+# A cell of as many elements is a message of its own: then packing costs more than a message does.
+ALONE_ELEMENTS = 2**20
 Held = Iterable[tuple[Piece, torch.Tensor]]
 
 
@@ -30,6 +34,13 @@ class _Message:
 
     views: list[torch.Tensor]
     numel: int
+
+    def in_place(self, wire: torch.dtype) -> torch.Tensor | None:
+        """The message itself, flat, where it needs no buffer at this end."""
+        view = self.views[0]
+        if len(self.views) == 1 and view.dtype == wire and view.is_contiguous():
+            return view.view(-1)
+        return None
 
     def slices(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The buffer's part of each view, in its shape."""
@@ -100,11 +111,8 @@ class Transport:
         limit = message_bytes // wire.itemsize
         self._groups = [_bind(plan, have, need, wire, world_size, limit) for plan in groups]
         turns = [turn for group in self._groups for turns in group.rounds for turn in turns]
-        messages = [message for turn in turns for message in (*turn.sends, *turn.receives)]
-        longest = max((message.numel for message in messages), default=0)
-        device = messages[0].views[0].device if messages else torch.device("cpu")
-        self._out = torch.empty(longest, dtype=wire, device=device)
-        self._in = torch.empty(longest, dtype=wire, device=device)
+        self._out = _buffer((m for turn in turns for m in turn.sends), wire)
+        self._in = _buffer((m for turn in turns for m in turn.receives), wire)
         received = sum(message.numel for turn in turns for message in turn.receives)
         copied = sum(view.numel() for group in self._groups for view in group.copy_to)
         self.received_bytes = received * wire.itemsize
@@ -130,19 +138,22 @@ class Transport:
                 self._run_turn(turn)
 
     def _run_turn(self, turn: _Turn) -> None:
-        for number in range(max(len(turn.sends), len(turn.receives))):
+        for received, sent in itertools.zip_longest(turn.receives, turn.sends):
             work = []
-            if number < len(turn.receives):
-                received = turn.receives[number]
-                work.append(dist.irecv(self._in[: received.numel], turn.origin))
-            if number < len(turn.sends):
-                sent = turn.sends[number]
-                torch._foreach_copy_(sent.slices(self._out), sent.views)
-                work.append(dist.isend(self._out[: sent.numel], turn.to))
+            arrives = received and received.in_place(self._wire)
+            if received:
+                buffer = self._in[: received.numel] if arrives is None else arrives
+                work.append(dist.irecv(buffer, turn.origin))
+            if sent:
+                leaves = sent.in_place(self._wire)
+                if leaves is None:
+                    leaves = self._out[: sent.numel]
+                    torch._foreach_copy_(sent.slices(leaves), sent.views)
+                work.append(dist.isend(leaves, turn.to))
             for pending in work:
                 assert pending is not None
                 pending.wait()
-            if number < len(turn.receives):
+            if received and arrives is None:
                 torch._foreach_copy_(received.views, received.slices(self._in))
 
 
@@ -229,11 +240,22 @@ def _turns(
             yield _Turn(to, sends, origin, receives)
 
 
+def _buffer(messages: Iterable[_Message], wire: torch.dtype) -> torch.Tensor:
+    """Room for the longest message that needs any."""
+    packed = [message for message in messages if message.in_place(wire) is None]
+    longest = max((message.numel for message in packed), default=0)
+    device = packed[0].views[0].device if packed else torch.device("cpu")
+    return torch.empty(longest, dtype=wire, device=device)
+
+
 def _messages(cells: list[Cell], views: Views, limit: int) -> Iterator[_Message]:
     """Cells in messages of at most `limit` elements, cut alike on both ends."""
     taken: list[torch.Tensor] = []
     filled = 0
     for cell in cells:
+        if cell.numel >= ALONE_ELEMENTS:
+            yield _Message([views.of(cell)], cell.numel)
+            continue
         if taken and filled + cell.numel > limit:
             yield _Message(taken, filled)
             taken, filled = [], 0
