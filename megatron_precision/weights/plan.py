@@ -46,6 +46,7 @@ CELL_ELEMENTS = 2**24
 # Layers are brought up to date together as long as an engine's rank holds no more elements of them:
 # what is staged for a kernel with a layout of its own is no larger than this, or than one layer.
 GROUP_ELEMENTS = 2**27
+Ranks = tuple[int, ...]
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -231,17 +232,18 @@ class Planner:
                     turn = first_turn + cell.number
                     for box, there in self._held(name, cell, holders):
                         whole = Cell(name, box.start, box.shape)
+                        route = _Route(whole, turn, there, needers)
                         if wanted:
-                            self._receive(plan, whole, turn, there, needers)
+                            route.receive(plan, node)
                         if rank in there.get(node, ()):
-                            self._send(plan, whole, turn, there, needers)
+                            route.send(plan)
         return plan
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[str, Group], dict[int, tuple[int, ...]]]:
+    def _known(self) -> dict[tuple[str, Group], dict[int, Ranks]]:
         return {}
 
-    def _nodes(self, side: str, group: Group) -> dict[int, tuple[int, ...]]:
+    def _nodes(self, side: str, group: Group) -> dict[int, Ranks]:
         """Node → its ranks of a group."""
         key = (side, group)
         if key not in self._known:
@@ -253,8 +255,8 @@ class Planner:
         return self._known[key]
 
     def _held(
-        self, name: str, cell: _FamilyCell, holders: dict[int, tuple[int, ...]]
-    ) -> Iterator[tuple[Box, dict[int, tuple[int, ...]]]]:
+        self, name: str, cell: _FamilyCell, holders: dict[int, Ranks]
+    ) -> Iterator[tuple[Box, dict[int, Ranks]]]:
         """A cell in parts that some trainers hold whole, with these: node → its ranks.
 
         Raises:
@@ -276,61 +278,60 @@ class Planner:
             for a, b in common_slabs(cell.source.piece, cell.target.piece, begin, end):
                 yield Box((a, *part.start[1:]), (b - a, *part.shape[1:])), nodes
 
-    def _receive(
-        self,
-        plan: RankPlan,
-        cell: Cell,
-        turn: int,
-        holders: dict[int, tuple[int, ...]],
-        needers: dict[int, tuple[int, ...]],
-    ) -> None:
-        rank, node = plan.rank, self.node(plan.rank)
-        near, here = holders.get(node, ()), needers[node]
+
+@dataclass(frozen=True)
+class _Route:
+    """Who sends a cell to whom.
+
+    Attributes:
+        turn: number of the cell, by which replicas take turns.
+        holders, needers: node → its ranks.
+    """
+
+    cell: Cell
+    turn: int
+    holders: dict[int, Ranks]
+    needers: dict[int, Ranks]
+
+    def receive(self, plan: RankPlan, node: int) -> None:
+        """How a rank that needs the cell comes to it."""
+        rank, cell = plan.rank, self.cell
+        near, here = self.holders.get(node, ()), self.needers[node]
         if rank in near:
             plan.copies.append(cell)
         elif near:
-            source = near[(turn + here.index(rank)) % len(near)]
+            source = near[(self.turn + here.index(rank)) % len(near)]
             plan.direct.receives.setdefault(source, []).append(cell)
         else:
-            landing = here[turn % len(here)]
+            landing = here[self.turn % len(here)]
             if rank == landing:
-                source = _replica(holders, turn + node)
-                plan.direct.receives.setdefault(source, []).append(cell)
+                plan.direct.receives.setdefault(self._replica(node), []).append(cell)
                 for other in here:
                     if other != rank:
                         plan.fan_out.sends.setdefault(other, []).append(cell)
             else:
                 plan.fan_out.receives.setdefault(landing, []).append(cell)
 
-    def _send(
-        self,
-        plan: RankPlan,
-        cell: Cell,
-        turn: int,
-        holders: dict[int, tuple[int, ...]],
-        needers: dict[int, tuple[int, ...]],
-    ) -> None:
-        rank = plan.rank
-        for node, here in needers.items():
-            near = holders.get(node, ())
+    def send(self, plan: RankPlan) -> None:
+        """To whom a rank that has the cell sends it."""
+        for node, here in self.needers.items():
+            near = self.holders.get(node, ())
             if near:
-                if rank not in near:
+                if plan.rank not in near:
                     continue
                 for position, other in enumerate(here):
-                    taken = other in near or near[(turn + position) % len(near)] != rank
+                    taken = other in near or near[(self.turn + position) % len(near)] != plan.rank
                     if not taken:
-                        plan.direct.sends.setdefault(other, []).append(cell)
-            elif _replica(holders, turn + node) == rank:
-                landing = here[turn % len(here)]
-                plan.direct.sends.setdefault(landing, []).append(cell)
+                        plan.direct.sends.setdefault(other, []).append(self.cell)
+            elif self._replica(node) == plan.rank:
+                landing = here[self.turn % len(here)]
+                plan.direct.sends.setdefault(landing, []).append(self.cell)
 
-
-def _replica(holders: dict[int, tuple[int, ...]], turn: int) -> int:
-    """One of all holders, in turn over nodes first, so that NICs share the work."""
-    nodes = sorted(holders)
-    node = nodes[turn % len(nodes)]
-    members = holders[node]
-    return members[turn // len(nodes) % len(members)]
+    def _replica(self, node: int) -> int:
+        """The holder that serves another node, in turn over nodes first: NICs share the work."""
+        turn, nodes = self.turn + node, sorted(self.holders)
+        members = self.holders[nodes[turn % len(nodes)]]
+        return members[turn // len(nodes) % len(members)]
 
 
 def overlap(a: Box, b: Box) -> Box | None:
