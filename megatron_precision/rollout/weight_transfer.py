@@ -19,10 +19,10 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_precision.rollout.engine_weights import EngineWeights
 from megatron_precision.weights.megatron_layout import ShardCoordinates
+from megatron_precision.weights.messages import MESSAGE_BYTES
 from megatron_precision.weights.plan import Planner
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transfer import Transfer
-from megatron_precision.weights.transport import MESSAGE_BYTES
 
 BACKEND = "megatron_precision"
 

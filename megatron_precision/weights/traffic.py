@@ -22,6 +22,7 @@ from megatron_precision.weights.families import (
     Side,
     families,
 )
+from megatron_precision.weights.messages import messages
 from megatron_precision.weights.plan import Cell, Planner, RankPlan, overlap
 
 # Above this many ranks, only those of the first and the last node are planned for the report.
@@ -37,7 +38,7 @@ class RankTraffic:
         received, sent: in messages, inside the node and over the network.
         received_bound: the least that it must receive.
         from_network: the part of `received` that crossed between nodes.
-        messages: cells' messages, received and sent.
+        messages: received and sent; a sync that goes by groups of layers may have a few more.
         peers: ranks that it exchanges messages with.
         plan_s: seconds to plan the rank's part, the cells included.
     """
@@ -114,11 +115,11 @@ def _rank_traffic(
     received = {(p, i): c for i, e in enumerate(exchanges) for p, c in e.receives.items()}
     sent = {(p, i): c for i, e in enumerate(exchanges) for p, c in e.sends.items()}
 
-    def size(messages: Iterable[list[Cell]]) -> int:
-        return itemsize * sum(cell.numel for cells in messages for cell in cells)
+    def size(exchanged: Iterable[list[Cell]]) -> int:
+        return itemsize * sum(cell.numel for cells in exchanged for cell in cells)
 
-    def abroad(messages: dict[tuple[int, int], list[Cell]]) -> int:
-        return size(c for (peer, _), c in messages.items() if planner.node(peer) != node)
+    def abroad(exchanged: dict[tuple[int, int], list[Cell]]) -> int:
+        return size(c for (peer, _), c in exchanged.items() if planner.node(peer) != node)
 
     return RankTraffic(
         rank=plan.rank,
@@ -128,7 +129,10 @@ def _rank_traffic(
         from_network=abroad(received),
         sent=size(sent.values()),
         to_network=abroad(sent),
-        messages=sum(-(-size([c]) // message_bytes) for c in (*received.values(), *sent.values())),
+        messages=sum(
+            sum(1 for _ in messages(cells, message_bytes // itemsize))
+            for cells in (*received.values(), *sent.values())
+        ),
         peers=len({peer for peer, _ in (*received, *sent)}),
         plan_s=seconds,
     )

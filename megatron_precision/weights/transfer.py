@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from megatron_precision.weights.checksums import checksum, columns_of
 from megatron_precision.weights.megatron_layout import ShardCoordinates
+from megatron_precision.weights.messages import MESSAGE_BYTES
 from megatron_precision.weights.plan import Cell, Planner, rank_groups
 from megatron_precision.weights.regions import Piece
-from megatron_precision.weights.transport import MESSAGE_BYTES, Held, Transport, Views, view_of
+from megatron_precision.weights.transport import Held, Transport, Views, view_of
 from megatron_precision.weights.verify import RegionProof
 from megatron_precision.weights.vllm_layout import vllm_pieces
 

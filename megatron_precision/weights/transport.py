@@ -19,12 +19,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megatron_precision.weights.messages import MESSAGE_BYTES, messages
 from megatron_precision.weights.plan import Cell, Exchange, PlanError, RankPlan
 from megatron_precision.weights.regions import Piece
 
-MESSAGE_BYTES = 64 * 2**20
-# A cell of as many elements is a message of its own: then packing costs more than a message does.
-ALONE_ELEMENTS = 2**20
 Held = Iterable[tuple[Piece, torch.Tensor]]
 
 
@@ -249,17 +247,5 @@ def _buffer(messages: Iterable[_Message], wire: torch.dtype) -> torch.Tensor:
 
 
 def _messages(cells: list[Cell], views: Views, limit: int) -> Iterator[_Message]:
-    """Cells in messages of at most `limit` elements, cut alike on both ends."""
-    taken: list[torch.Tensor] = []
-    filled = 0
-    for cell in cells:
-        if cell.numel >= ALONE_ELEMENTS:
-            yield _Message([views.of(cell)], cell.numel)
-            continue
-        if taken and filled + cell.numel > limit:
-            yield _Message(taken, filled)
-            taken, filled = [], 0
-        taken.append(views.of(cell))
-        filled += cell.numel
-    if taken:
-        yield _Message(taken, filled)
+    for together in messages(cells, limit):
+        yield _Message([views.of(cell) for cell in together], sum(cell.numel for cell in together))

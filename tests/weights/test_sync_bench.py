@@ -29,8 +29,9 @@ def test_tp2_to_two_replicas_moves_half_of_every_divided_tensor() -> None:
         assert rank.copied == divided + 2 * norms
         assert rank.from_network == rank.to_network == 0
         assert rank.peers == 1
-        # 64 MiB a message, each way.
-        assert rank.messages == 2 * -(-divided // 2**26)
+        # Halves in messages of at most 16 Mi elements, each way: q (13 Mi), k, v and o one each,
+        # the MLP's three (43 Mi) three each, embedding and head (371 Mi) 24 each.
+        assert rank.messages == 2 * (layers * (4 + 3 * 3) + 2 * 24)
 
 
 def test_a_node_takes_each_byte_once_and_hands_it_on() -> None:
