@@ -58,7 +58,7 @@ def group_standardised(rewards: Tensor) -> Tensor:
     Raises:
         ValueError: as `group_mean_centred`.
 
-    Source: arXiv 2503.14476, equation 9. The paper leaves the divisor of the variance open; its
+    Source: arXiv 2503.14476, its advantage. The paper leaves the divisor of the variance open; its
     released code has group_size - 1, as here, and adds 1e-6 to the deviation, which we do not:
     the one case that it guards gives 0 here.
     """
@@ -116,7 +116,7 @@ def with_contrast(rewards: Tensor) -> Tensor:
     Raises:
         ValueError: as `group_mean_centred`.
 
-    Source: arXiv 2503.14476, equation 11, for rewards of two values.
+    Source: arXiv 2503.14476, section 3.2, for rewards of two values.
     """
     check_rewards(rewards)
     return ~_zero_variance(rewards)[:, 0]

@@ -44,7 +44,7 @@ def overlong(
     Raises:
         ValueError: rewards that are no finite matrix, or lengths of another shape.
 
-    Source: arXiv 2503.14476, equation 13, where B is 4,096 of 20,480 tokens and a right answer
+    Source: arXiv 2503.14476, section 3.4, where B is 4,096 of 20,480 tokens and a right answer
     has reward 1, a wrong one -1. Our tasks give 1 and 0, so the penalty weighs twice as much.
     """
     check_rewards(rewards)

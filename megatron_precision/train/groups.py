@@ -55,7 +55,7 @@ def sample_rounds(
     Returns:
         Everything that was sampled, and the batch: `num_groups` of its groups, in its order.
 
-    Source: arXiv 2503.14476, dynamic sampling. It samples until the batch is full, without a
+    Source: arXiv 2503.14476, section 3.2. It samples until the batch is full, without a
     bound, and whole batches at a time.
     """
     everything = sample(0, num_groups)
