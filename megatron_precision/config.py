@@ -152,12 +152,35 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class AlgorithmConfig:
-    """An algorithm by its name in `rl/algorithms.py`, and the constants of its formula."""
+    """An algorithm by its name in `rl/algorithms.py`, and the constants of the parts.
+
+    A part reads its own constants and no others, so each has its source's value at the same time:
+
+        clip_low, clip_high              PPO: the ratio stays in [1 - low, 1 + high]
+        dual_clip                        PPO: bound c on the ratio where A < 0; 0 is none
+        sequence_clip_low, _high         GSPO: the same for the ratio of a sequence
+        correction_threshold             C of TIS and MIS
+        token_mask_low, _high            IcePop: tokens with pi/mu outside are left out
+        log_weight_clamp                 log-weights are cut here before exp
+        overlong_buffer_share            DAPO: share of the response limit in which the penalty
+                                         grows from 0 to its full size; 0.2 is 4,096 of 20,480
+        overlong_penalty                 DAPO: its full size, in units of reward
+        dynamic_sampling_rounds          DAPO: how often an iteration asks further prompts at most
+    """
 
     name: str = "PG-Seq-IS"
     clip_low: float = 0.2
     clip_high: float = 0.28
+    dual_clip: float = 0.0
+    sequence_clip_low: float = 3e-4
+    sequence_clip_high: float = 4e-4
+    correction_threshold: float = 3.0
+    token_mask_low: float = 0.5
+    token_mask_high: float = 5.0
     log_weight_clamp: float = 20.0
+    overlong_buffer_share: float = 0.2
+    overlong_penalty: float = 1.0
+    dynamic_sampling_rounds: int = 4
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.precision.policy import DTYPES, policy
+from megatron_precision.rl import limits
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.weights.architectures import ARCHITECTURES
 
@@ -34,7 +35,7 @@ def problems(config: RunConfig) -> list[Problem]:
             *_batches(config),
             *_lengths(config),
         ]
-    return [*found, *_sampling(config), *_loss_scale(config)]
+    return [*found, *_sampling(config), *limits.problems(config), *_loss_scale(config)]
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -100,14 +101,15 @@ _AT_LEAST_ZERO = (
     "task.eval_questions", "warm_start.max_steps", "warm_start.warmup_steps",
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
     "loss_scale.headroom_bits", "train.iterations", "train.mismatch_every", "eval.every",
-    "eval.temperature",
+    "eval.temperature", "algo.overlong_penalty", "algo.dynamic_sampling_rounds",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",
     "model.initializer_range",
     "warm_start.learning_rate",
     "optimizer.learning_rate", "optimizer.eps", "rollout.temperature",
-    "algo.clip_low", "algo.clip_high", "algo.log_weight_clamp",
+    "algo.clip_low", "algo.clip_high", "algo.sequence_clip_low", "algo.sequence_clip_high",
+    "algo.token_mask_low", "algo.log_weight_clamp", "algo.overlong_buffer_share",
 )  # fmt: skip
 _SHARES = (
     "warm_start.target_accuracy_low", "warm_start.target_accuracy_high",
@@ -138,10 +140,6 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
     for path in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _value(config, path) < 1:
             yield Problem("value out of range", path, str(_value(config, path)), "in [0, 1)")
-    if config.algo.clip_low >= 1:
-        yield Problem(
-            "value out of range", "algo.clip_low", str(config.algo.clip_low), "less than 1"
-        )
     for section, low, high in (
         ("warm_start", "target_accuracy_low", "target_accuracy_high"),
         ("perfectible", "accuracy_low", "accuracy_high"),

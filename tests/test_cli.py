@@ -103,7 +103,14 @@ def test_nothing_heavy_is_imported_to_answer(argv: list[str]) -> None:
                 "parallel.tp_size=3",
                 "rollout.top_p=0.9",
             ],
-            ["7 problems", "did you mean PPO?", "seed", "2 / 3", "top_p", "no prepared start"],
+            [
+                "7 problems",
+                "did you mean PPO or DAPO?",
+                "seed",
+                "2 / 3",
+                "top_p",
+                "no prepared start",
+            ],
         ),
     ],
 )

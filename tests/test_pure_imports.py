@@ -36,14 +36,17 @@ PURE_MODULES = (
     "megatron_precision.rl.aggregation",
     "megatron_precision.rl.algorithms",
     "megatron_precision.rl.correction",
+    "megatron_precision.rl.limits",
     "megatron_precision.rl.losses",
     "megatron_precision.rl.mismatch",
+    "megatron_precision.rl.reward_shaping",
     *TABLES,
 )
 TORCH_FREE_MODULES = (
     "megatron_precision.config",
     "megatron_precision.precision.policy",
     "megatron_precision.rl.algorithms",
+    "megatron_precision.rl.limits",
     *TABLES,
 )
 

@@ -11,6 +11,7 @@ import pytest
 import recipes
 from megatron_precision import overrides, validation
 from megatron_precision.errors import UserError
+from megatron_precision.rl.algorithms import ALGORITHMS
 
 # The sizes that the numbers below are worked from, whatever the recipes' own are.
 SIZES = {
@@ -40,6 +41,12 @@ def where(recipe: str, *changes: str) -> list[str]:
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32", "bf16/fp16"])
 def test_every_recipe_is_valid_in_every_precision(name: str, precision: str) -> None:
     assert validation.problems(recipes.build(name, precision=precision)) == []
+
+
+@pytest.mark.parametrize("name", list(recipes.RECIPES))
+@pytest.mark.parametrize("algo", list(ALGORITHMS))
+def test_every_recipe_is_valid_with_every_algorithm(name: str, algo: str) -> None:
+    assert validation.problems(recipes.build(name, algo=algo)) == []
 
 
 def test_all_problems_of_a_layout_are_listed_at_once() -> None:
@@ -110,6 +117,18 @@ def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
         (["optimizer.beta2=1"], "optimizer.beta2"),
         (["precision=fp61"], "precision"),
         (["algo.name=GSPO"], "algo.name"),
+        (["algo.clip_low=1"], "algo.clip_low"),
+        (["algo.sequence_clip_low=1"], "algo.sequence_clip_low"),
+        (["algo.sequence_clip_high=0"], "algo.sequence_clip_high"),
+        (["algo.dual_clip=1"], "algo.dual_clip"),
+        (["algo.correction_threshold=0.5"], "algo.correction_threshold"),
+        (["algo.token_mask_low=1.5"], "algo.token_mask_low"),
+        (["algo.token_mask_low=0"], "algo.token_mask_low"),
+        (["algo.token_mask_high=0.9"], "algo.token_mask_high"),
+        (["algo.overlong_buffer_share=1.1"], "algo.overlong_buffer_share"),
+        (["algo.overlong_penalty=-1"], "algo.overlong_penalty"),
+        (["algo.dynamic_sampling_rounds=-1"], "algo.dynamic_sampling_rounds"),
+        (["algo.name=DAPO", "train.rollouts_per_prompt=1"], "train.rollouts_per_prompt"),
         (["rollout.temperature=0"], "rollout.temperature"),
         (["rollout.top_k=50"], "rollout.top_k"),
         (["rollout.repetition_penalty=1.1"], "rollout.repetition_penalty"),

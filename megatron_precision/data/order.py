@@ -11,7 +11,7 @@ import random
 
 
 def prompts_for_iteration(
-    num_questions: int, iteration: int, per_iteration: int, seed: int
+    num_questions: int, iteration: int, per_iteration: int, seed: int, stream: str = "order"
 ) -> list[int]:
     """Indices of the questions of one iteration, in order.
 
@@ -23,6 +23,7 @@ def prompts_for_iteration(
         iteration: 0-based.
         per_iteration: how many indices.
         seed: shuffles otherwise.
+        stream: names an order of its own, for example of the prompts that fill up a batch.
 
     Raises:
         ValueError: lists every argument that is out of range.
@@ -42,12 +43,12 @@ def prompts_for_iteration(
     last = first + per_iteration - 1
     order: list[int] = []
     for epoch in range(first // num_questions, last // num_questions + 1):
-        order.extend(_epoch_order(num_questions, epoch, seed))
+        order.extend(_epoch_order(num_questions, epoch, seed, stream))
     start = first % num_questions
     return order[start : start + per_iteration]
 
 
-def _epoch_order(num_questions: int, epoch: int, seed: int) -> list[int]:
+def _epoch_order(num_questions: int, epoch: int, seed: int, stream: str) -> list[int]:
     shuffled = list(range(num_questions))
-    random.Random(hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()).shuffle(shuffled)
+    random.Random(hashlib.sha256(f"{stream}/{seed}/{epoch}".encode()).digest()).shuffle(shuffled)
     return shuffled

@@ -1,14 +1,18 @@
 """Rollout correction: the weight on each token's policy loss, from the engine's probabilities.
 
 The rollouts were sampled from mu (the engine), the gradient is taken of pi_theta (the trainer).
-A correction weighs a token's loss by a ratio of the two. Weights never carry gradient.
+A correction weighs a token's loss by a ratio pi/mu. Weights never carry gradient.
 
-A new correction is a function here and an entry in `CORRECTIONS`; it may read old_logprobs, and
-sets a token's weight to 0 to leave the token out of the loss (its place in the mean stays).
+Which pi stands above mu follows from the policy loss: with a ratio pi_theta/pi_old the correction
+supplies what is missing between mu and pi_old; without one it reaches from mu to pi_theta.
+
+A new correction is a function here and an entry in `CORRECTIONS`; it sets a token's weight to 0
+to leave the token out of the loss (its place in the mean stays).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,6 +44,27 @@ class PolicyInputs:
     advantages: Tensor
     mask: Tensor
 
+    @property
+    def anchor_logprobs(self) -> Tensor:
+        """The policy that the correction reaches from mu, detached.
+
+        pi_old where the policy loss has a ratio to it, pi_theta where it has none.
+        """
+        return self.train_logprobs.detach() if self.old_logprobs is None else self.old_logprobs
+
+
+@dataclass(frozen=True)
+class CorrectionTerms:
+    """What a correction returns; [num_seqs, num_tokens] each, without gradient.
+
+    Attributes:
+        weight: of the log-probs' dtype.
+        cut: bool, True where a threshold changed the weight: truncated it, or set it to 0.
+    """
+
+    weight: Tensor
+    cut: Tensor
+
 
 def clamped_exp(log_weight: Tensor, log_weight_clamp: float) -> Tensor:
     """exp(min(log_weight, log_weight_clamp)), with nan for a log-weight that is not finite.
@@ -58,28 +83,112 @@ def clamped_exp(log_weight: Tensor, log_weight_clamp: float) -> Tensor:
     return torch.where(torch.isfinite(log_weight), weight, torch.nan)
 
 
-def no_correction(inputs: PolicyInputs, constants: AlgorithmConfig) -> Tensor:
+def no_correction(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
     """Weight 1 on every token: mu is taken for pi_old, or for pi_theta."""
-    return torch.ones_like(inputs.rollout_logprobs)
+    ones = torch.ones_like(inputs.rollout_logprobs)
+    return CorrectionTerms(ones, torch.zeros_like(inputs.mask))
 
 
-def sequence_importance(inputs: PolicyInputs, constants: AlgorithmConfig) -> Tensor:
-    """rho_theta = prod_t pi_theta(y_t) / mu(y_t), the same on every token of a sequence.
+def sequence_importance(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
+    """rho = prod_t pi(y_t) / mu(y_t), the same on every token of a sequence.
 
-        rho_theta = exp(min(sum_t (train_logprobs - rollout_logprobs), log_weight_clamp))
+        rho = exp(min(sum_t (log pi - log mu), log_weight_clamp))
 
     The sum is over response tokens, in FP64, so that it does not depend on how far a batch is
-    padded. The current policy enters, without gradient: no old-log-prob pass is needed.
+    padded.
 
     Source: arXiv 2510.26788, PG-Seq-IS.
     """
-    log_ratio = inputs.train_logprobs.detach().double() - inputs.rollout_logprobs.double()
-    log_weight = log_ratio.sum(dim=1, keepdim=True)
-    weight = clamped_exp(log_weight, constants.log_weight_clamp)
-    return weight.to(inputs.rollout_logprobs.dtype).expand_as(inputs.rollout_logprobs)
+    return _truncated(inputs, _sequence_log_ratio(inputs), constants, math.inf)
 
 
-CORRECTIONS: dict[Correction, Callable[[PolicyInputs, AlgorithmConfig], Tensor]] = {
+def sequence_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
+    """min(rho, C), with rho of `sequence_importance` and C = `correction_threshold`.
+
+    Source: arXiv 2510.26788, PPO-Seq-TIS and PG-Seq-TIS.
+    """
+    return _truncated(
+        inputs, _sequence_log_ratio(inputs), constants, constants.correction_threshold
+    )
+
+
+def sequence_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
+    """rho * 1[rho <= C]: a sequence above C has no gradient; there is no lower bound.
+
+    Some released scripts of the paper named `seq_mis` clamp at C instead: that is
+    `sequence_truncated`. This is the formula of the text.
+
+    Source: arXiv 2510.26788, PPO-Seq-MIS and PG-Seq-MIS.
+    """
+    return _masked(
+        inputs, _sequence_log_ratio(inputs), constants, 0.0, constants.correction_threshold
+    )
+
+
+def token_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
+    """min(pi(y_t) / mu(y_t), C), each token for itself, with C = `correction_threshold`.
+
+    Source: arXiv 2510.26788, PPO-Token-TIS.
+    """
+    return _truncated(inputs, _log_ratio(inputs), constants, constants.correction_threshold)
+
+
+def token_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
+    """w * 1[low <= w <= high] with w = pi(y_t) / mu(y_t), each token for itself.
+
+    The bounds are `token_mask_low` and `token_mask_high`. A token inside keeps its weight w; it
+    is not set to 1.
+
+    Source: arXiv 2510.18855 (IcePop), its M(k) with alpha = 0.5 and beta = 5.
+    """
+    return _masked(
+        inputs,
+        _log_ratio(inputs),
+        constants,
+        constants.token_mask_low,
+        constants.token_mask_high,
+    )
+
+
+def _log_ratio(inputs: PolicyInputs) -> Tensor:
+    """log pi - log mu of every token, [num_seqs, num_tokens] FP64."""
+    return inputs.anchor_logprobs.double() - inputs.rollout_logprobs.double()
+
+
+def _sequence_log_ratio(inputs: PolicyInputs) -> Tensor:
+    """The sum of `_log_ratio` over each sequence, on each of its tokens."""
+    return _log_ratio(inputs).sum(dim=1, keepdim=True).expand_as(inputs.mask)
+
+
+def _truncated(
+    inputs: PolicyInputs, log_weight: Tensor, constants: AlgorithmConfig, high: float
+) -> CorrectionTerms:
+    weight = clamped_exp(log_weight, constants.log_weight_clamp).clamp(max=high)
+    cut = torch.isfinite(log_weight) & (log_weight > math.log(high))
+    return CorrectionTerms(weight.to(inputs.rollout_logprobs.dtype), cut)
+
+
+def _masked(
+    inputs: PolicyInputs,
+    log_weight: Tensor,
+    constants: AlgorithmConfig,
+    low: float,
+    high: float,
+) -> CorrectionTerms:
+    # Compared as logarithms, so that the clamp cannot bring a weight below its bound.
+    log_low = math.log(low) if low > 0 else -math.inf
+    outside = (log_weight < log_low) | (log_weight > math.log(high))
+    # A log-prob that is not finite is not an outlier to be left out: its nan stays.
+    cut = torch.isfinite(log_weight) & outside
+    weight = clamped_exp(log_weight, constants.log_weight_clamp).masked_fill(cut, 0.0)
+    return CorrectionTerms(weight.to(inputs.rollout_logprobs.dtype), cut)
+
+
+CORRECTIONS: dict[Correction, Callable[[PolicyInputs, AlgorithmConfig], CorrectionTerms]] = {
     "none": no_correction,
+    "token_tis": token_truncated,
+    "token_mask": token_masked,
     "seq_is": sequence_importance,
+    "seq_tis": sequence_truncated,
+    "seq_mis": sequence_masked,
 }

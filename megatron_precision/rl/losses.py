@@ -27,31 +27,38 @@ class PolicyTerms:
         loss: with gradient.
         clipped: bool, True where the clipped branch is the larger one.
         ratio: pi_theta over the policy that the loss compares it with.
+        gradient_factor: |d loss / d train_logprobs| over |A| where nothing is clipped.
     """
 
     loss: Tensor
     clipped: Tensor
     ratio: Tensor
+    gradient_factor: Tensor
 
 
 @dataclass(frozen=True)
 class TokenLoss:
     """The token losses of a micro-batch; [num_seqs, num_tokens] each.
 
-    All four are 0 (False) where the mask is False, so that a sum needs only the token count.
+    All are 0 (False) where the mask is False, so that a sum needs only the token count.
 
     Attributes:
         loss: weight times policy loss, with gradient, to be given to `aggregation.aggregate`.
         weight: the correction's weight, detached.
+        cut: bool, tokens whose weight the correction truncated or set to 0.
         clipped: bool, tokens whose clipped branch is in force.
-        ratio: detached; pi_theta/pi_old where the policy loss has an old policy, and
-            pi_theta/mu where not.
+        ratio: detached; pi_theta/pi_old where the policy loss has an old policy (of the
+            sequence, for GSPO), and pi_theta/mu where not.
+        gradient_factor: detached; what the advantage is multiplied with in the gradient of an
+            unclipped token, correction included: a large one can overflow FP16.
     """
 
     loss: Tensor
     weight: Tensor
+    cut: Tensor
     clipped: Tensor
     ratio: Tensor
+    gradient_factor: Tensor
 
 
 def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
@@ -59,10 +66,12 @@ def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
 
         r    = pi_theta / pi_old
         loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
+        and, where A < 0 and dual_clip is not 0, at most -dual_clip A
 
     At r = 1 its gradient is that of `policy_gradient`.
 
-    Source: arXiv 1707.06347, equation 7; clip_low and clip_high apart as in arXiv 2503.14476.
+    Source: arXiv 1707.06347, equation 7; clip_low and clip_high apart as in arXiv 2503.14476;
+    dual_clip from arXiv 1912.09729.
     """
     if inputs.old_logprobs is None:
         raise ValueError("policy loss ppo_clip: got no old_logprobs")
@@ -71,28 +80,64 @@ def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
     bounded = ratio.clamp(1.0 - constants.clip_low, 1.0 + constants.clip_high)
     unclipped_loss = -ratio * inputs.advantages
     clipped_loss = -bounded * inputs.advantages
+    loss = torch.maximum(unclipped_loss, clipped_loss)
+    clipped = clipped_loss > unclipped_loss
+    if constants.dual_clip > 0:
+        ceiling = (-constants.dual_clip * inputs.advantages).expand_as(loss)
+        above = (inputs.advantages < 0) & (loss > ceiling)
+        loss, clipped = torch.where(above, ceiling, loss), clipped | above
+    return PolicyTerms(loss, clipped, ratio, gradient_factor=ratio)
+
+
+def gspo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
+    """GSPO: one ratio a sequence, the geometric mean of its tokens', clipped as PPO's.
+
+        s    = exp(mean_t log(pi_theta/pi_old)), the same on every token of a sequence
+        s_t  = sg(s) pi_theta / sg(pi_theta), equal to s, with the gradient of its own token
+        loss = max(-s_t A, -clip(s_t, 1 - sequence_clip_low, 1 + sequence_clip_high) A)
+
+    Under `seq-mean-token-mean` the gradient is that of the sequence's own loss: each of its N
+    tokens has s A / N. The mean is over response tokens, in FP64.
+
+    Source: arXiv 2507.18071, GSPO-token, which for one advantage a sequence is GSPO; bounds as
+    in arXiv 2510.26788, Vanilla-GSPO. mu is not read.
+    """
+    if inputs.old_logprobs is None:
+        raise ValueError("policy loss gspo_clip: got no old_logprobs")
+    train = inputs.train_logprobs
+    log_ratio = train.detach().double() - inputs.old_logprobs.double()
+    num_tokens = inputs.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    log_sequence_ratio = (log_ratio.sum(dim=1, keepdim=True) / num_tokens).to(train.dtype)
+    # train - train.detach() is 0 with gradient 1; it is nan where train is not finite.
+    ratio = clamped_exp(log_sequence_ratio + (train - train.detach()), constants.log_weight_clamp)
+    bounded = ratio.clamp(1.0 - constants.sequence_clip_low, 1.0 + constants.sequence_clip_high)
+    unclipped_loss = -ratio * inputs.advantages
+    clipped_loss = -bounded * inputs.advantages
     return PolicyTerms(
         loss=torch.maximum(unclipped_loss, clipped_loss),
         clipped=clipped_loss > unclipped_loss,
         ratio=ratio,
+        gradient_factor=ratio,
     )
 
 
 def policy_gradient(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
     """The score function: loss = -A log pi_theta. Never clipped; its ratio is pi_theta/mu.
 
-    Source: arXiv 2510.26788, the policy loss of PG-Seq-IS.
+    Source: arXiv 2510.26788, the policy loss of PG-Seq-IS, PG-Seq-TIS and PG-Seq-MIS.
     """
     log_ratio = inputs.train_logprobs.detach() - inputs.rollout_logprobs
     return PolicyTerms(
         loss=-inputs.advantages * inputs.train_logprobs,
         clipped=torch.zeros_like(inputs.mask),
         ratio=clamped_exp(log_ratio, constants.log_weight_clamp),
+        gradient_factor=torch.ones_like(log_ratio),
     )
 
 
 POLICY_LOSSES: dict[PolicyLoss, Callable[[PolicyInputs, AlgorithmConfig], PolicyTerms]] = {
     "ppo_clip": ppo_clip,
+    "gspo_clip": gspo_clip,
     "policy_gradient": policy_gradient,
 }
 
@@ -115,7 +160,7 @@ def token_loss(
 
     Args:
         algorithm: a row of `rl/algorithms.py`.
-        constants: clip bounds and the clamp of log-weights.
+        constants: bounds and thresholds of the parts.
         train_logprobs: pi_theta, [num_seqs, num_tokens] FP32, with gradient.
         old_logprobs: pi_old, the same shape, constant; read only where the algorithm needs it.
         rollout_logprobs: mu, the same shape, constant.
@@ -150,12 +195,15 @@ def token_loss(
         mask=mask,
     )
     terms = POLICY_LOSSES[algorithm.policy_loss](inputs, constants)
-    weight = CORRECTIONS[algorithm.correction](inputs, constants).detach()
+    correction = CORRECTIONS[algorithm.correction](inputs, constants)
+    weight = correction.weight.detach()
     return TokenLoss(
         loss=(weight * terms.loss).masked_fill(~mask, 0.0),
         weight=weight.masked_fill(~mask, 0.0),
+        cut=correction.cut & mask,
         clipped=terms.clipped & mask,
         ratio=terms.ratio.detach().masked_fill(~mask, 0.0),
+        gradient_factor=(weight * terms.gradient_factor.detach()).masked_fill(~mask, 0.0),
     )
 
 

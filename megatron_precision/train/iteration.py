@@ -15,19 +15,21 @@ from megatron_precision.actor.batch import Batch, MicroBatch, make_batch
 from megatron_precision.actor.parallel import agree_any
 from megatron_precision.config import RunConfig, fingerprint, to_dict
 from megatron_precision.data.arithmetic import Question, make_questions
+from megatron_precision.data.order import prompts_for_iteration
 from megatron_precision.data.perfectible import read_perfectible
 from megatron_precision.observe.metrics import MetricsWriter
 from megatron_precision.observe.sinks import make_sinks
 from megatron_precision.platform import startup
 from megatron_precision.precision.overflow import calibrate, classify
 from megatron_precision.precision.range_watch import larger_or_nan
-from megatron_precision.rl.advantages import group_mean_centred, zero_variance_share
+from megatron_precision.rl.advantages import group_advantages, zero_variance_share
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.mismatch import mismatch_stats
 from megatron_precision.train import start as starts
 from megatron_precision.train.clock import PhaseClock
+from megatron_precision.train.groups import Sampled, sample_rounds
 from megatron_precision.train.objective import policy_objective
-from megatron_precision.train.session import Sampled, Session, peak_memory_gib
+from megatron_precision.train.session import Session, peak_memory_gib
 
 
 class Trainer:
@@ -36,6 +38,9 @@ class Trainer:
     def __init__(self, config: RunConfig, out: Path, start: Path | None) -> None:
         self.config = config
         self.algorithm = ALGORITHMS[config.algo.name]
+        self._extra_rounds = (
+            config.algo.dynamic_sampling_rounds if self.algorithm.dynamic_sampling else 0
+        )
         self._start = start or starts.start_dir(config)
         perfectible = read_perfectible(self._start / starts.QUESTIONS)
         self.questions = [item.question for item in perfectible]
@@ -111,32 +116,53 @@ class Trainer:
     # ---- rollout -------------------------------------------------------------------------
 
     def rollout(self, iteration: int, questions: list[Question]) -> Sampled:
-        """Sample the iteration's groups; the clock of the iteration starts here."""
+        """Sample the iteration's groups; the clock of the iteration starts here.
+
+        Metrics are of everything that was sampled, what the batch leaves out included.
+        """
         self._clock = PhaseClock()
-        with self._clock.phase("rollout"):
-            sampled = self.session.sample(
-                questions,
+
+        def sample(number: int, count: int) -> Sampled:
+            return self.session.sample(
+                questions if number == 0 else self._further_questions(iteration, number, count),
                 rollouts_per_prompt=self.config.train.rollouts_per_prompt,
-                purpose="train",
+                # A question may come again in a further round, and must not repeat its group.
+                purpose="train" if number == 0 else f"train, round {number}",
                 iteration=iteration,
                 temperature=self.config.rollout.temperature,
                 logprobs=True,
             )
+
+        with self._clock.phase("rollout"):
+            sampled, batch = sample_rounds(sample, len(questions), self._extra_rounds)
         self._clock.add("rollout", -sampled.reward_s)
         self._clock.add("reward", sampled.reward_s)
-        lengths = torch.tensor([float(len(r.tokens)) for r in sampled.rollouts])
-        tokens = float(lengths.sum())
+        lengths = sampled.response_tokens.float()
         self._iteration = {
             "reward/mean": float(sampled.rewards.mean()),
             "reward/accuracy": float((sampled.rewards > 0).float().mean()),
             "reward/zero_variance_share": zero_variance_share(sampled.rewards),
+            "reward/sampled_groups": len(sampled.rewards),
+            "reward/batch_zero_variance_share": zero_variance_share(batch.rewards),
             "response/tokens_mean": float(lengths.mean()),
             "response/tokens_max": float(lengths.max()),
             "response/truncated_share": sum(r.truncated for r in sampled.rollouts)
             / len(sampled.rollouts),
-            "throughput/rollout_tokens_per_s": tokens / self._clock.seconds("rollout"),
+            "throughput/rollout_tokens_per_s": float(lengths.sum())
+            / self._clock.seconds("rollout"),
         }
-        return sampled
+        return batch
+
+    def _further_questions(self, iteration: int, number: int, count: int) -> list[Question]:
+        """Questions of round `number` of dynamic sampling: a pure function, as the order is."""
+        chosen = prompts_for_iteration(
+            len(self.questions),
+            iteration * self._extra_rounds + number - 1,
+            self.config.train.prompts_per_iteration,
+            self.config.seed,
+            stream="further rounds",
+        )
+        return [self.questions[i] for i in chosen[:count]]
 
     def assemble(self, sampled: Sampled) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
@@ -151,7 +177,13 @@ class Trainer:
             prompts,
             [rollout.tokens for rollout in sampled.rollouts],
             [rollout.rollout_logprobs for rollout in sampled.rollouts],
-            group_mean_centred(sampled.rewards).flatten(),
+            group_advantages(
+                self.algorithm,
+                self.config.algo,
+                rewards=sampled.rewards,
+                response_tokens=sampled.response_tokens,
+                max_response_tokens=self.config.rollout.max_response_tokens,
+            ).flatten(),
         )
 
     # ---- training ------------------------------------------------------------------------
@@ -237,6 +269,10 @@ class Trainer:
                 "loss/ratio_mean": result.sums["ratio"] / tokens,
                 "loss/ratio_max": result.maxima["ratio"],
                 "loss/weight_max": result.maxima["weight"],
+                "loss/correction_mean": result.sums["correction"] / tokens,
+                "loss/cut_token_share": result.sums["cut_tokens"] / tokens,
+                "loss/cut_sequence_share": result.sums["cut_sequences"]
+                / max(1.0, result.sums["sequences"]),
                 "loss/learning_rate": result.outcome.learning_rate,
                 "precision/loss_scale": scale.value if scale else 1.0,
                 "precision/skipped": int(result.outcome.skipped),

@@ -45,19 +45,21 @@ def policy_objective(
             advantages=part.advantages,
             mask=mask,
         )
-        # The factor on a token's gradient: what a large importance weight can overflow.
-        factor = terms.weight * (terms.ratio if algorithm.policy_loss == "ppo_clip" else 1.0)
         return MicroLoss(
             aggregate(terms.loss, mask, algorithm.aggregation, norm),
             sums={
                 "tokens": float(mask.sum()),
+                "sequences": float(mask.any(dim=1).sum()),
                 "clipped": float(terms.clipped.sum()),
+                "cut_tokens": float(terms.cut.sum()),
+                "cut_sequences": float(terms.cut.any(dim=1).sum()),
+                "correction": float(terms.weight.sum()),
                 "entropy": float(entropies.sum()),
                 "ratio": float(terms.ratio.sum()),
             },
             maxima={
                 "ratio": float(terms.ratio.max()),
-                "weight": float(factor.max()),
+                "weight": float(terms.gradient_factor.max()),
             },
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import resource
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,25 +25,11 @@ from megatron_precision.rewards import arithmetic
 from megatron_precision.rollout.engine import Rollout, Sampling
 from megatron_precision.rollout.sampling import Prompt, Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
+from megatron_precision.train.groups import Sampled
 from megatron_precision.train.objective import supervised_objective
 from megatron_precision.weights.hf_model import read_checkpoint
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSync
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Groups of rollouts with their rewards.
-
-    Attributes:
-        rollouts: ordered by prompt, then rollout.
-        rewards: [prompts, rollouts] FP32.
-        reward_s: seconds of this rank's scoring, which happens while others still sample.
-    """
-
-    rollouts: list[Rollout]
-    rewards: torch.Tensor
-    reward_s: float
 
 
 class Session:

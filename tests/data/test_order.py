@@ -61,3 +61,10 @@ def test_every_argument_out_of_range_is_listed() -> None:
     with pytest.raises(ValueError, match=r"num_questions: got 0.*iteration: got -1.*per_iter") as e:
         prompts_for_iteration(0, -1, 0, 3)
     assert "expected 1 or more" in str(e.value)
+
+
+def test_another_stream_is_another_order() -> None:
+    first, second = (prompts_for_iteration(50, 0, 50, 1, stream=name) for name in ("order", "b"))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert first == prompts_for_iteration(50, 0, 50, 1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paper_formulas import loss_and_gradient
 from torch import Tensor
 
 from megatron_precision.config import AlgorithmConfig
@@ -24,7 +25,7 @@ PPO = ALGORITHMS["PPO"]
 PG_SEQ_IS = ALGORITHMS["PG-Seq-IS"]
 PLAIN_PG = dataclasses.replace(PG_SEQ_IS, name="plain PG", correction="none")
 CONSTANTS = AlgorithmConfig(clip_low=0.2, clip_high=0.28, log_weight_clamp=20.0)
-EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", [PPO, PG_SEQ_IS], ids=lambda a: a.name)
+EVERY_ALGORITHM = pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=lambda a: a.name)
 
 
 def random_inputs(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -165,58 +166,40 @@ def test_where_the_engine_agrees_pg_seq_is_is_plain_policy_gradient() -> None:
 def test_fp32_agrees_with_scalar_fp64(algorithm: Algorithm) -> None:
     inputs = random_inputs()
     result, grad = run(algorithm, inputs)
-    oracle = scalar_oracle(algorithm, inputs)
+    oracle = loss_and_gradient(algorithm.name, inputs)
     for got, expected in zip((result.loss, grad), oracle, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=1e-7)
     assert result.loss.dtype == result.weight.dtype == result.ratio.dtype == torch.float32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     train=st.lists(st.floats(-12.0, -1e-6), min_size=3, max_size=3),
     shift=st.lists(st.floats(-2.0, 2.0), min_size=3, max_size=3),
     advantage=st.floats(-3.0, 3.0),
-    name=st.sampled_from(["PPO", "PG-Seq-IS"]),
+    engine_shift=st.lists(st.floats(-2.0, 2.0), min_size=3, max_size=3),
+    name=st.sampled_from(list(ALGORITHMS)),
 )
 def test_any_sequence_agrees_with_scalar_fp64(
-    train: list[float], shift: list[float], advantage: float, name: str
+    train: list[float],
+    shift: list[float],
+    engine_shift: list[float],
+    advantage: float,
+    name: str,
 ) -> None:
     train_logprobs = torch.tensor([train], dtype=torch.float64)
-    other = train_logprobs - torch.tensor([shift], dtype=torch.float64)
+    old = train_logprobs - torch.tensor([shift], dtype=torch.float64)
     inputs = {
         "train_logprobs": train_logprobs.requires_grad_(),
-        "old_logprobs": other,
-        "rollout_logprobs": other,
+        "old_logprobs": old,
+        "rollout_logprobs": old - torch.tensor([engine_shift], dtype=torch.float64),
         "advantages": torch.tensor([advantage], dtype=torch.float64),
         "mask": torch.tensor([[True, True, False]]),
     }
-    result, _ = run(ALGORITHMS[name], inputs)
-    expected_loss, _ = scalar_oracle(ALGORITHMS[name], inputs)
-    torch.testing.assert_close(result.loss.detach(), expected_loss, rtol=1e-10, atol=1e-12)
-
-
-def scalar_oracle(algorithm: Algorithm, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Loss and gradient by Python floats, one token at a time, from the published formulas."""
-    train, old, rollout = (
-        inputs[name].detach().double().tolist()
-        for name in ("train_logprobs", "old_logprobs", "rollout_logprobs")
-    )
-    loss = torch.zeros(inputs["mask"].shape, dtype=torch.float64)
-    grad = torch.zeros_like(loss)
-    for i, advantage in enumerate(inputs["advantages"].double().tolist()):
-        counted = [t for t, counts in enumerate(inputs["mask"][i].tolist()) if counts]
-        rho = math.exp(min(sum(train[i][t] - rollout[i][t] for t in counted), 20.0))
-        for t in counted:
-            if algorithm is PPO:
-                r = math.exp(train[i][t] - old[i][t])
-                unclipped = -r * advantage
-                clipped = -min(max(r, 0.8), 1.28) * advantage
-                loss[i, t] = max(unclipped, clipped)
-                grad[i, t] = unclipped if unclipped >= clipped else 0.0
-            else:
-                loss[i, t] = -rho * advantage * train[i][t]
-                grad[i, t] = -rho * advantage
-    return loss, grad
+    result, grad = run(ALGORITHMS[name], inputs)
+    expected_loss, expected_grad = loss_and_gradient(name, inputs)
+    torch.testing.assert_close(result.loss.detach(), expected_loss, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-11)
 
 
 @EVERY_ALGORITHM
@@ -329,6 +312,13 @@ def test_the_clamp_acts_on_the_sequence_and_not_on_its_tokens() -> None:
         (PPO, "old_logprobs"),
         (PG_SEQ_IS, "train_logprobs"),
         (PG_SEQ_IS, "rollout_logprobs"),
+        *((ALGORITHMS["Vanilla-GSPO"], side) for side in ("train_logprobs", "old_logprobs")),
+        *(
+            (ALGORITHMS[name], side)
+            for name in ("PPO-Token-TIS", "PPO-Seq-TIS", "PPO-Seq-MIS", "PPO-Token-IcePop")
+            for side in ("train_logprobs", "old_logprobs", "rollout_logprobs")
+        ),
+        *((ALGORITHMS["PG-Seq-MIS"], side) for side in ("train_logprobs", "rollout_logprobs")),
     ],
 )
 def test_a_log_prob_that_is_not_finite_is_never_clamped_into_a_loss(
@@ -348,7 +338,8 @@ def test_a_log_prob_that_is_not_finite_is_never_clamped_into_a_loss(
 def test_only_the_loss_carries_gradient(algorithm: Algorithm) -> None:
     result, _ = run(algorithm, random_inputs())
     assert result.loss.requires_grad
-    assert not any(t.requires_grad for t in (result.weight, result.clipped, result.ratio))
+    others = [field.name for field in dataclasses.fields(TokenLoss) if field.name != "loss"]
+    assert not any(getattr(result, name).requires_grad for name in others)
 
 
 def test_missing_old_logprobs_name_the_algorithm() -> None:

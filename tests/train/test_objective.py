@@ -110,3 +110,37 @@ def test_before_an_update_the_old_logprobs_are_the_steps_own() -> None:
     assert float(gradient.abs().max()) > 0
     assert own.maxima["ratio"] == 1.0
     assert own.sums["ratio"] == float(batch.response_mask.sum())
+
+
+def test_the_share_that_a_correction_cuts_is_counted_over_tokens_and_sequences() -> None:
+    # pi_old/mu of the sequences of 3, 1, 5 and 2 tokens: 4 each token, 1, 1, and 6 and 1.
+    batch, logprobs = make()
+    assert batch.old_logprobs is not None
+    shift = torch.zeros_like(logprobs)
+    first, last = batch.response_mask[0].nonzero().flatten(), batch.response_mask[4].nonzero()
+    shift[0, first], shift[4, last[0]] = math.log(4.0), math.log(6.0)
+    batch = batch.with_old_logprobs(batch.rollout_logprobs + shift)
+    counted = {}
+    for name in ("PPO-Token-TIS", "PPO-Token-IcePop", "PPO-Seq-MIS", "PPO"):
+        loss = policy_objective(
+            ALGORITHMS[name], AlgorithmConfig(name), batch, torch.arange(len(batch)), LIMIT
+        )
+        sums = loss(batch, logprobs, torch.ones(len(batch), 1)).sums
+        assert (sums["tokens"], sums["sequences"]) == (11, 4)
+        counted[name] = (sums["cut_tokens"], sums["cut_sequences"], sums["correction"])
+    # Weights over 11 tokens: 4, 4, 4, 6 and seven times 1.
+    assert counted["PPO-Token-TIS"] == pytest.approx((4, 2, 4 * 3 + 7))  # 4 and 6 are above 3
+    assert counted["PPO-Token-IcePop"] == pytest.approx((1, 1, 3 * 4 + 7))  # 6 is above 5
+    assert counted["PPO-Seq-MIS"] == pytest.approx((5, 2, 6))  # rho 64 and 6; 1 + 5 tokens stay
+    assert counted["PPO"] == (0, 0, 11)
+
+
+def test_the_largest_factor_on_a_gradient_has_the_ratio_where_the_loss_has_one() -> None:
+    batch, logprobs = make()
+    assert batch.old_logprobs is not None
+    mask = batch.response_mask
+    ratio = (logprobs.detach() - batch.old_logprobs)[mask].exp().max()
+    rho = ((logprobs.detach() - batch.rollout_logprobs) * mask).sum(1).exp()[mask.any(1)].max()
+    for name, expected in (("PPO", ratio), ("PG-Seq-IS", rho)):
+        _, _, _, maxima = evaluated(name, [[0, 1, 2, 3, 4]])
+        assert maxima["weight"] == pytest.approx(float(expected), rel=1e-5)
