@@ -17,6 +17,7 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_BASE = re.compile(r"[0-9A-F]_\{?(\d+)\}?[\s$]*\Z")
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
 
 # It warns in every process that its alarm is off, which is what we want: alarms are a signal
@@ -38,9 +39,13 @@ def score(response: str, answer: str) -> float:
     Raises:
         ValueError: when the right answer has no value that could be compared.
     """
-    expected = _expected(answer)
+    right, expected = _expected(answer)
     box = last_box(response)
     if box is None or not box.strip():
+        return 0.0
+    # math-verify drops the base of 25_8. To leave it out is common; to name another is wrong.
+    bases = [found.group(1) for found in map(_BASE.search, (right, box)) if found]
+    if len(set(bases)) > 1:
         return 0.0
     return 1.0 if verify(expected, _read(box), timeout_seconds=None) else 0.0
 
@@ -64,21 +69,20 @@ def last_box(text: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _expected(answer: str) -> list[Any]:
-    """The parsed right answer; a group's rollouts share it."""
+def _expected(answer: str) -> tuple[str, list[Any]]:
+    """The right answer without a box, and its values; a group's rollouts share them."""
     boxed = last_box(answer)
-    values = _read(answer if boxed is None else boxed)
+    right = answer if boxed is None else boxed
+    values = _read(right)
     if not values:
         raise ValueError(
             f"the right answer {answer!r} has no value: expected a number, an expression, a set, "
             "a matrix or a word in LaTeX"
         )
-    return values
+    return right, values
 
 
 def _read(latex: str) -> list[Any]:
     """SymPy values and the text itself; empty where math-verify finds nothing to read."""
-    found: list[Any] = parse(
-        f"\\boxed{{{latex}}}", extraction_config=_LATEX, parsing_timeout=None
-    )
+    found: list[Any] = parse(f"\\boxed{{{latex}}}", extraction_config=_LATEX, parsing_timeout=None)
     return found
