@@ -199,6 +199,10 @@ class ScorerPool:
             if not future.set_running_or_notify_cancel():
                 continue
             try:
+                # A worker that was killed while it had nothing to do must cost no sample.
+                if worker is not None and not worker.is_alive():
+                    self._end(worker)
+                    worker = None
                 worker = worker or self._start()
                 verdict = worker.score(sample, self._time_limit_s)
                 if verdict.status == "died" and self._closed.is_set():
@@ -233,7 +237,8 @@ class _Worker:
     """A process that scores, seen from its owner."""
 
     def __init__(self, context: Any, scorer: Scorer, memory_limit_mib: int) -> None:
-        self._pipe, theirs = context.Pipe()
+        ours, theirs = context.Pipe()
+        self._pipe: Connection = ours
         self._process = context.Process(
             target=_work, args=(theirs, scorer, memory_limit_mib), daemon=True
         )
@@ -280,6 +285,10 @@ class _Worker:
             f"{self._process.exitcode}): its standard error says why; a memory limit below what "
             "the scorer's module needs is a common reason"
         )
+
+    def is_alive(self) -> bool:
+        """Whether a worker without a sample is still there: it says nothing unless it ends."""
+        return not self._pipe.poll()
 
     def kill(self) -> None:
         """Kill the process; its thread sees the stream end."""
