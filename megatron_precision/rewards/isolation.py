@@ -15,13 +15,17 @@ engine nor accelerator, so that a new one costs milliseconds. A scorer is a func
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
 import multiprocessing
+import multiprocessing.forkserver
+import os
 import queue
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -45,6 +49,8 @@ _LARGEST_VERDICT_BYTES = 2**16
 # Importing SymPy takes seconds, on a busy machine many.
 _START_LIMIT_S = 120.0
 _MIB = 2**20
+# Python with SymPy and what an ordinary answer needs.
+_LEAST_MIB = 256
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,12 @@ class ScorerPool:
             scorer: a function at the top of a module; called in the workers.
             workers: processes that score at the same time.
             time_limit_s: wall-clock seconds that a sample may take.
-            memory_limit_mib: address space of a worker, in MiB. Python with SymPy needs some 100.
+            memory_limit_mib: address space of a worker, in MiB.
 
         Raises:
             ValueError: lists every argument that is out of range.
         """
-        _check(workers, time_limit_s, memory_limit_mib)
+        _check(scorer, workers, time_limit_s, memory_limit_mib)
         self._context = multiprocessing.get_context("forkserver")
         # Of no effect where the process has started such a server before; then a worker loads it.
         self._context.set_forkserver_preload([scorer.__module__])
@@ -145,6 +151,9 @@ class ScorerPool:
         ]
         for thread in self._threads:
             thread.start()
+        # At exit multiprocessing asks its children to end and waits for them; a hostile one may
+        # never hear. What is registered last runs first.
+        atexit.register(self.close)
 
     def submit(self, sample: Sample) -> Future[Verdict]:
         """Queue a sample and return at once, so that it is scored while the engine still samples.
@@ -170,6 +179,7 @@ class ScorerPool:
 
     def close(self) -> None:
         """End the workers at once, whatever they are doing, and wait until they are gone."""
+        atexit.unregister(self.close)
         with self._door:
             self._closed.set()
         with self._lock:
@@ -282,8 +292,7 @@ class _Worker:
         self._process.join(1.0)
         raise WorkerStartError(
             f"a scorer's worker did not start within {_START_LIMIT_S:g} s (exit code "
-            f"{self._process.exitcode}): its standard error says why; a memory limit below what "
-            "the scorer's module needs is a common reason"
+            f"{self._process.exitcode}): its standard error says why"
         )
 
     def is_alive(self) -> bool:
@@ -304,7 +313,7 @@ class _Worker:
 
 def _work(pipe: Connection, scorer: Scorer, memory_limit_mib: int) -> None:
     """A worker's own process: score what comes until the stream ends."""
-    die_with_parent()
+    _die_with_owner()
     # Ctrl-C goes to the whole terminal; the owner decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit = memory_limit_mib * _MIB
@@ -315,6 +324,17 @@ def _work(pipe: Connection, scorer: Scorer, memory_limit_mib: int) -> None:
         while True:
             response, answer = json.loads(pipe.recv_bytes())
             pipe.send_bytes(json.dumps(_attempt(scorer, response, answer)).encode())
+
+
+def _die_with_owner() -> None:
+    """Die with the server that forked this process, and let that die with the owner.
+
+    The server ends when every copy of a pipe is closed, of which each worker is given one: an
+    endless worker would keep the server alive, and the server would keep the worker.
+    """
+    die_with_parent()
+    server = vars(multiprocessing.forkserver)["_forkserver"]
+    os.close(vars(server)["_forkserver_alive_fd"])
 
 
 def _attempt(scorer: Scorer, response: str, answer: str) -> tuple[Status, str, float]:
@@ -333,13 +353,15 @@ def _attempt(scorer: Scorer, response: str, answer: str) -> tuple[Status, str, f
     return "scored", "", float(reward)
 
 
-def _check(workers: int, time_limit_s: float, memory_limit_mib: int) -> None:
+def _check(scorer: Scorer, workers: int, time_limit_s: float, memory_limit_mib: int) -> None:
     wrong = []
+    if getattr(sys.modules.get(scorer.__module__), scorer.__name__, None) is not scorer:
+        wrong.append(f"scorer: got {scorer!r}, expected a function at the top of a module")
     if workers < 1:
         wrong.append(f"workers: got {workers}, expected 1 or more")
     if not 0 < time_limit_s < math.inf:
         wrong.append(f"time_limit_s: got {time_limit_s}, expected seconds above 0")
-    if memory_limit_mib < 1:
-        wrong.append(f"memory_limit_mib: got {memory_limit_mib}, expected 1 or more")
+    if memory_limit_mib < _LEAST_MIB:
+        wrong.append(f"memory_limit_mib: got {memory_limit_mib}, expected {_LEAST_MIB} or more")
     if wrong:
         raise ValueError("cannot open a scorer pool; " + "; ".join(wrong))

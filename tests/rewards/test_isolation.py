@@ -5,6 +5,7 @@ Not covered: a response that takes over its worker and does harm as the same use
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -155,8 +156,8 @@ def test_a_response_arrives_whole(text: str) -> None:
 
 
 def test_a_response_larger_than_a_worker_may_be_costs_its_reward() -> None:
-    with ScorerPool(hostile_scorers.length, memory_limit_mib=512) as pool:
-        huge, small = pool.score([Sample("huge", "x" * 600_000_000, ""), Sample("small", "x", "")])
+    with ScorerPool(hostile_scorers.length, memory_limit_mib=256) as pool:
+        huge, small = pool.score([Sample("huge", "x" * 150_000_000, ""), Sample("small", "x", "")])
     assert (huge.reward, huge.status) == (0.0, "died")
     assert (small.reward, small.status) == (1.0, "scored")
 
@@ -229,15 +230,19 @@ def test_an_owner_that_fails_ends_at_once_and_takes_its_workers_along(tmp_path: 
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_no_reward(
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with (
-        ScorerPool(hostile_scorers.length, memory_limit_mib=1) as pool,
-        pytest.raises(WorkerStartError, match="memory limit"),
-    ):
+    source = tmp_path / "scorer_that_goes.py"
+    source.write_text("def score(response, answer):\n    return 1.0\n", encoding="ascii")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(source.stem)
+    source.unlink()
+    with ScorerPool(module.score) as pool, pytest.raises(WorkerStartError, match="exit code 1"):
         pool.score([Sample("any", "x", "")])
 
 
 def test_every_argument_out_of_range_is_listed() -> None:
-    with pytest.raises(ValueError, match=r"workers: got 0.*time_limit_s: got nan.*memory_limit_mi"):
-        ScorerPool(hostile_scorers.length, workers=0, time_limit_s=float("nan"), memory_limit_mib=0)
+    with pytest.raises(ValueError, match="cannot open a scorer pool") as error:
+        ScorerPool(lambda *_: 1.0, workers=0, time_limit_s=float("nan"), memory_limit_mib=0)
+    for name in ("scorer: got <function", "workers: got 0", "time_limit_s: got nan", "mib: got 0"):
+        assert name in str(error.value)
