@@ -29,6 +29,12 @@ TABLES = (
     "megatron_precision.weights.traffic",
     "megatron_precision.weights.vllm_layout",
 )
+DATA_AND_REWARDS = tuple(
+    f"megatron_precision.{folder}.{path.stem}"
+    for folder in ("data", "rewards")
+    for path in sorted((ROOT / "megatron_precision" / folder).glob("*.py"))
+    if path.stem != "__init__"
+)
 PURE_MODULES = (
     "megatron_precision.config",
     "megatron_precision.precision.policy",
@@ -40,6 +46,7 @@ PURE_MODULES = (
     "megatron_precision.rl.losses",
     "megatron_precision.rl.mismatch",
     "megatron_precision.rl.reward_shaping",
+    *DATA_AND_REWARDS,
     *TABLES,
 )
 TORCH_FREE_MODULES = (
@@ -47,6 +54,7 @@ TORCH_FREE_MODULES = (
     "megatron_precision.precision.policy",
     "megatron_precision.rl.algorithms",
     "megatron_precision.rl.limits",
+    *DATA_AND_REWARDS,
     *TABLES,
 )
 

@@ -6,6 +6,7 @@ the next `per_iteration` places. This module imports no torch.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 
@@ -39,16 +40,31 @@ def prompts_for_iteration(
     ]
     if wrong:
         raise ValueError("cannot order prompts; " + "; ".join(wrong))
-    first = iteration * per_iteration
-    last = first + per_iteration - 1
+    return places(num_questions, iteration * per_iteration, per_iteration, seed, stream)
+
+
+def places(
+    num_questions: int, first: int, count: int, seed: int | str, stream: str = "order"
+) -> list[int]:
+    """Indices at `count` places from place `first` (0-based) of all epochs laid end to end.
+
+    Args:
+        num_questions: 1 or more.
+        first: 0 or more.
+        count: 0 or more.
+        seed: shuffles otherwise; text for a set that is one of several.
+        stream: keeps the orders of different uses apart.
+    """
     order: list[int] = []
-    for epoch in range(first // num_questions, last // num_questions + 1):
+    for epoch in range(first // num_questions, -(-(first + count) // num_questions)):
         order.extend(_epoch_order(num_questions, epoch, seed, stream))
     start = first % num_questions
-    return order[start : start + per_iteration]
+    return order[start : start + count]
 
 
-def _epoch_order(num_questions: int, epoch: int, seed: int, stream: str) -> list[int]:
+# The sets of a mixture take turns, each within an epoch or over the end of one.
+@functools.lru_cache(maxsize=16)
+def _epoch_order(num_questions: int, epoch: int, seed: int | str, stream: str) -> tuple[int, ...]:
     shuffled = list(range(num_questions))
     random.Random(hashlib.sha256(f"{stream}/{seed}/{epoch}".encode()).digest()).shuffle(shuffled)
-    return shuffled
+    return tuple(shuffled)

@@ -1,0 +1,141 @@
+"""Which questions come next, from one set or several: deterministic, and resumed from a small dict.
+
+Of `n` questions a set with share `w` gives `n * w`, as near as whole numbers allow, at every
+moment and not only on average: the next one comes from the set that lags furthest behind its
+share. Inside a set the order is that of `order.py`: all epochs end to end, each a fresh shuffle;
+small sets come round more often than large ones. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypedDict
+
+from megatron_precision.config import fingerprint
+from megatron_precision.data.order import places
+from megatron_precision.errors import Problem, UserError
+
+
+@dataclass(frozen=True)
+class MixtureSet:
+    """One set of a mixture.
+
+    Attributes:
+        name: unlike that of any other set of the mixture; its shuffles depend on it.
+        num_prompts: its size.
+        weight: its share, relative to the other weights.
+    """
+
+    name: str
+    num_prompts: int
+    weight: float = 1.0
+
+
+class MixtureState(TypedDict):
+    """Where a mixture stands, as JSON takes it.
+
+    Keys:
+        fingerprint: names the sets, weights and seed that the counts belong to.
+        taken: how many questions each set has given.
+    """
+
+    fingerprint: str
+    taken: dict[str, int]
+
+
+class Mixture:
+    """Questions of several sets in one order; the same for every rank and every way to cut it."""
+
+    def __init__(self, sets: Sequence[MixtureSet], seed: int) -> None:
+        """
+        Args:
+            sets: one or more; their order breaks ties.
+            seed: shuffles otherwise.
+
+        Raises:
+            UserError: lists every set that cannot take part.
+        """
+        if problems := _set_problems(sets):
+            raise UserError(problems)
+        self._sets = tuple(sets)
+        self._seed = seed
+        # Exact shares: a sum of rounded ones would drift, and differ from place to place.
+        total = sum(Fraction(part.weight) for part in sets)
+        self._shares = [Fraction(part.weight) / total for part in sets]
+        self._taken = [0] * len(sets)
+        parts = [[part.name, part.num_prompts, part.weight] for part in sets]
+        self._fingerprint = fingerprint({"sets": parts, "seed": seed})
+
+    def take(self, count: int) -> list[tuple[str, int]]:
+        """The next `count` questions, each as a set's name and an index into that set.
+
+        Raises:
+            ValueError: for a negative count.
+        """
+        if count < 0:
+            raise ValueError(f"questions to take: got {count}, expected 0 or more")
+        chosen = [self._next_set() for _ in range(count)]
+        drawn = {}
+        for number, from_it in Counter(chosen).items():
+            part = self._sets[number]
+            # `_next_set` has counted this batch already.
+            first = self._taken[number] - from_it
+            indices = places(part.num_prompts, first, from_it, f"{self._seed}/{part.name}")
+            drawn[number] = iter(indices)
+        return [(self._sets[number].name, next(drawn[number])) for number in chosen]
+
+    def state(self) -> MixtureState:
+        """What `restore` needs to go on from here."""
+        names = [part.name for part in self._sets]
+        taken = dict(zip(names, self._taken, strict=True))
+        return {"fingerprint": self._fingerprint, "taken": taken}
+
+    def restore(self, state: MixtureState) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            UserError: when it is the state of other sets, sizes, weights or another seed.
+        """
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                Problem(
+                    what="the saved order of prompts is that of another mixture",
+                    where="state of the data",
+                    got=f"{state['fingerprint']}, of sets {', '.join(state['taken'])}",
+                    expected=f"{self._fingerprint}, of sets {', '.join(self.state()['taken'])}",
+                    remedy="resume with the sets, weights and seed that the run began with",
+                )
+            )
+        self._taken = [state["taken"][part.name] for part in self._sets]
+
+    def _next_set(self) -> int:
+        place = sum(self._taken) + 1
+        lags = [
+            share * place - taken for share, taken in zip(self._shares, self._taken, strict=True)
+        ]
+        number = lags.index(max(lags))
+        self._taken[number] += 1
+        return number
+
+
+def _set_problems(sets: Sequence[MixtureSet]) -> list[Problem]:
+    if not sets:
+        return [Problem("a mixture of nothing", "mixture", "no set", "one set or more")]
+    problems = []
+    times = Counter(part.name for part in sets)
+    for part in sets:
+        where = f"set {part.name!r} of the mixture"
+        if part.num_prompts < 1:
+            problems.append(Problem("an empty set", where, str(part.num_prompts), "1 prompt"))
+        if not 0 < part.weight < math.inf:
+            what = "a weight that gives no share"
+            problems.append(Problem(what, where, str(part.weight), "a finite number above 0"))
+    for name, count in times.items():
+        if count > 1:
+            what = "a set that is named more than once"
+            problems.append(Problem(what, f"set {name!r} of the mixture", f"{count} times", "once"))
+    return problems
