@@ -287,14 +287,14 @@ def _sync_bench(args: argparse.Namespace) -> int:
     layouts.refuse_numbers(
         world=args.world,
         ranks_per_node=args.ranks_per_node,
-        message_mib=args.message_mib,
+        batch_mib=args.batch_mib,
         nvlink=args.nvlink,
         nic=args.nic,
         layers=args.layers,
         vocab_rows=args.vocab_rows,
         rounds=args.rounds,
     )
-    message_bytes = args.message_mib * 2**20
+    batch_bytes = args.batch_mib * 2**20
     model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
     planner = layouts.planner_of(
         model,
@@ -303,16 +303,16 @@ def _sync_bench(args: argparse.Namespace) -> int:
         args.world,
         args.ranks_per_node,
         args.apart,
-        cell_elements_of(message_bytes),
+        cell_elements_of(batch_bytes),
     )
     if args.execute:
         from megatron_precision.sync_bench import job
 
-        bench = job.Bench(planner, args.wire, message_bytes, args.rounds, args.json)
+        bench = job.Bench(planner, args.wire, batch_bytes, args.rounds, args.json)
         return job.run(bench, args.words)
     rates = planned.Rates(args.nvlink * 1e9, args.nic * 1e9)
     itemsize = 4 if args.wire == "fp32" else 2
-    return planned.run(planner, itemsize, message_bytes, rates, args.json)
+    return planned.run(planner, itemsize, batch_bytes, rates, args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -369,7 +369,7 @@ def _add_sync_bench(commands: Any) -> None:
     bench.add_argument("--apart", action="store_true", help="engines on ranks of their own")
     bench.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="default: 8")
     bench.add_argument("--wire", choices=("fp16", "bf16", "fp32"), default="fp16")
-    bench.add_argument("--message-mib", type=int, default=64, metavar="N", help="default: 64")
+    bench.add_argument("--batch-mib", type=int, default=64, metavar="N", help="default: 64")
     bench.add_argument(
         "--nvlink", type=float, default=450.0, metavar="GB/S", help="of a rank, one way"
     )

@@ -144,10 +144,10 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    """The weight sync: what is sent, and the size of a message, of which a rank holds two."""
+    """The weight sync: what is sent, and how much is under way at once (and held, each way)."""
 
     wire_source: WireSource = "parameters"
-    message_mib: int = 64
+    batch_mib: int = 64
 
 
 @dataclass(frozen=True)

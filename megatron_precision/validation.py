@@ -91,7 +91,7 @@ _AT_LEAST_ONE = (
     "warm_start.check_questions", "warm_start.check_samples",
     "perfectible.samples_per_question",
     "rollout.max_response_tokens", "rollout.max_num_seqs", "rollout.max_num_batched_tokens",
-    "rollout.kv_cache_mib", "sync.message_mib",
+    "rollout.kv_cache_mib", "sync.batch_mib",
     "loss_scale.growth_interval", "loss_scale.hysteresis",
     "train.prompts_per_iteration", "train.rollouts_per_prompt", "train.prompts_per_mini_batch",
     "train.micro_batch_size", "eval.samples_per_question",

@@ -19,7 +19,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_precision.rollout.engine_weights import EngineWeights
 from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.messages import MESSAGE_BYTES
+from megatron_precision.weights.messages import BATCH_BYTES
 from megatron_precision.weights.plan import Planner
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transfer import Transfer
@@ -36,7 +36,7 @@ class PlannedInit(WeightTransferInitInfo):
     at: ShardCoordinates
     wire: torch.dtype
     dtype: torch.dtype
-    message_bytes: int = MESSAGE_BYTES
+    batch_bytes: int = BATCH_BYTES
     firsts: dict[str, int] = field(default_factory=dict)
 
 
@@ -62,7 +62,7 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
             init_info.at,
             wire=init_info.wire,
             dtype=init_info.dtype,
-            message_bytes=init_info.message_bytes,
+            batch_bytes=init_info.batch_bytes,
             firsts=init_info.firsts,
         )
 

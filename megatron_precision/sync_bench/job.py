@@ -42,7 +42,7 @@ class Bench:
 
     planner: Planner
     wire: DType
-    message_bytes: int
+    batch_bytes: int
     rounds: int
     as_json: bool
 
@@ -106,7 +106,7 @@ def _require_memory(bench: Bench) -> None:
     # A gathered parameter, the source of the plain copy and both messages, on each rank.
     largest = itemsize * max(math.prod(holding.shape) for holding in held)
     gathered = largest * planner.trainer.tp
-    wanted = weights + bench.ranks * (gathered + largest + 2 * bench.message_bytes + _PROCESS_BYTES)
+    wanted = weights + bench.ranks * (gathered + largest + 2 * bench.batch_bytes + _PROCESS_BYTES)
     there = psutil.virtual_memory().available
     if wanted > there:
         gib = 2**30
@@ -134,7 +134,7 @@ def _work(bench: Bench) -> None:
     dist.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     found = measure.run(
-        bench.planner, torch_dtype(bench.wire), bench.message_bytes, bench.rounds, device
+        bench.planner, torch_dtype(bench.wire), bench.batch_bytes, bench.rounds, device
     )
     if rank.number() == 0:
         if bench.as_json:

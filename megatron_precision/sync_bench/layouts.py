@@ -20,7 +20,7 @@ TRAIN_SIZES = ("tp", "pp", "ep", "etp", "dp")
 ROLLOUT_SIZES = ("tp", "dp", "ep")
 # Larger worlds and messages are typing errors; a plan's time grows with the first.
 MOST_RANKS = 2**16
-MOST_MESSAGE_MIB = 2**13
+MOST_BATCH_MIB = 2**13
 
 
 def model_of(name: str) -> ModelConfig:
@@ -185,7 +185,7 @@ def _indivisible(
 
 def refuse_numbers(**options: float | None) -> None:
     """Raise a UserError that lists every option out of its range; None is not given."""
-    most = {"world": MOST_RANKS, "message_mib": MOST_MESSAGE_MIB}
+    most = {"world": MOST_RANKS, "batch_mib": MOST_BATCH_MIB}
     problems = []
     for name, value in options.items():
         limit = most.get(name)

@@ -102,7 +102,7 @@ class SyncDiffersError(RuntimeError):
 def run(
     planner: Planner,
     wire: torch.dtype,
-    message_bytes: int,
+    batch_bytes: int,
     rounds: int,
     device: torch.device,
 ) -> Execution:
@@ -119,7 +119,7 @@ def run(
 
     def bind() -> Transfer:
         return Transfer(
-            planner, sources, engine, at, wire=wire, dtype=wire, message_bytes=message_bytes
+            planner, sources, engine, at, wire=wire, dtype=wire, batch_bytes=batch_bytes
         )
 
     with _memory_rise(device) as plan_rise:

@@ -32,9 +32,9 @@ class Rates:
         return near / self.inside + max(rank.from_network, rank.to_network) / self.network
 
 
-def run(planner: Planner, itemsize: int, message_bytes: int, rates: Rates, as_json: bool) -> int:
+def run(planner: Planner, itemsize: int, batch_bytes: int, rates: Rates, as_json: bool) -> int:
     """Plan, and print what it moves."""
-    found = traffic(planner, itemsize, message_bytes)
+    found = traffic(planner, itemsize, batch_bytes)
     if as_json:
         values = dataclasses.asdict(found) | {
             "trainer": dataclasses.asdict(planner.trainer),
@@ -43,12 +43,12 @@ def run(planner: Planner, itemsize: int, message_bytes: int, rates: Rates, as_js
         }
         print(json.dumps(values, indent=1))
         return 0
-    for line in _table(planner, found, message_bytes, rates):
+    for line in _table(planner, found, batch_bytes, rates):
         print(line)
     return 0
 
 
-def _table(planner: Planner, found: Traffic, message_bytes: int, rates: Rates) -> Iterator[str]:
+def _table(planner: Planner, found: Traffic, batch_bytes: int, rates: Rates) -> Iterator[str]:
     ranks = len({*planner.trainer.world, *planner.rollout.world})
     unit, size = _unit(found.model_bytes)
     yield f"{found.model_bytes / size:.2f} {unit} of weights, {ranks} rank{'s' * (ranks > 1)}"
@@ -82,7 +82,7 @@ def _table(planner: Planner, found: Traffic, message_bytes: int, rates: Rates) -
     sent = [rank.sent for rank in found.ranks if rank.sent]
     if sent:
         yield f"sent by the busiest ÷ mean           {max(sent) * len(sent) / sum(sent):.3f}"
-    yield f"buffers                              {2 * message_bytes / 2**20:.0f} MiB a rank"
+    yield f"buffers                              {2 * batch_bytes / 2**20:.0f} MiB a rank"
     slowest = max(rates.seconds(rank) for rank in found.ranks)
     yield (
         f"predicted                            {1e3 * slowest:.1f} ms at {rates.inside / 1e9:g} "

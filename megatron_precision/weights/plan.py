@@ -44,15 +44,16 @@ from megatron_precision.weights.regions import Piece, slabs
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
 CELL_ELEMENTS = 2**24
 # Layers are brought up to date together as long as an engine's rank holds no more elements of them:
-# what is staged for a kernel with a layout of its own is no larger than this, or than one layer.
+# what is staged for a kernel with a layout of its own is no larger than this, or than one layer of
+# each pipeline stage.
 GROUP_ELEMENTS = 2**27
 Ranks = tuple[int, ...]
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def cell_elements_of(message_bytes: int) -> int:
+def cell_elements_of(batch_bytes: int) -> int:
     """The most that a cell may hold to fit into a message, in any dtype."""
-    return min(CELL_ELEMENTS, message_bytes // 4)
+    return min(CELL_ELEMENTS, batch_bytes // 4)
 
 
 class PlanError(ValueError):
@@ -150,17 +151,26 @@ class Planner:
         elements = sum(
             math.prod(f.shape) * (experts if "{expert}" in f.template else 1) for f in one
         )
-        return max(1, GROUP_ELEMENTS * self.rollout.tp // elements)
+        return max(1, GROUP_ELEMENTS * self.rollout.tp // (elements * self.trainer.pp))
+
+    @property
+    def _layers_a_stage(self) -> int:
+        return self.model.num_hidden_layers // self.trainer.pp
 
     @property
     def group_count(self) -> int:
         """Groups of tensors that are brought up to date one after the other."""
-        return 1 + -(-self.model.num_hidden_layers // self._layers_together)
+        return 1 + -(-self._layers_a_stage // self._layers_together)
 
     def group(self, name: str) -> int:
-        """The group of a tensor or parameter, by either side's name; what has no layer is first."""
+        """The group of a tensor or parameter, by either side's name; what has no layer is first.
+
+        Layers of every pipeline stage go together, so that no stage waits while another sends.
+        """
         match = _LAYER.search(name)
-        return 1 + int(match[1]) // self._layers_together if match else 0
+        if match is None:
+            return 0
+        return 1 + int(match[1]) % self._layers_a_stage // self._layers_together
 
     @functools.cached_property
     def fingerprint(self) -> str:

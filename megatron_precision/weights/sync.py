@@ -58,7 +58,7 @@ def colocated_planner(config: RunConfig) -> Planner:
         trainer,
         rollout,
         int(os.environ.get("LOCAL_WORLD_SIZE", size)),
-        cell_elements_of(config.sync.message_mib * 2**20),
+        cell_elements_of(config.sync.batch_mib * 2**20),
     )
 
 
@@ -101,7 +101,7 @@ class WeightSync:
             sources,
             wire=self.wire_dtype,
             dtype=torch_dtype(self._config.policy.rollout_params),
-            message_bytes=self._config.sync.message_mib * 2**20,
+            batch_bytes=self._config.sync.batch_mib * 2**20,
             firsts=firsts,
         )
 

@@ -22,7 +22,7 @@ from megatron_precision.weights.families import (
     Side,
     families,
 )
-from megatron_precision.weights.messages import messages
+from megatron_precision.weights.messages import batches
 from megatron_precision.weights.plan import Cell, Planner, RankPlan, overlap
 
 # Above this many ranks, only those of the first and the last node are planned for the report.
@@ -71,7 +71,7 @@ class Traffic:
     model_bytes: int
 
 
-def traffic(planner: Planner, itemsize: int, message_bytes: int) -> Traffic:
+def traffic(planner: Planner, itemsize: int, batch_bytes: int) -> Traffic:
     """Plan and count.
 
     Args:
@@ -88,7 +88,7 @@ def traffic(planner: Planner, itemsize: int, message_bytes: int) -> Traffic:
         begin = time.perf_counter()
         plan = fresh.rank_plan(rank)
         seconds = time.perf_counter() - begin
-        row = _rank_traffic(planner, plan, itemsize, message_bytes, seconds)
+        row = _rank_traffic(planner, plan, itemsize, batch_bytes, seconds)
         found.append(row)
         node = planner.node(rank)
         entered[node] = entered.get(node, 0) + row.from_network
@@ -108,7 +108,7 @@ def _members(world: Sequence[int], planner: Planner, node: int) -> list[int]:
 
 
 def _rank_traffic(
-    planner: Planner, plan: RankPlan, itemsize: int, message_bytes: int, seconds: float
+    planner: Planner, plan: RankPlan, itemsize: int, batch_bytes: int, seconds: float
 ) -> RankTraffic:
     node = planner.node(plan.rank)
     exchanges = (plan.direct, plan.fan_out)
@@ -130,7 +130,7 @@ def _rank_traffic(
         sent=size(sent.values()),
         to_network=abroad(sent),
         messages=sum(
-            sum(1 for _ in messages(cells, message_bytes // itemsize))
+            sum(len(batch) for batch in batches(cells, batch_bytes // itemsize))
             for cells in (*received.values(), *sent.values())
         ),
         peers=len({peer for peer, _ in (*received, *sent)}),

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_precision.weights.checksums import checksum, columns_of
 from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.messages import MESSAGE_BYTES
+from megatron_precision.weights.messages import BATCH_BYTES
 from megatron_precision.weights.plan import Cell, Planner, rank_groups
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transport import Held, Transport, Views, view_of
@@ -96,7 +96,7 @@ class Transfer:
         at: where this rank stands in its engine.
         wire: dtype of what is sent.
         dtype: of the engine's parameters.
-        message_bytes: size of a message; two of them are held.
+        batch_bytes: what is under way to a rank at once; two such buffers are held at most.
         firsts: by parameter of which a range of elements is held, flat, its first element.
 
     Raises:
@@ -113,7 +113,7 @@ class Transfer:
         *,
         wire: torch.dtype,
         dtype: torch.dtype,
-        message_bytes: int = MESSAGE_BYTES,
+        batch_bytes: int = BATCH_BYTES,
         firsts: Mapping[str, int] | None = None,
     ) -> None:
         self._planner, self.engine = planner, engine
@@ -134,7 +134,7 @@ class Transfer:
             targets,
             wire=wire,
             world_size=dist.get_world_size(),
-            message_bytes=message_bytes,
+            batch_bytes=batch_bytes,
             firsts=firsts,
         )
         views = Views(sources, "the trainer", firsts)

@@ -1,12 +1,12 @@
 """A rank's plan carried out on live tensors: local copies, and few packed messages.
 
 Binding a plan to tensors finds the strided view of every cell once; a run then packs, sends and
-unpacks with grouped copies, and converts dtypes on the way. A large cell is a message of its own,
-and an end whose view of it is one run of the wire's dtype sends or receives in place. Buffers are
-two messages large, whatever the model's size.
+unpacks with grouped copies, and converts dtypes on the way. Messages travel in batches. A large
+cell is a message of its own, and an end whose view of it is one run of the wire's dtype sends or
+receives in place. Buffers are two batches large at most, whatever the model's size.
 
 Ranks meet in turns: in turn `t` a rank sends to the rank `t` after it and receives from the rank
-`t` before it. Both ends know all messages of a turn, so none is announced, and a turn without any
+`t` before it. Both ends know all batches of a turn, so none is announced, and a turn without any
 costs nothing.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_precision.weights.messages import MESSAGE_BYTES, messages
+from megatron_precision.weights.messages import BATCH_BYTES, batches
 from megatron_precision.weights.plan import Cell, Exchange, PlanError, RankPlan
 from megatron_precision.weights.regions import Piece
 
@@ -50,13 +50,34 @@ class _Message:
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """Messages to one rank and from one rank."""
+class _Batch:
+    """Messages to or from one rank that are under way together."""
 
-    to: int
-    sends: list[_Message]
-    origin: int
-    receives: list[_Message]
+    peer: int
+    messages: list[_Message]
+
+    def buffered(self, wire: torch.dtype) -> int:
+        """Elements that need a buffer at this end."""
+        return sum(m.numel for m in self.messages if m.in_place(wire) is None)
+
+    def placed(self, buffer: torch.Tensor) -> Iterator[tuple[_Message, torch.Tensor, bool]]:
+        """Each message with the memory that it leaves from or arrives in; whether in place."""
+        begin = 0
+        for message in self.messages:
+            there = message.in_place(buffer.dtype)
+            if there is not None:
+                yield message, there, True
+                continue
+            yield message, buffer[begin : begin + message.numel], False
+            begin += message.numel
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """Batches to one rank and from one rank."""
+
+    sends: list[_Batch]
+    receives: list[_Batch]
 
 
 @dataclass(frozen=True)
@@ -82,7 +103,7 @@ class Transport:
         targets: the engine's pieces on this rank, with the tensor of each in loader layout.
         wire: dtype of what is sent.
         world_size: ranks that take part.
-        message_bytes: size of a message; two of them are held.
+        batch_bytes: what is under way to a rank at once; two such buffers are held at most.
         firsts: of the sources, see `Views`.
 
     Attributes:
@@ -101,17 +122,18 @@ class Transport:
         *,
         wire: torch.dtype,
         world_size: int,
-        message_bytes: int = MESSAGE_BYTES,
+        batch_bytes: int = BATCH_BYTES,
         firsts: Mapping[str, int] | None = None,
     ) -> None:
         have, need = Views(sources, "the trainer", firsts), Views(targets, "the engine")
         self._wire = wire
-        limit = message_bytes // wire.itemsize
+        limit = batch_bytes // wire.itemsize
         self._groups = [_bind(plan, have, need, wire, world_size, limit) for plan in groups]
         turns = [turn for group in self._groups for turns in group.rounds for turn in turns]
-        self._out = _buffer((m for turn in turns for m in turn.sends), wire)
-        self._in = _buffer((m for turn in turns for m in turn.receives), wire)
-        received = sum(message.numel for turn in turns for message in turn.receives)
+        sends = [batch for turn in turns for batch in turn.sends]
+        receives = [batch for turn in turns for batch in turn.receives]
+        self._out, self._in = _buffer(sends, wire), _buffer(receives, wire)
+        received = sum(message.numel for batch in receives for message in batch.messages)
         copied = sum(view.numel() for group in self._groups for view in group.copy_to)
         self.received_bytes = received * wire.itemsize
         self.bytes = self.received_bytes + copied * wire.itemsize
@@ -137,22 +159,22 @@ class Transport:
 
     def _run_turn(self, turn: _Turn) -> None:
         for received, sent in itertools.zip_longest(turn.receives, turn.sends):
-            work = []
-            arrives = received and received.in_place(self._wire)
+            operations, arrived = [], []
             if received:
-                buffer = self._in[: received.numel] if arrives is None else arrives
-                work.append(dist.irecv(buffer, turn.origin))
+                for message, memory, in_place in received.placed(self._in):
+                    operations.append(dist.P2POp(dist.irecv, memory, received.peer))
+                    if not in_place:
+                        arrived.append((message, memory))
             if sent:
-                leaves = sent.in_place(self._wire)
-                if leaves is None:
-                    leaves = self._out[: sent.numel]
-                    torch._foreach_copy_(sent.slices(leaves), sent.views)
-                work.append(dist.isend(leaves, turn.to))
-            for pending in work:
-                assert pending is not None
-                pending.wait()
-            if received and arrives is None:
-                torch._foreach_copy_(received.views, received.slices(self._in))
+                for message, memory, in_place in sent.placed(self._out):
+                    if not in_place:
+                        torch._foreach_copy_(message.slices(memory), message.views)
+                    operations.append(dist.P2POp(dist.isend, memory, sent.peer))
+            # Together: with NCCL, ends that each wait for their first operation wait forever.
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            for message, memory in arrived:
+                torch._foreach_copy_(message.views, message.slices(memory))
 
 
 class Views:
@@ -232,20 +254,24 @@ def _turns(
 ) -> Iterator[_Turn]:
     for distance in range(1, world_size):
         to, origin = (rank + distance) % world_size, (rank - distance) % world_size
-        sends = list(_messages(exchange.sends.get(to, []), sources, limit))
-        receives = list(_messages(exchange.receives.get(origin, []), targets, limit))
+        sends = _batches(to, exchange.sends.get(to, []), sources, limit)
+        receives = _batches(origin, exchange.receives.get(origin, []), targets, limit)
         if sends or receives:
-            yield _Turn(to, sends, origin, receives)
+            yield _Turn(sends, receives)
 
 
-def _buffer(messages: Iterable[_Message], wire: torch.dtype) -> torch.Tensor:
-    """Room for the longest message that needs any."""
-    packed = [message for message in messages if message.in_place(wire) is None]
-    longest = max((message.numel for message in packed), default=0)
-    device = packed[0].views[0].device if packed else torch.device("cpu")
+def _batches(peer: int, cells: list[Cell], views: Views, limit: int) -> list[_Batch]:
+    def message(together: list[Cell]) -> _Message:
+        found = [views.of(cell) for cell in together]
+        return _Message(found, sum(cell.numel for cell in together))
+
+    return [_Batch(peer, [message(m) for m in batch]) for batch in batches(cells, limit)]
+
+
+def _buffer(sent_or_received: list[_Batch], wire: torch.dtype) -> torch.Tensor:
+    """Room for the batch that needs most."""
+    longest = max((batch.buffered(wire) for batch in sent_or_received), default=0)
+    device = "cpu"
+    if sent_or_received:
+        device = sent_or_received[0].messages[0].views[0].device.type
     return torch.empty(longest, dtype=wire, device=device)
-
-
-def _messages(cells: list[Cell], views: Views, limit: int) -> Iterator[_Message]:
-    for together in messages(cells, limit):
-        yield _Message([views.of(cell) for cell in together], sum(cell.numel for cell in together))

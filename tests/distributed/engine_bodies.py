@@ -273,7 +273,7 @@ def corrupted_message(session: Session) -> tuple[list[str], str]:
     def corrupted(turn: Any) -> None:
         run_turn(transport, turn)
         if turn.receives and not received:
-            received.append(turn.receives[0].views[0])
+            received.append(turn.receives[0].messages[0].views[0])
             received[0].view(-1)[0] += 1
 
     with put(transport, "_run_turn", corrupted):

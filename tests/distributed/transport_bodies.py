@@ -13,7 +13,7 @@ from megatron_precision.weights.plan import Planner, rank_groups
 from megatron_precision.weights.transport import Transport
 
 
-def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[dict[str, Any]]:
+def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dict[str, Any]]:
     """Twice, with other numbers the second time; what went wrong and how much moved, by rank."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -29,7 +29,7 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
         [(piece, held[piece.parameter]) for piece in target.pieces],
         wire=dtype,
         world_size=dist.get_world_size(),
-        message_bytes=message_bytes,
+        batch_bytes=batch_bytes,
     )
     wrong = 0
     for change in (0.0, 512.0):
@@ -43,7 +43,7 @@ def run_plan(planner: Planner, dtype: torch.dtype, message_bytes: int) -> list[d
             expected = model[piece.hf_name][piece.box].reshape(view.shape).float()
             wrong += int((view != expected).sum())
     # The same layouts as `sync-bench --execute` has them: it raises where a weight differs.
-    measured = measure.run(planner, dtype, message_bytes, 1, torch.device("cpu"))
+    measured = measure.run(planner, dtype, batch_bytes, 1, torch.device("cpu"))
     mine = {
         "wrong": wrong,
         "received": measured.received,

@@ -64,7 +64,7 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([*SHARED[1:], "--nic", "nan", "--nvlink", "inf", "--message-mib", "99999"],
+        ([*SHARED[1:], "--nic", "nan", "--nvlink", "inf", "--batch-mib", "99999"],
          ["3 problems", "1 to 8192"]),
         ([*SHARED[1:], "--train", "tp=2,tp=4", "--rollout", ""], ["given twice", "nothing"]),
         ([*SHARED[1:], "--world", "100000000"], ["--world", "1 to 65536"]),
@@ -83,9 +83,9 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
             ["sizes that make another world", "--train"],
         ),
         (
-            [*SHARED[1:], "--world", "-4", "--ranks-per-node", "0", "--message-mib", "0",
+            [*SHARED[1:], "--world", "-4", "--ranks-per-node", "0", "--batch-mib", "0",
              "--nvlink", "0"],
-            ["4 problems", "--ranks-per-node", "--message-mib", "--nvlink"],
+            ["4 problems", "--ranks-per-node", "--batch-mib", "--nvlink"],
         ),
     ],
 )  # fmt: skip
