@@ -211,7 +211,11 @@ def start_owner(folder: Path, end: str) -> tuple[subprocess.Popen[bytes], list[i
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
     command = [sys.executable, str(script), str(folder / "pid-")]
     owner = subprocess.Popen(command, env=environment)
-    return owner, [read_pid(folder / f"pid-{name}") for name in ("one", "other")]
+    try:
+        return owner, [read_pid(folder / f"pid-{name}") for name in ("one", "other")]
+    except BaseException:
+        owner.kill()
+        raise
 
 
 def test_endless_workers_die_when_their_owner_is_killed(tmp_path: Path) -> None:
