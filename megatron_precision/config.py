@@ -79,16 +79,41 @@ class ParallelConfig:
 class TaskConfig:
     """Where prompts come from and how an answer is scored.
 
-    `name` picks a generator of `data/`; `train_questions` are drawn for the perfectible set,
-    `eval_questions` are held out. `difficulty` is the number of terms of a sum; 8 make a
-    response of about 61 tokens.
+    arithmetic: made up here. `train_questions` are drawn for the perfectible set,
+        `eval_questions` are held out. `difficulty` is the number of terms of a sum; 8 make a
+        response of about 61 tokens.
+    chat: files of chat prompts (`data/prompts.py`), `NAME=PATH` or `NAME=PATH@WEIGHT` each, with
+        the start's tokenizer and chat template. `scorer` is a name in `rewards/scorers.py` or
+        `MODULE:FUNCTION`; it runs in `scorer_workers` processes a replica of the engine, with
+        a limit of time for each response.
+
+    Prompts of more than `max_prompt_tokens` are dropped and counted.
     """
 
-    name: Literal["arithmetic"] = "arithmetic"
+    name: Literal["arithmetic", "chat"] = "arithmetic"
+    max_prompt_tokens: int = 32
     difficulty: int = 8
     train_questions: int = 512
     eval_questions: int = 64
-    max_prompt_tokens: int = 32
+    train_sets: tuple[str, ...] = ()
+    eval_sets: tuple[str, ...] = ()
+    scorer: str = "math"
+    scorer_workers: int = 2
+    scorer_time_limit_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """Where the first weights come from.
+
+    warm_start: a supervised start, made once and cached by its fingerprint.
+    checkpoint: the Hugging Face folder `checkpoint`, with its tokenizer. A recipe leaves the
+        folder empty, for the user to name, and says in `public_name` which model it means.
+    """
+
+    kind: Literal["warm_start", "checkpoint"] = "warm_start"
+    checkpoint: str = ""
+    public_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -251,11 +276,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation on held-out questions: before the first iteration, every `every`, at the end."""
+    """Evaluation on held-out questions: before the first iteration, every `every`, at the end.
+
+    Its sampling is its own: no log-prob of it is used, so that any `top_p` will do.
+    """
 
     every: int = 5
     samples_per_question: int = 4
     temperature: float = 0.6
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -276,6 +305,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
+    start: StartConfig = field(default_factory=StartConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     perfectible: PerfectibleConfig = field(default_factory=PerfectibleConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -291,6 +321,11 @@ class RunConfig:
     def policy(self) -> PrecisionPolicy:
         """The precision policy that `precision` names."""
         return policy(self.precision, self.sync.wire_source)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """The longest prompt plus the longest response."""
+        return self.task.max_prompt_tokens + self.rollout.max_response_tokens
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -109,6 +109,8 @@ def parse(text: str, kind: Any) -> Any:
         return _number(text, kind)
     if typing.get_origin(kind) is Literal:
         return _check(text, kind)
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     return text
 
 
@@ -153,6 +155,7 @@ def describe_type(kind: Any) -> str:
         float: "a finite number",
         bool: "true or false",
         str: "a string",
+        tuple[str, ...]: "a list of strings",
     }
     return words.get(kind, "an object")
 
@@ -185,6 +188,10 @@ def _check(value: Any, kind: Any) -> Any:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         fits = fits and math.isfinite(value)
         value = float(value) if fits else value
+    elif kind == tuple[str, ...]:
+        # JSON has lists, and a configuration that was never written has tuples.
+        fits = isinstance(value, list | tuple) and all(type(part) is str for part in value)
+        value = tuple(value) if fits else value
     else:
         fits = type(value) is kind
     if not fits:

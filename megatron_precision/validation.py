@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_precision.config import RunConfig
+from megatron_precision.data.sets import set_problems
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.precision.policy import DTYPES, policy
+from megatron_precision.rewards.scorers import SCORERS
 from megatron_precision.rl import limits
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.weights.architectures import ARCHITECTURES
@@ -35,7 +38,13 @@ def problems(config: RunConfig) -> list[Problem]:
             *_batches(config),
             *_lengths(config),
         ]
-    return [*found, *_sampling(config), *limits.problems(config), *_loss_scale(config)]
+    return [
+        *found,
+        *_task(config),
+        *_sampling(config),
+        *limits.problems(config),
+        *_loss_scale(config),
+    ]
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -86,7 +95,7 @@ _AT_LEAST_ONE = (
     "model.vocab_size", "model.hidden_size", "model.intermediate_size",
     "model.num_hidden_layers", "model.num_attention_heads", "model.num_key_value_heads",
     "model.head_dim", "model.max_position_embeddings",
-    "task.difficulty", "task.train_questions", "task.max_prompt_tokens",
+    "task.difficulty", "task.train_questions", "task.max_prompt_tokens", "task.scorer_workers",
     "warm_start.batch_size", "warm_start.micro_batch_size", "warm_start.check_every",
     "warm_start.check_questions", "warm_start.check_samples",
     "perfectible.samples_per_question",
@@ -106,14 +115,14 @@ _AT_LEAST_ZERO = (
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",
     "model.initializer_range",
-    "warm_start.learning_rate",
+    "warm_start.learning_rate", "task.scorer_time_limit_s", "eval.top_p",
     "optimizer.learning_rate", "optimizer.eps", "rollout.temperature",
     "algo.clip_low", "algo.clip_high", "algo.sequence_clip_low", "algo.sequence_clip_high",
     "algo.token_mask_low", "algo.log_weight_clamp", "algo.overlong_buffer_share",
 )  # fmt: skip
 _SHARES = (
     "warm_start.target_accuracy_low", "warm_start.target_accuracy_high",
-    "perfectible.accuracy_low", "perfectible.accuracy_high",
+    "perfectible.accuracy_low", "perfectible.accuracy_high", "eval.top_p",
 )  # fmt: skip
 
 
@@ -152,6 +161,27 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
                 f"{lower} and {upper}",
                 "the first below the second",
             )
+
+
+_SCORER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+def _task(config: RunConfig) -> Iterator[Problem]:
+    task = config.task
+    starts = {"arithmetic": "warm_start", "chat": "checkpoint"}
+    if config.start.kind != starts[task.name]:
+        yield Problem(
+            what="the task and the start do not fit",
+            where="task.name, start.kind",
+            got=f"{task.name} from a {config.start.kind}",
+            expected=f"start.kind={starts[task.name]} (it has the tokenizer of the task)",
+        )
+    yield from set_problems("task.train_sets", task.train_sets)
+    yield from set_problems("task.eval_sets", task.eval_sets)
+    if task.scorer not in SCORERS and not _SCORER.fullmatch(task.scorer):
+        problem = unknown_name("scorer", "task.scorer", task.scorer, list(SCORERS))
+        expected = f"{problem.expected}; or MODULE:FUNCTION of your own"
+        yield dataclasses.replace(problem, expected=expected)
 
 
 def _divides(what: str, where: str, value: int, by: str, divisor: int) -> Iterator[Problem]:
@@ -307,7 +337,7 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
 
 def _lengths(config: RunConfig) -> Iterator[Problem]:
     model, rollout = config.model, config.rollout
-    longest = config.task.max_prompt_tokens + rollout.max_response_tokens
+    longest = config.max_sequence_tokens
     if longest > model.max_position_embeddings:
         yield Problem(
             what="prompt and response are longer than the model's positions",

@@ -21,13 +21,17 @@ CACHE = Path("runs") / "cache"
 FACTS = "start.json"
 MODEL = "model"
 QUESTIONS = "questions.jsonl"
+# What of the task a warm start depends on.
+_TASK_FIELDS = ("name", "max_prompt_tokens", "difficulty", "train_questions", "eval_questions")
 
 
 def start_fingerprint(config: RunConfig) -> str:
     """Names what makes a start; precision, algorithm and RL settings are not among it."""
-    parts = (config.model, config.task, config.warm_start, config.perfectible)
+    task = {name: getattr(config.task, name) for name in _TASK_FIELDS}
+    parts = (config.model, config.warm_start, config.perfectible)
     return fingerprint(
         {
+            "task": task,
             "parts": [dataclasses.asdict(part) for part in parts],
             "seed": config.seed,
             "max_response_tokens": config.rollout.max_response_tokens,
