@@ -15,7 +15,7 @@ import shutil
 import sys
 
 import recipes
-from megatron_precision import cli, launching, run_folder
+from megatron_precision import cli, inputs, launching, run_folder
 from megatron_precision.errors import Problem, UserError
 
 
@@ -42,9 +42,11 @@ def _launch(args: argparse.Namespace) -> int:
         return 0
     out = args.out
     _require_nemo_run()
+    if config.start.kind == "checkpoint":
+        inputs.check(config)
     run_folder.claim(out, args.overwrite, args.resume)
     run_folder.write_config(config, out)
-    if args.start_from is None:
+    if args.start_from is None and config.start.kind == "warm_start":
         code = launching.ensure_start(config)
         if code:
             shutil.rmtree(out)  # it holds no run, and would be in the way of the next attempt

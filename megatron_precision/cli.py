@@ -166,6 +166,8 @@ def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
     train += ["--overwrite"] if args.overwrite else []
     if args.start_from is not None:
         return [torchrun_line(ranks, [*train, "--start-from", str(args.start_from)])]
+    if config.start.kind == "checkpoint":
+        return [torchrun_line(ranks, train)]
     return [
         torchrun_line(ranks, ["prepare", *words]) + "   # unless the cache has the start",
         torchrun_line(ranks, train),
@@ -198,7 +200,7 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     out = args.out
     rank.require_world(config, lines[-1])
-    _require_start(config, args.start_from, lines[0])
+    require_inputs(config, args.start_from, lines[0])
     if rank.number() == 0 and not args.claimed:
         run_folder.claim(out, args.overwrite, args.resume)
         run_folder.write_config(config, out)
@@ -214,9 +216,22 @@ def _train(args: argparse.Namespace) -> int:
     return rank.run(work, out)
 
 
-def _require_start(config: RunConfig, chosen: Path | None, prepare: str) -> None:
+def require_inputs(config: RunConfig, chosen: Path | None, prepare: str) -> None:
+    """Make sure that a run finds what it starts from.
+
+    Args:
+        chosen: a prepared start, by default the cache's.
+        prepare: the command that makes the start.
+
+    Raises:
+        UserError: lists what is missing or cannot be read.
+    """
+    from megatron_precision import inputs
     from megatron_precision.train import start
 
+    if config.start.kind == "checkpoint":
+        inputs.check(config)
+        return
     path = chosen or start.start_dir(config)
     if not start.start_is_complete(path):
         where = "--start-from" if chosen else "the cache of starts"
@@ -237,6 +252,13 @@ def _prepare(args: argparse.Namespace) -> int:
     from megatron_precision.launching import torchrun_line
 
     config = resolve(args)
+    if config.start.kind == "checkpoint":
+        raise UserError(
+            Problem(
+                "there is no start to prepare", "prepare", "a recipe that starts from a checkpoint",
+                "one with a warm start", "train it right away",
+            )
+        )  # fmt: skip
     line = torchrun_line(config.parallel.world_size, ["prepare", *_recipe_words(args)])
     if args.dryrun:
         print_plan(config, [line])

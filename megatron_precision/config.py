@@ -329,8 +329,9 @@ class RunConfig:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """The config as plain values, for `config.json` and for a dry run."""
-    return dataclasses.asdict(config)
+    """The config as the plain values of JSON, for `config.json` and for a dry run."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return values
 
 
 def fingerprint(parts: Any) -> str:

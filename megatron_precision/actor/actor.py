@@ -11,6 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from megatron_precision.actor.models import build_model, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
+from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.range_watch import RangeWatch
 from megatron_precision.weights.megatron_layout import megatron_pieces
 from megatron_precision.weights.regions import Piece
@@ -155,17 +157,32 @@ class Actor:
                     view.copy_(values)
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Any]) -> None:
         """Load Hugging Face tensors (any float dtype), padded vocabulary rows zeroed.
+
+        Args:
+            tensors: by name; tensors, or what gives one for a box.
 
         Raises:
             KeyError: for a tensor that is missing.
+            UserError: for values that the parameters' dtype cannot hold.
         """
         for name, parameter in self.model.module.named_parameters():
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 parameter.zero_()
+        beyond = []
         for piece, view in self.weight_pieces():
             view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
+            if self.policy.params == "fp16" and not torch.isfinite(view).all():
+                beyond.append(piece.hf_name)
+        if beyond:
+            raise UserError(
+                Problem(
+                    "weights outside the range of fp16", "start.checkpoint",
+                    ", ".join(dict.fromkeys(beyond)), "values up to 65504",
+                    "the converter's audit lists them: python -m tools.checkpoint_convert audit",
+                )
+            )  # fmt: skip
         self.optimizer.reload_main_params()
 
     # ---- passes --------------------------------------------------------------------------

@@ -50,11 +50,12 @@ class MixtureState(TypedDict):
 class Mixture:
     """Questions of several sets in one order; the same for every rank and every way to cut it."""
 
-    def __init__(self, sets: Sequence[MixtureSet], seed: int) -> None:
+    def __init__(self, sets: Sequence[MixtureSet], seed: int, stream: str = "order") -> None:
         """
         Args:
             sets: one or more; their order breaks ties.
             seed: shuffles otherwise.
+            stream: keeps the orders of different uses apart.
 
         Raises:
             UserError: lists every set that cannot take part.
@@ -62,13 +63,13 @@ class Mixture:
         if problems := _set_problems(sets):
             raise UserError(problems)
         self._sets = tuple(sets)
-        self._seed = seed
+        self._seed, self._stream = seed, stream
         # Exact shares: a sum of rounded ones would drift, and differ from place to place.
         total = sum(Fraction(part.weight) for part in sets)
         self._shares = [Fraction(part.weight) / total for part in sets]
         self._taken = [0] * len(sets)
         parts = [[part.name, part.num_prompts, part.weight] for part in sets]
-        self._fingerprint = fingerprint({"sets": parts, "seed": seed})
+        self._fingerprint = fingerprint({"sets": parts, "seed": seed, "stream": stream})
 
     def take(self, count: int) -> list[tuple[str, int]]:
         """The next `count` questions, each as a set's name and an index into that set.
@@ -84,7 +85,9 @@ class Mixture:
             part = self._sets[number]
             # `_next_set` has counted this batch already.
             first = self._taken[number] - from_it
-            indices = places(part.num_prompts, first, from_it, f"{self._seed}/{part.name}")
+            # A set without a name is the only one, and its order that of `prompts_for_iteration`.
+            seed = f"{self._seed}/{part.name}" if part.name else self._seed
+            indices = places(part.num_prompts, first, from_it, seed, self._stream)
             drawn[number] = iter(indices)
         return [(self._sets[number].name, next(drawn[number])) for number in chosen]
 

@@ -1,4 +1,4 @@
-"""A task's sets of prompts, as they are named in a configuration: `NAME=PATH` or `NAME=PATH@WEIGHT`.
+"""A task's sets of prompts as a configuration names them: `NAME=PATH` or `NAME=PATH@WEIGHT`.
 
 This module imports no torch, and reads no file.
 """

@@ -45,6 +45,7 @@ PLAIN_FIELDS: dict[str, frozenset[str]] = {
             "platform",
             "dtypes",
             "start_fingerprint",
+            "prompts",
             "rank_count",
         }
     ),

@@ -20,11 +20,17 @@ class Sampling:
         temperature: 0 is greedy.
         max_tokens: the longest response; a response that reaches it is truncated.
         logprobs: whether the sampled tokens' log-probs (after temperature) are returned.
+        top_p: of evaluation alone; with less than 1 no log-probs are to be had.
     """
 
     temperature: float
     max_tokens: int
     logprobs: bool = True
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        # vLLM would give those of the cut distribution, which nobody differentiates.
+        assert self.top_p == 1.0 or not self.logprobs
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Rollout:
 
     Attributes:
         request: what was asked.
-        tokens: the response, with its end-of-sequence token unless truncated.
+        tokens: the response, with the token that ended it unless truncated.
         rollout_logprobs: the engine's log-prob of each token after temperature; empty where not
             asked for.
         truncated: the response reached `max_tokens`.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_precision.config import RunConfig
+from megatron_precision.rewards.grading import Grade
 from megatron_precision.rollout.engine import (
     Request,
     Rollout,
@@ -27,6 +30,20 @@ class Prompt:
 
     name: str
     tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Rollouts with their grades, ordered by prompt and rollout; equal on every rank.
+
+    Attributes:
+        grading_s: seconds that this rank gave to grading: handing responses over, and waiting
+            for the last grades after the last response.
+    """
+
+    rollouts: list[Rollout]
+    grades: list[Grade]
+    grading_s: float
 
 
 class TokenDisagreementError(RuntimeError):
@@ -48,6 +65,11 @@ class Sampler:
         self._replica, self._tp_rank = divmod(dist.get_rank(), tp_size)
         self._tp_size = tp_size
 
+    @property
+    def grades(self) -> bool:
+        """Whether this rank speaks for its replica: it alone has its responses graded."""
+        return self._tp_rank == 0
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -56,16 +78,14 @@ class Sampler:
         purpose: str,
         iteration: int,
         sampling: Sampling,
-        reward: Callable[[Rollout], float],
-    ) -> tuple[list[Rollout], list[float]]:
+        grade: Callable[[Rollout], Future[Grade]],
+    ) -> Graded:
         """Sample every prompt `rollouts_per_prompt` times.
 
         Args:
             purpose: names the random stream (`train`, `eval`, ...).
-            reward: called as soon as a response has finished.
-
-        Returns:
-            Rollouts ordered by prompt and rollout, and their rewards; equal on every rank.
+            grade: called as soon as a response has finished, on the ranks that grade; the grades
+                are waited for when the engine has nothing left to do.
 
         Raises:
             TokenDisagreementError: where ranks of one replica sampled different tokens.
@@ -83,18 +103,27 @@ class Sampler:
         ]
         # The engine gets everything at once: its scheduler fills the batch better than we could.
         self._engine.submit(requests, sampling)
-        finished: list[tuple[Rollout, float]] = []
+        finished: list[Rollout] = []
+        pending: list[Future[Grade]] = []
+        grading_s = 0.0
         with _collector_paused():
             while self._engine.unfinished:
-                for rollout in self._engine.step():
-                    finished.append((rollout, reward(rollout)))
-        return self._share(finished)
+                done = self._engine.step()
+                finished += done
+                if self.grades and done:
+                    begin = time.perf_counter()
+                    pending += [grade(rollout) for rollout in done]
+                    grading_s += time.perf_counter() - begin
+        begin = time.perf_counter()
+        grades = [future.result() for future in pending]
+        grading_s += time.perf_counter() - begin
+        return self._share(finished, grades, grading_s)
 
-    def _share(self, finished: list[tuple[Rollout, float]]) -> tuple[list[Rollout], list[float]]:
-        mine = finished if self._tp_rank == 0 else []
-        everyone: list[tuple[str, list[tuple[Rollout, float]]]]
+    def _share(self, finished: list[Rollout], grades: list[Grade], grading_s: float) -> Graded:
+        mine = list(zip(finished, grades, strict=True)) if self.grades else []
+        everyone: list[tuple[str, list[tuple[Rollout, Grade]]]]
         everyone = [("", [])] * dist.get_world_size()
-        dist.all_gather_object(everyone, (token_hash([r for r, _ in finished]), mine))
+        dist.all_gather_object(everyone, (token_hash(finished), mine))
         for rank, (digest, _) in enumerate(everyone):
             leader = rank - rank % self._tp_size
             if digest != everyone[leader][0]:
@@ -104,7 +133,7 @@ class Sampler:
                 )
         results = [item for _, part in everyone for item in part]
         results.sort(key=lambda item: (item[0].request.prompt, item[0].request.rollout))
-        return [rollout for rollout, _ in results], [reward for _, reward in results]
+        return Graded([r for r, _ in results], [g for _, g in results], grading_s)
 
 
 @contextmanager

@@ -34,10 +34,10 @@ class VllmEngine:
     Args:
         config: the run's.
         model_dir: a Hugging Face checkpoint; its tensors are loaded, its config is believed.
-        eos_id: the token that ends a response.
+        stop_ids: each ends a response.
     """
 
-    def __init__(self, config: RunConfig, model_dir: Path, eos_id: int) -> None:
+    def __init__(self, config: RunConfig, model_dir: Path, stop_ids: Sequence[int]) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -55,7 +55,7 @@ class VllmEngine:
             cpu.apply_vllm_patches()
         policy, rollout = config.policy, config.rollout
         self.weight_version = 0
-        self._eos_id = eos_id
+        self._stop_ids = list(stop_ids)
         self._requests: dict[str, Request] = {}
         self._engine_ids: dict[str, str] = {}
         arguments = EngineArgs(
@@ -66,13 +66,13 @@ class VllmEngine:
             tensor_parallel_size=config.parallel.rollout_tp_size,
             distributed_executor_backend="external_launcher",
             enforce_eager=True,
-            max_model_len=config.model.max_position_embeddings,
+            max_model_len=config.max_sequence_tokens,
             max_num_seqs=rollout.max_num_seqs,
             # On the CPU a seeded request fails where its prompt is taken in chunks
             # (docs/upstream/vllm_cpu_chunked_seeds.md); without, vLLM wants room for a sequence.
             enable_chunked_prefill=not on_cpu,
             max_num_batched_tokens=max(
-                rollout.max_num_batched_tokens, config.model.max_position_embeddings * on_cpu
+                rollout.max_num_batched_tokens, config.max_sequence_tokens * on_cpu
             ),
             kv_cache_memory_bytes=rollout.kv_cache_mib * 2**20,
             logprobs_mode="processed_logprobs",
@@ -107,11 +107,12 @@ class VllmEngine:
             name = f"{request.prompt}-{request.rollout}-{request.seed:x}"
             parameters = SamplingParams(
                 temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 max_tokens=sampling.max_tokens,
                 seed=request.seed,
                 logprobs=0 if sampling.logprobs else None,
                 flat_logprobs=sampling.logprobs,
-                stop_token_ids=[self._eos_id],
+                stop_token_ids=self._stop_ids,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
                 skip_clone=True,  # made for this request: no deep copy to guard it

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_precision.rewards.grading import Grade
 from megatron_precision.rl.advantages import with_contrast
 from megatron_precision.rollout.engine import Rollout
+from megatron_precision.rollout.sampling import Graded
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,22 @@ class Sampled:
     Attributes:
         rollouts: ordered by prompt, then rollout.
         rewards: [prompts, rollouts] FP32.
-        reward_s: seconds of this rank's scoring, which happens while others still sample.
+        reward_s: seconds that this rank gave to grading; see `Graded`.
+        failures: grades of responses that could not be scored.
     """
 
     rollouts: list[Rollout]
     rewards: torch.Tensor
     reward_s: float
+    failures: tuple[Grade, ...] = ()
+
+    @classmethod
+    def of(cls, graded: Graded, rollouts_per_prompt: int) -> Sampled:
+        """Graded rollouts as groups."""
+        rewards = torch.tensor([grade.reward for grade in graded.grades])
+        failures = tuple(grade for grade in graded.grades if grade.status != "scored")
+        shape = (-1, rollouts_per_prompt)
+        return cls(graded.rollouts, rewards.view(shape), graded.grading_s, failures)
 
     @property
     def response_tokens(self) -> torch.Tensor:
@@ -35,7 +47,7 @@ class Sampled:
         """The groups with these numbers, in this order."""
         size = self.rewards.shape[1]
         rollouts = [self.rollouts[group * size + i] for group in chosen for i in range(size)]
-        return Sampled(rollouts, self.rewards[list(chosen)], self.reward_s)
+        return Sampled(rollouts, self.rewards[list(chosen)], self.reward_s, self.failures)
 
 
 def sample_rounds(
@@ -68,6 +80,7 @@ def sample_rounds(
             [*everything.rollouts, *more.rollouts],
             torch.cat([everything.rewards, more.rewards]),
             everything.reward_s + more.reward_s,
+            (*everything.failures, *more.failures),
         )
     # A stable sort: groups with contrast first, each kind in the order in which it was sampled.
     order = torch.argsort(with_contrast(everything.rewards), descending=True, stable=True)

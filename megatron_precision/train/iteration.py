@@ -14,9 +14,7 @@ from megatron_precision.actor.actor import LossFunction, StepResult
 from megatron_precision.actor.batch import Batch, MicroBatch, make_batch
 from megatron_precision.actor.parallel import agree_any
 from megatron_precision.config import RunConfig, fingerprint, to_dict
-from megatron_precision.data.arithmetic import Question, make_questions
-from megatron_precision.data.order import prompts_for_iteration
-from megatron_precision.data.perfectible import read_perfectible
+from megatron_precision.data.tasks import PromptOrder, TaskPrompt
 from megatron_precision.observe.metrics import MetricsWriter
 from megatron_precision.observe.sinks import make_sinks
 from megatron_precision.platform import startup
@@ -25,8 +23,10 @@ from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rl.advantages import group_advantages, zero_variance_share
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.mismatch import mismatch_stats
+from megatron_precision.train import evaluation
 from megatron_precision.train import start as starts
 from megatron_precision.train.clock import PhaseClock
+from megatron_precision.train.failed_grades import FailedGrades
 from megatron_precision.train.groups import Sampled, sample_rounds
 from megatron_precision.train.objective import policy_objective
 from megatron_precision.train.session import Session, peak_memory_gib
@@ -41,20 +41,17 @@ class Trainer:
         self._extra_rounds = (
             config.algo.dynamic_sampling_rounds if self.algorithm.dynamic_sampling else 0
         )
-        self._start = start or starts.start_dir(config)
-        perfectible = read_perfectible(self._start / starts.QUESTIONS)
-        self.questions = [item.question for item in perfectible]
-        self.held_out = make_questions(
-            config.task, split="eval", count=config.task.eval_questions, seed=config.seed
-        )
-        self.session = Session(
-            config, config.optimizer, config.loss_scale, self._start / starts.MODEL
-        )
+        self._out = out
+        model_dir, task = starts.open_start(config, start)
+        self.order = PromptOrder(task, config.seed)
+        self._further_order = PromptOrder(task, config.seed, stream="further rounds")
+        self.session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
         self.actor = self.session.actor
         self.session.load_start()
         self.session.open_engine()
-        self._dtypes = self.session.check(self.questions)
+        self._dtypes = self.session.check()
         self._writer: MetricsWriter | None = None
+        self._failures = FailedGrades(out / "failed_grades.txt" if dist.get_rank() == 0 else None)
         if dist.get_rank() == 0:
             sinks = make_sinks(config.sinks, out, config.train.iterations)
             self._writer = MetricsWriter(out / "metrics.jsonl", sinks)
@@ -85,6 +82,7 @@ class Trainer:
                 "platform": startup.describe(),
                 "dtypes": self._dtypes,
                 "start_fingerprint": starts.start_fingerprint(config),
+                "prompts": self.session.task.counts,
                 "rank_count": dist.get_world_size(),
             },
         )
@@ -93,6 +91,8 @@ class Trainer:
         except BaseException as error:
             self._end("failed", f"{type(error).__name__}: {error}")
             raise
+        finally:
+            self.session.close()
         self._end("completed", "")
 
     def _end(self, status: str, error: str) -> None:
@@ -115,7 +115,7 @@ class Trainer:
 
     # ---- rollout -------------------------------------------------------------------------
 
-    def rollout(self, iteration: int, questions: list[Question]) -> Sampled:
+    def rollout(self, iteration: int, prompts: list[TaskPrompt]) -> Sampled:
         """Sample the iteration's groups; the clock of the iteration starts here.
 
         Metrics are of everything that was sampled, what the batch leaves out included.
@@ -124,7 +124,7 @@ class Trainer:
 
         def sample(number: int, count: int) -> Sampled:
             return self.session.sample(
-                questions if number == 0 else self._further_questions(iteration, number, count),
+                prompts if number == 0 else self._further_order.take(count),
                 rollouts_per_prompt=self.config.train.rollouts_per_prompt,
                 # A question may come again in a further round, and must not repeat its group.
                 purpose="train" if number == 0 else f"train, round {number}",
@@ -134,14 +134,16 @@ class Trainer:
             )
 
         with self._clock.phase("rollout"):
-            sampled, batch = sample_rounds(sample, len(questions), self._extra_rounds)
+            sampled, batch = sample_rounds(sample, len(prompts), self._extra_rounds)
         self._clock.add("rollout", -sampled.reward_s)
         self._clock.add("reward", sampled.reward_s)
+        self._failures.record(sampled.failures)
         lengths = sampled.response_tokens.float()
         self._iteration = {
             "reward/mean": float(sampled.rewards.mean()),
             "reward/accuracy": float((sampled.rewards > 0).float().mean()),
             "reward/zero_variance_share": zero_variance_share(sampled.rewards),
+            "reward/failed_share": len(sampled.failures) / len(sampled.rollouts),
             "reward/sampled_groups": len(sampled.rewards),
             "reward/batch_zero_variance_share": zero_variance_share(batch.rewards),
             "response/tokens_mean": float(lengths.mean()),
@@ -152,17 +154,6 @@ class Trainer:
             / self._clock.seconds("rollout"),
         }
         return batch
-
-    def _further_questions(self, iteration: int, number: int, count: int) -> list[Question]:
-        """Questions of round `number` of dynamic sampling: a pure function, as the order is."""
-        chosen = prompts_for_iteration(
-            len(self.questions),
-            iteration * self._extra_rounds + number - 1,
-            self.config.train.prompts_per_iteration,
-            self.config.seed,
-            stream="further rounds",
-        )
-        return [self.questions[i] for i in chosen[:count]]
 
     def assemble(self, sampled: Sampled) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
@@ -351,25 +342,16 @@ class Trainer:
         return last or (every > 0 and iteration % every == 0)
 
     def evaluate(self, iteration: int) -> None:
-        """Accuracy on held-out questions with the weights that the engine holds."""
+        """Accuracy on the held-out sets with the weights that the engine holds."""
         clock = PhaseClock()
-        sampled = self.session.sample(
-            self.held_out,
-            rollouts_per_prompt=self.config.eval.samples_per_question,
-            purpose="eval",
-            iteration=iteration,
-            temperature=self.config.eval.temperature,
-            logprobs=False,
-        )
-        right = sampled.rewards > 0
-        lengths = [len(rollout.tokens) for rollout in sampled.rollouts]
+        found = evaluation.evaluate(self.session, self.config.eval, iteration)
+        self._failures.record(found.failures)
+        if not found.metrics:
+            return
+        if dist.get_rank() == 0:
+            evaluation.write_answers(self._out / "answers" / f"{iteration:06d}.jsonl", found)
         self._write(
             "eval",
             iteration,
-            {
-                "eval/accuracy": float(right.float().mean()),
-                "eval/pass_at_k": float(right.any(1).float().mean()),
-                "eval/tokens_mean": sum(lengths) / len(lengths),
-                "time/eval_s": clock.metrics()["time/iteration_s"],
-            },
+            {**found.metrics, "time/eval_s": clock.metrics()["time/iteration_s"]},
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_precision.config import RunConfig
-from megatron_precision.data.order import prompts_for_iteration
 from megatron_precision.train.iteration import Trainer
 
 
@@ -20,10 +19,8 @@ def run(config: RunConfig, out: Path, start: Path | None = None) -> None:
     with trainer.recording():
         trainer.evaluate(iteration=0)
         for iteration in range(config.train.iterations):
-            chosen = prompts_for_iteration(
-                len(trainer.questions), iteration, config.train.prompts_per_iteration, config.seed
-            )
-            groups = trainer.rollout(iteration, [trainer.questions[i] for i in chosen])
+            prompts = trainer.order.take(config.train.prompts_per_iteration)
+            groups = trainer.rollout(iteration, prompts)
             batch = trainer.assemble(groups)
             batch = trainer.old_logprobs(iteration, batch)
             for number, rows in enumerate(trainer.mini_batches(batch)):

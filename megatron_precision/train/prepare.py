@@ -26,6 +26,8 @@ from megatron_precision.data.perfectible import (
     write_perfectible,
 )
 from megatron_precision.data.supervised import SupervisedBatch, warm_start_batches
+from megatron_precision.data.tasks import arithmetic_prompts, arithmetic_task
+from megatron_precision.data.tokenizer import CharTokenizer
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.train import start as starts
 from megatron_precision.train.objective import supervised_objective
@@ -47,17 +49,18 @@ def run(config: RunConfig) -> None:
     partial = final.with_name(final.name + ".partial")
     begin = time.perf_counter()
     warm = _warm_config(config)
-    session = Session(warm, warm.optimizer, warm.loss_scale, partial / starts.MODEL)
+    checks = make_questions(
+        config.task, split="warm_start", count=config.warm_start.check_questions, seed=config.seed
+    )
+    task = arithmetic_task(config.task, checks, config.seed)
+    session = Session(warm, warm.optimizer, warm.loss_scale, partial / starts.MODEL, task)
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
     _write_model(session, partial, config)
     session.load_start()
     session.open_engine()
-    checks = make_questions(
-        config.task, split="warm_start", count=config.warm_start.check_questions, seed=config.seed
-    )
-    session.check(checks)
+    session.check()
 
     curve = _train_into_window(session, config.warm_start, checks)
     lost = _round_to_bf16_grid(session)
@@ -111,7 +114,7 @@ def _write_model(session: Session, folder: Path, config: RunConfig) -> None:
     tensors = full_tensors(session.actor, config.model)
     if dist.get_rank() == 0:
         write_checkpoint(folder / starts.MODEL, config.model, tensors)
-        session.tokenizer.save(folder / starts.MODEL)
+        CharTokenizer().save(folder / starts.MODEL)
     dist.barrier()
 
 
@@ -122,7 +125,7 @@ def _train_into_window(
     stretch, steps = warm.check_every, 0
     curve: list[tuple[int, float]] = []
     batches = warm_start_batches(
-        session.config.task, session.tokenizer, batch_size=warm.batch_size, seed=session.config.seed
+        session.config.task, CharTokenizer(), batch_size=warm.batch_size, seed=session.config.seed
     )
     while steps < warm.max_steps:
         saved = full_tensors(session.actor, session.config.model)
@@ -166,7 +169,7 @@ def _supervised_step(session: Session, supervised: SupervisedBatch) -> None:
 
 def _accuracy(session: Session, questions: list[Question], samples: int, iteration: int) -> float:
     sampled = session.sample(
-        questions,
+        arithmetic_prompts(questions),
         rollouts_per_prompt=samples,
         purpose="warm start",
         iteration=iteration,
@@ -198,7 +201,7 @@ def _perfectible(session: Session, config: RunConfig) -> tuple[list[PerfectibleQ
     )
     begin = time.perf_counter()
     sampled = session.sample(
-        questions,
+        arithmetic_prompts(questions),
         rollouts_per_prompt=config.perfectible.samples_per_question,
         purpose="perfectible",
         iteration=0,

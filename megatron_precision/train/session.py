@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import gc
 import resource
-import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -17,17 +18,16 @@ from megatron_precision.actor import parallel
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
-from megatron_precision.data.arithmetic import Question
-from megatron_precision.data.tokenizer import CharTokenizer
+from megatron_precision.data.tasks import Task, TaskPrompt
 from megatron_precision.platform import startup
 from megatron_precision.precision import audit
-from megatron_precision.rewards import arithmetic
+from megatron_precision.rewards.grading import Grade, Grader, Response
 from megatron_precision.rollout.engine import Rollout, Sampling
 from megatron_precision.rollout.sampling import Prompt, Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.train.groups import Sampled
 from megatron_precision.train.objective import supervised_objective
-from megatron_precision.weights.hf_model import read_checkpoint
+from megatron_precision.weights.hf_model import OpenCheckpoint
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSync
 
@@ -41,26 +41,28 @@ class Session:
         optimizer: OptimizerConfig,
         loss_scale: LossScaleConfig,
         model_dir: Path,
+        task: Task,
     ) -> None:
         parallel.open_world(startup.backend())
         parallel.divide_world(config.parallel, config.seed)
         self.config = config
-        self.tokenizer = CharTokenizer()
+        self.task = task
         self.actor = Actor(config, optimizer, loss_scale)
         self._model_dir = model_dir
 
     def load_start(self) -> None:
         """Load the trainer's weights from the model folder."""
-        self.actor.load(read_checkpoint(self._model_dir))
+        self.actor.load(OpenCheckpoint(self._model_dir))
 
     def open_engine(self) -> None:
         """Start the engine on the model folder, and connect the sync."""
-        self.engine = VllmEngine(self.config, self._model_dir, self.tokenizer.eos_id)
+        self.engine = VllmEngine(self.config, self._model_dir, self.task.stop_ids)
         self.sampler = Sampler(self.engine, self.config)
+        self.grader: Grader | None = self.task.open_grader() if self.sampler.grades else None
         self.sync = WeightSync(self.actor, self.engine, self.config)
 
-    def check(self, questions: list[Question]) -> dict[str, str]:
-        """Audit every dtype and prove the sync, on a few real prompts.
+    def check(self) -> dict[str, str]:
+        """Audit every dtype and prove the sync, on a few real sequences.
 
         Returns:
             The dtype found for each kind of tensor.
@@ -69,7 +71,7 @@ class Session:
             PrecisionAuditError: listing tensors that disagree with the policy.
             WeightSyncError: where the engine does not hold what was pushed.
         """
-        prompts = [self.tokenizer.encode(q.prompt + q.solution) for q in questions[:8]]
+        prompts = [list(tokens) for tokens in self.task.check_sequences]
         # Every data-parallel rank has as many.
         dp_size = self.config.parallel.dp_size
         prompts = prompts[: len(prompts) // dp_size * dp_size] or prompts * dp_size
@@ -98,45 +100,43 @@ class Session:
         self.actor.model.zero_grad_buffer()
         return watch.readings
 
-    def text(self, rollout: Rollout) -> str:
-        """A response without its end token; a padding token in it shows as one."""
-        ended = rollout.tokens[-1:] == (self.tokenizer.eos_id,)
-        return self.tokenizer.decode(
-            rollout.tokens[:-1] if ended else rollout.tokens, skip_special=False
-        )
-
     def sample(
         self,
-        questions: list[Question],
+        prompts: Sequence[TaskPrompt],
         *,
         rollouts_per_prompt: int,
         purpose: str,
         iteration: int,
         temperature: float,
         logprobs: bool,
+        top_p: float = 1.0,
     ) -> Sampled:
-        """Sample and score every question."""
-        spent = 0.0
+        """Sample every prompt and grade every response."""
 
-        def reward(rollout: Rollout) -> float:
-            nonlocal spent
-            begin = time.perf_counter()
-            text = self.text(rollout)
-            answer = questions[rollout.request.prompt].answer
-            value = arithmetic.score(text, answer, truncated=rollout.truncated)
-            spent += time.perf_counter() - begin
-            return value
+        def grade(rollout: Rollout) -> Future[Grade]:
+            assert self.grader is not None
+            prompt = prompts[rollout.request.prompt]
+            name = (
+                f"{purpose}, iteration {iteration}, {prompt.id}, rollout {rollout.request.rollout}"
+            )
+            text = self.task.text(rollout.tokens)
+            return self.grader.submit(Response(name, text, prompt.answer, rollout.truncated))
 
-        rollouts, rewards = self.sampler.sample(
-            [Prompt(q.id, tuple(self.tokenizer.encode(q.prompt))) for q in questions],
+        length = self.config.rollout.max_response_tokens
+        graded = self.sampler.sample(
+            [Prompt(p.id, p.tokens) for p in prompts],
             rollouts_per_prompt=rollouts_per_prompt,
             purpose=purpose,
             iteration=iteration,
-            sampling=Sampling(temperature, self.config.rollout.max_response_tokens, logprobs),
-            reward=reward,
+            sampling=Sampling(temperature, length, logprobs, top_p),
+            grade=grade,
         )
-        shape = (len(questions), rollouts_per_prompt)
-        return Sampled(rollouts, torch.tensor(rewards).view(shape), spent)
+        return Sampled.of(graded, rollouts_per_prompt)
+
+    def close(self) -> None:
+        """End what grades."""
+        if self.grader is not None:
+            self.grader.close()
 
 
 def peak_memory_gib() -> float:

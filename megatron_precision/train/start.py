@@ -1,5 +1,7 @@
 """The start that the RL runs of a recipe share: where it lies, and whether it is complete.
 
+A checkpoint is the user's own folder. A warm start is made once and cached:
+
     <start>/model/            a Hugging Face checkpoint (FP32 tensors, values on the BF16 grid)
     <start>/questions.jsonl   the perfectible set
     <start>/start.json        facts about it; written last, so that its presence means complete
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.config import RunConfig, fingerprint
+from megatron_precision.data.perfectible import read_perfectible
+from megatron_precision.data.tasks import Task, arithmetic_task, chat_task
 
 CACHE = Path("runs") / "cache"
 FACTS = "start.json"
@@ -54,3 +58,19 @@ def read_facts(path: Path) -> dict[str, Any]:
     """What is known of a complete start."""
     facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
     return facts
+
+
+def open_start(config: RunConfig, chosen: Path | None = None) -> tuple[Path, Task]:
+    """The folder of the first weights, and the task that goes with it.
+
+    Args:
+        chosen: a prepared warm start, by default the cache's.
+
+    Raises:
+        UserError: for a checkpoint or files of prompts that cannot be used.
+    """
+    if config.start.kind == "checkpoint":
+        return Path(config.start.checkpoint), chat_task(config)
+    folder = chosen or start_dir(config)
+    questions = [item.question for item in read_perfectible(folder / QUESTIONS)]
+    return folder / MODEL, arithmetic_task(config.task, questions, config.seed)

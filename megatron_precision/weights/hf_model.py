@@ -7,13 +7,16 @@ on disk, as vLLM and every other reader does.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_precision.config import ModelConfig
+from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import hf_config
 
 
@@ -75,3 +78,53 @@ def write_checkpoint(folder: Path, model: ModelConfig, tensors: Mapping[str, tor
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors that `write_checkpoint` wrote."""
     return load_file(folder / "model.safetensors")
+
+
+class OpenCheckpoint(Mapping[str, Any]):
+    """The tensors of a folder by name, of which `[box]` reads no more than the box.
+
+    A rank reads its own shard of a model that no rank could hold.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards.
+
+        Raises:
+            UserError: when it holds neither, or not every shard.
+        """
+        self._files = _tensor_files(folder)
+        self._open = {
+            path: safe_open(path, framework="pt") for path in sorted({*self._files.values()})
+        }
+
+    def __getitem__(self, name: str) -> Any:
+        return self._open[self._files[name]].get_slice(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Which file holds a tensor, by its name."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file():
+        found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = {name: folder / file for name, file in found.items()}
+    elif single.is_file():
+        with safe_open(single, framework="pt") as tensors:
+            files = dict.fromkeys(tensors.keys(), single)
+    else:
+        expected = f"{single.name}, or {index.name} with its shards"
+        raise UserError(Problem("no weights", str(folder), "neither file", expected))
+    missing = sorted({str(path) for path in files.values() if not path.is_file()})
+    if missing:
+        expected = f"every shard that {index.name} names"
+        raise UserError(
+            [Problem("a shard is missing", path, "nothing", expected) for path in missing]
+        )
+    return files

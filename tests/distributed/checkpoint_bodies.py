@@ -42,5 +42,5 @@ def engine_scores(config: RunConfig, folder: str, prompts: list[list[int]]) -> l
     start(config.seed)
     open_world("gloo")
     divide_world(config.parallel, config.seed)
-    engine = VllmEngine(config, Path(folder), eos_id=0)
+    engine = VllmEngine(config, Path(folder), stop_ids=(0,))
     return engine.score(prompts)

@@ -17,8 +17,11 @@ from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import RunConfig
 from megatron_precision.data.arithmetic import make_questions
 from megatron_precision.data.supervised import warm_start_batches
+from megatron_precision.data.tasks import arithmetic_task
+from megatron_precision.data.tokenizer import CharTokenizer
 from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
+from megatron_precision.rewards.grading import graded
 from megatron_precision.rollout.engine import Request, Rollout, Sampling, request_seed
 from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreementError
 from megatron_precision.train.prepare import _supervised_step
@@ -38,7 +41,8 @@ Tensors = Mapping[str, torch.Tensor]
 def open_session(config: RunConfig, tensors: Tensors, folder: str) -> Session:
     start(config.seed)
     model_dir = Path(folder, "model")
-    session = Session(config, config.optimizer, config.loss_scale, model_dir)
+    task = arithmetic_task(config.task, questions(config, 8), config.seed)
+    session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
     if dist.get_rank() == 0:
         write_checkpoint(model_dir, config.model, tensors)
     dist.barrier()
@@ -83,22 +87,20 @@ def push_of_other_weights(session: Session, prompts: list[list[int]]) -> dict[st
 
 def mismatch(session: Session, config: RunConfig) -> dict[str, torch.Tensor]:
     """The engine's log-probs of what it sampled, and the trainer's of the same tokens."""
-    prompts = [
-        Prompt(q.id, tuple(session.tokenizer.encode(q.prompt))) for q in questions(config, 16)
-    ]
-    rollouts, _ = session.sampler.sample(
+    prompts = [Prompt(q.id, tuple(CharTokenizer().encode(q.prompt))) for q in questions(config, 16)]
+    sampled = session.sampler.sample(
         prompts,
         rollouts_per_prompt=4,
         purpose="test",
         iteration=0,
         sampling=Sampling(1.0, 40, True),
-        reward=lambda _: 0.0,
+        grade=lambda _: graded(0.0),
     )
     batch = make_batch(
-        [rollout.request.prompt_tokens for rollout in rollouts],
-        [rollout.tokens for rollout in rollouts],
-        [rollout.rollout_logprobs for rollout in rollouts],
-        torch.ones(len(rollouts)),
+        [rollout.request.prompt_tokens for rollout in sampled.rollouts],
+        [rollout.tokens for rollout in sampled.rollouts],
+        [rollout.rollout_logprobs for rollout in sampled.rollouts],
+        torch.ones(len(sampled.rollouts)),
     )
     trainer = session.actor.logprobs(batch, [torch.arange(len(batch))])
     mask = batch.response_mask
@@ -123,7 +125,7 @@ def some_requests(session: Session, config: RunConfig) -> list[Request]:
         Request(
             number,
             rollout,
-            tuple(session.tokenizer.encode(question.prompt)),
+            tuple(CharTokenizer().encode(question.prompt)),
             request_seed(config.seed, "test", 0, question.id, rollout),
         )
         for number, question in enumerate(questions(config, 4))
@@ -171,7 +173,7 @@ def disagreement(session: Session, config: RunConfig) -> str:
             purpose="test",
             iteration=0,
             sampling=Sampling(1.0, 1, False),
-            reward=lambda _: 0.0,
+            grade=lambda _: graded(0.0),
         )
 
     return error_of(TokenDisagreementError, sample)
@@ -350,8 +352,8 @@ def experiments(
 ) -> dict[str, Any]:
     """Open trainer and engine as a run does, then all of the above."""
     session = open_session(config, tensors, folder)
-    dtypes = session.check(questions(config, 8))
-    prompts = [session.tokenizer.encode(q.prompt + q.solution) for q in questions(config, 6)]
+    dtypes = session.check()
+    prompts = [CharTokenizer().encode(q.prompt + q.solution) for q in questions(config, 6)]
     found = {
         "dtypes": dtypes,
         "mismatch": mismatch(session, config),
@@ -362,7 +364,7 @@ def experiments(
         "push": push_of_other_weights(session, prompts),
         "damaged": damaged_pushes(session, prompts, config.model.num_experts > 0),
     }
-    found["dtypes again"] = session.check(questions(config, 8))
+    found["dtypes again"] = session.check()
     return found
 
 
@@ -424,8 +426,8 @@ def synced_main_copies(
 ) -> dict[str, Any]:
     """A step, and a push of what the optimizer then holds: both sides, and the parameters."""
     session = open_session(config, tensors, folder)
-    session.check(questions(config, 8))
-    batches = warm_start_batches(config.task, session.tokenizer, batch_size=16, seed=1)
+    session.check()
+    batches = warm_start_batches(config.task, CharTokenizer(), batch_size=16, seed=1)
     _supervised_step(session, next(batches))
     result = session.sync.push(3)
     return {

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import recipes
+from megatron_precision.rewards.grading import graded
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.rollout.sampling import Prompt, Sampler
 
@@ -53,18 +54,18 @@ def main() -> None:
     engine = SeedEngine()
     # One question comes twice, as it can over the end of an epoch.
     prompts = [Prompt(name, (1, 2)) for name in ("a", "b", "c", "d", "c")]
-    rollouts, rewards = Sampler(engine, config).sample(  # type: ignore[arg-type]
+    sampled = Sampler(engine, config).sample(  # type: ignore[arg-type]
         prompts,
         rollouts_per_prompt=3,
         purpose="train",
         iteration=0,
         sampling=Sampling(1.0, 4),
-        reward=lambda rollout: float(rollout.request.prompt),
+        grade=lambda rollout: graded(float(rollout.request.prompt)),
     )
     answer = {
         "asked": [(r.prompt, r.rollout) for r in engine.asked],
-        "rollouts": [(r.request.prompt, r.request.rollout, r.tokens[0]) for r in rollouts],
-        "rewards": rewards,
+        "rollouts": [(r.request.prompt, r.request.rollout, r.tokens[0]) for r in sampled.rollouts],
+        "rewards": [grade.reward for grade in sampled.grades],
     }
     (out / f"rank{rank}.json").write_text(json.dumps(answer), encoding="utf-8")
     dist.destroy_process_group()

@@ -1,0 +1,40 @@
+"""Responses that could not be graded: all in a file, the scorer's own failures on the console."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_precision.rewards.grading import Grade
+
+
+class FailedGrades:
+    """Reports of a run's failed grades.
+
+    A response that runs out of time or memory costs its own reward; that is what the limits are
+    for, and the file tells of it. A scorer that raises is a mistake in it or in a right answer,
+    and is said aloud, once an iteration.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        """
+        Args:
+            path: the file, made with the first report; None on ranks that don't write.
+        """
+        self._path = path
+
+    def record(self, failures: Sequence[Grade]) -> None:
+        """Add the reports of an iteration or an evaluation."""
+        if self._path is None or not failures:
+            return
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{grade.report}\n\n" for grade in failures)
+        raised = [grade for grade in failures if grade.status == "raised"]
+        if raised:
+            print(
+                f"the scorer raised for {len(raised)} responses, the first of them:\n"
+                f"{raised[0].report}\nall of them: {self._path}",
+                file=sys.stderr,
+                flush=True,
+            )
