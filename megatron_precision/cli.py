@@ -12,12 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from megatron_precision import rank, run_folder, validation
 from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.overrides import config_from_file
+from megatron_precision.sync_bench import command as sync_bench
 
 PROG = "megatron-precision"
 
@@ -49,6 +49,11 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="P", help="fp16, bf16, fp32, or TRAIN/ROLLOUT such as bf16/fp16"
     )
     parser.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
+    parser.add_argument(
+        "--model",
+        metavar="DIR",
+        help="start from this Hugging Face folder, whatever model the recipe names",
+    )
     _add_overrides(parser, "typed overrides, for example train.iterations=40")
     parser.add_argument(
         "--mismatch-every",
@@ -102,7 +107,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     if args.mismatch_every is not None:
         overrides.append(f"train.mismatch_every={args.mismatch_every}")
     try:
-        config, found = recipes.examine(_chosen(args), args.precision, args.algo, overrides)
+        config, found = recipes.examine(_chosen_model(args), args.precision, args.algo, overrides)
     except UserError as wrong:
         wrong = recipes.with_all_problems(wrong, args.precision, args.algo, overrides)
         raise UserError([*wrong.problems, *problems]) from None
@@ -127,6 +132,14 @@ def _chosen(args: argparse.Namespace) -> RunConfig:
             )
         )
     return config_from_file(args.config) if args.config else recipes.recipe(args.recipe)
+
+
+def _chosen_model(args: argparse.Namespace) -> RunConfig:
+    """The configuration before it is changed, with the model of `--model`."""
+    from megatron_precision import inputs
+
+    config = _chosen(args)
+    return config if args.model is None else inputs.with_checkpoint(config, args.model)
 
 
 def _swallowed(args: argparse.Namespace) -> str:
@@ -185,7 +198,8 @@ def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
 def _recipe_words(args: argparse.Namespace) -> list[str]:
     """The recipe arguments again, as a user types them."""
     words = [args.recipe] if args.recipe else ["--config", str(args.config)]
-    for option, value in (("--precision", args.precision), ("--algo", args.algo)):
+    options = (("--precision", args.precision), ("--algo", args.algo), ("--model", args.model))
+    for option, value in options:
         words += [option, value] if value else []
     if args.mismatch_every is not None:
         words += ["--mismatch-every", str(args.mismatch_every)]
@@ -296,45 +310,33 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _perfectible(args: argparse.Namespace) -> int:
+    from megatron_precision import launching, perfectible
+
+    config = resolve(args)
+    ranks = config.parallel.world_size
+    line = launching.torchrun_line(ranks, args.words)
+    if args.dryrun:
+        print_plan(config, [line])
+        return 0
+    perfectible.require(config, args.set_file)
+    if ranks > 1 and "WORLD_SIZE" not in os.environ:
+        rank.become_launcher(ranks, args.words)
+    rank.require_world(config, line)
+
+    def work() -> None:
+        from megatron_precision.platform import startup
+
+        startup.start(config.seed)
+        perfectible.run(config, args.set_file)
+
+    return rank.run(work, args.set_file.with_name(args.set_file.name + ".job"))
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_precision import doctor
 
     return doctor.run()
-
-
-def _sync_bench(args: argparse.Namespace) -> int:
-    from megatron_precision.sync_bench import layouts, planned
-    from megatron_precision.weights.plan import cell_elements_of
-
-    layouts.refuse_numbers(
-        world=args.world,
-        ranks_per_node=args.ranks_per_node,
-        batch_mib=args.batch_mib,
-        nvlink=args.nvlink,
-        nic=args.nic,
-        layers=args.layers,
-        vocab_rows=args.vocab_rows,
-        rounds=args.rounds,
-    )
-    batch_bytes = args.batch_mib * 2**20
-    model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
-    planner = layouts.planner_of(
-        model,
-        args.train,
-        args.rollout,
-        args.world,
-        args.ranks_per_node,
-        args.apart,
-        cell_elements_of(batch_bytes),
-    )
-    if args.execute:
-        from megatron_precision.sync_bench import job
-
-        bench = job.Bench(planner, args.wire, batch_bytes, args.rounds, args.json)
-        return job.run(bench, args.words)
-    rates = planned.Rates(args.nvlink * 1e9, args.nic * 1e9)
-    itemsize = 4 if args.wire == "fp32" else 2
-    return planned.run(planner, itemsize, batch_bytes, rates, args.json)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -374,39 +376,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
-    _add_sync_bench(commands)
+    sync_bench.add(commands)
+    perfectible = commands.add_parser(
+        "perfectible", help="make a set of the questions that a checkpoint answers sometimes"
+    )
+    add_recipe_arguments(perfectible)
+    perfectible.add_argument(
+        "--out",
+        dest="set_file",
+        type=Path,
+        metavar="FILE",
+        help="a new .jsonl file; the same command goes on where one was stopped",
+    )
+    perfectible.set_defaults(run=_perfectible)
     doctor = commands.add_parser("doctor", help="what is installed, and what is wrong with it")
     doctor.set_defaults(run=_doctor)
     return parser
-
-
-def _add_sync_bench(commands: Any) -> None:
-    bench = commands.add_parser("sync-bench", help="what a weight sync moves between two layouts")
-    bench.add_argument(
-        "--model", required=True, help="qwen3-14b, qwen3-30b-a3b, qwen3-235b-a22b, or a folder"
-    )
-    bench.add_argument("--train", default="tp=1", metavar="SIZES", help="tp, pp, ep, etp, dp: tp=8")
-    bench.add_argument("--rollout", default="tp=1", metavar="SIZES", help="tp, dp, ep: tp=2,dp=4")
-    bench.add_argument("--world", type=int, metavar="N", help="ranks of either side")
-    bench.add_argument("--apart", action="store_true", help="engines on ranks of their own")
-    bench.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="default: 8")
-    bench.add_argument("--wire", choices=("fp16", "bf16", "fp32"), default="fp16")
-    bench.add_argument("--batch-mib", type=int, default=64, metavar="N", help="default: 64")
-    bench.add_argument(
-        "--nvlink", type=float, default=450.0, metavar="GB/S", help="of a rank, one way"
-    )
-    bench.add_argument("--nic", type=float, default=50.0, metavar="GB/S", help="of a rank, one way")
-    bench.add_argument(
-        "--execute",
-        action="store_true",
-        help="carry it out on made-up weights, beside a full gather and a plain copy; starts its "
-        "processes here, or takes those of torchrun",
-    )
-    bench.add_argument("--layers", type=int, metavar="N", help="of the model's; default: all")
-    bench.add_argument("--vocab-rows", type=int, metavar="N", help="of the model's; default: all")
-    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
-    bench.add_argument("--json", action="store_true", help="print the raw figures")
-    bench.set_defaults(run=_sync_bench)
 
 
 def entry_point() -> None:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_precision.config import ModelConfig, RunConfig
+from megatron_precision.config import ModelConfig, RunConfig, StartConfig
 from megatron_precision.data.prompts import read_prompts
 from megatron_precision.data.sets import parse_set
 from megatron_precision.errors import Problem, UserError
@@ -36,6 +36,20 @@ def problems(config: RunConfig, *, training: bool = True) -> list[Problem]:
     except UserError as wrong:
         found += wrong.problems
     return found
+
+
+def with_checkpoint(config: RunConfig, folder: str) -> RunConfig:
+    """The configuration on another model: that of a Hugging Face folder, on chat prompts.
+
+    Raises:
+        UserError: where the folder holds no model that is known here.
+    """
+    return dataclasses.replace(
+        config,
+        model=read_model(Path(folder) / "config.json"),
+        start=StartConfig("checkpoint", folder),
+        task=dataclasses.replace(config.task, name="chat"),
+    )
 
 
 def check(config: RunConfig, *, training: bool = True) -> None:

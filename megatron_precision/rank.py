@@ -8,8 +8,9 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
@@ -62,6 +63,20 @@ def become_world_of_one() -> None:
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+
+
+def become_launcher(ranks: int, words: Sequence[str]) -> NoReturn:
+    """Start a world on this machine: torchrun takes this process's place.
+
+    Args:
+        words: the command line of every rank, after `python -m megatron_precision`.
+    """
+    from megatron_precision.launching import environment
+
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    line += [str(ranks), "-m", "megatron_precision", *words]
+    sys.stdout.flush()
+    os.execve(sys.executable, line, os.environ | environment(ranks))
 
 
 def run(work: Callable[[], None], out: Path) -> int:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,6 @@ import psutil
 
 from megatron_precision import rank
 from megatron_precision.errors import Problem, UserError
-from megatron_precision.launching import environment
 from megatron_precision.precision.policy import DType
 from megatron_precision.sync_bench.planned import describe
 from megatron_precision.weights.holdings import engine_holdings, trainer_holdings
@@ -75,18 +73,11 @@ def run(bench: Bench, words: Sequence[str]) -> int:
     if not found:
         _require_memory(bench)
         if bench.ranks > 1:
-            _become_launcher(bench.ranks, words)
+            rank.become_launcher(bench.ranks, words)
         rank.become_world_of_one()
     port = os.environ["MASTER_PORT"]
     errors = Path(tempfile.gettempdir()) / f"megatron-precision-sync-bench-{port}"
     return rank.run(lambda: _work(bench), errors)
-
-
-def _become_launcher(ranks: int, words: Sequence[str]) -> None:
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    line += [str(ranks), "-m", "megatron_precision", *words]
-    sys.stdout.flush()
-    os.execve(sys.executable, line, os.environ | environment(ranks))
 
 
 def _require_memory(bench: Bench) -> None:

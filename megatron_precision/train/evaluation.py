@@ -46,7 +46,7 @@ def evaluate(session: Session, settings: EvalConfig, iteration: int) -> Evaluati
     for name, prompts in session.task.evals.items():
         if not prompts:
             continue
-        sampled = session.sample(
+        sampled = session.rollouts.sample(
             prompts,
             rollouts_per_prompt=samples,
             purpose="eval" if len(session.task.evals) == 1 else f"eval, {name}",

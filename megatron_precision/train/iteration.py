@@ -123,7 +123,7 @@ class Trainer:
         self._clock = PhaseClock()
 
         def sample(number: int, count: int) -> Sampled:
-            return self.session.sample(
+            return self.session.rollouts.sample(
                 prompts if number == 0 else self._further_order.take(count),
                 rollouts_per_prompt=self.config.train.rollouts_per_prompt,
                 # A question may come again in a further round, and must not repeat its group.

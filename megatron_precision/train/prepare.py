@@ -168,7 +168,7 @@ def _supervised_step(session: Session, supervised: SupervisedBatch) -> None:
 
 
 def _accuracy(session: Session, questions: list[Question], samples: int, iteration: int) -> float:
-    sampled = session.sample(
+    sampled = session.rollouts.sample(
         arithmetic_prompts(questions),
         rollouts_per_prompt=samples,
         purpose="warm start",
@@ -200,7 +200,7 @@ def _perfectible(session: Session, config: RunConfig) -> tuple[list[PerfectibleQ
         config.task, split="train", count=config.task.train_questions, seed=config.seed
     )
     begin = time.perf_counter()
-    sampled = session.sample(
+    sampled = session.rollouts.sample(
         arithmetic_prompts(questions),
         rollouts_per_prompt=config.perfectible.samples_per_question,
         purpose="perfectible",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -18,15 +16,13 @@ from megatron_precision.actor import parallel
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
-from megatron_precision.data.tasks import Task, TaskPrompt
+from megatron_precision.data.tasks import Task
 from megatron_precision.platform import startup
 from megatron_precision.precision import audit
-from megatron_precision.rewards.grading import Grade, Grader, Response
-from megatron_precision.rollout.engine import Rollout, Sampling
-from megatron_precision.rollout.sampling import Prompt, Sampler
+from megatron_precision.rollout.sampling import Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
-from megatron_precision.train.groups import Sampled
 from megatron_precision.train.objective import supervised_objective
+from megatron_precision.train.rollouts import TaskSampler
 from megatron_precision.weights.hf_model import OpenCheckpoint
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSync
@@ -58,7 +54,8 @@ class Session:
         """Start the engine on the model folder, and connect the sync."""
         self.engine = VllmEngine(self.config, self._model_dir, self.task.stop_ids)
         self.sampler = Sampler(self.engine, self.config)
-        self.grader: Grader | None = self.task.open_grader() if self.sampler.grades else None
+        length = self.config.rollout.max_response_tokens
+        self.rollouts = TaskSampler(self.task, self.sampler, length)
         self.sync = WeightSync(self.actor, self.engine, self.config)
 
     def check(self) -> dict[str, str]:
@@ -100,43 +97,9 @@ class Session:
         self.actor.model.zero_grad_buffer()
         return watch.readings
 
-    def sample(
-        self,
-        prompts: Sequence[TaskPrompt],
-        *,
-        rollouts_per_prompt: int,
-        purpose: str,
-        iteration: int,
-        temperature: float,
-        logprobs: bool,
-        top_p: float = 1.0,
-    ) -> Sampled:
-        """Sample every prompt and grade every response."""
-
-        def grade(rollout: Rollout) -> Future[Grade]:
-            assert self.grader is not None
-            prompt = prompts[rollout.request.prompt]
-            name = (
-                f"{purpose}, iteration {iteration}, {prompt.id}, rollout {rollout.request.rollout}"
-            )
-            text = self.task.text(rollout.tokens)
-            return self.grader.submit(Response(name, text, prompt.answer, rollout.truncated))
-
-        length = self.config.rollout.max_response_tokens
-        graded = self.sampler.sample(
-            [Prompt(p.id, p.tokens) for p in prompts],
-            rollouts_per_prompt=rollouts_per_prompt,
-            purpose=purpose,
-            iteration=iteration,
-            sampling=Sampling(temperature, length, logprobs, top_p),
-            grade=grade,
-        )
-        return Sampled.of(graded, rollouts_per_prompt)
-
     def close(self) -> None:
         """End what grades."""
-        if self.grader is not None:
-            self.grader.close()
+        self.rollouts.close()
 
 
 def peak_memory_gib() -> float:
