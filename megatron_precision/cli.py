@@ -315,7 +315,8 @@ def _perfectible(args: argparse.Namespace) -> int:
 
     config = resolve(args)
     ranks = config.parallel.world_size
-    line = launching.torchrun_line(ranks, args.words)
+    words = [word for word in args.words if word not in ("--dryrun", "--dry-run")]
+    line = launching.torchrun_line(ranks, words)
     if args.dryrun:
         print_plan(config, [line])
         return 0
