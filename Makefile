@@ -26,14 +26,14 @@ help:
 	@echo 'make doctor      what is installed, and what is wrong with it'
 	@echo 'make install     set up .venv (every target does it when needed)'
 	@echo 'make clean       remove .venv and caches; runs/ stays'
-	@echo 'PYTHON=python3.12 chooses the interpreter'
+	@echo 'PYTHON=python3.12 chooses the interpreter; ALGO=PG-Seq-IS the algorithm of a sanity experiment'
 
 # An earlier result is kept in runs/sanity-<model>.previous.
 sanity: install
-	@$(BIN)/python -m megatron_precision sanity --model dense
+	@$(BIN)/python -m megatron_precision sanity --model dense $(if $(ALGO),--algo '$(ALGO)')
 
 sanity-moe: install
-	@$(BIN)/python -m megatron_precision sanity --model moe
+	@$(BIN)/python -m megatron_precision sanity --model moe $(if $(ALGO),--algo '$(ALGO)')
 
 sweep: install
 	@$(BIN)/python scripts/sweep.py

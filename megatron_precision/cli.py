@@ -294,7 +294,8 @@ def _prepare(args: argparse.Namespace) -> int:
 def _sanity(args: argparse.Namespace) -> int:
     from megatron_precision import sanity
 
-    return sanity.run(args.model, args.out or Path("runs") / f"sanity-{args.model}", args.overrides)
+    out = args.out or Path("runs") / f"sanity-{args.model}"
+    return sanity.run(args.model, out, args.overrides, args.algo)
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -363,6 +364,7 @@ def _parser() -> argparse.ArgumentParser:
     sanity = commands.add_parser("sanity", help="the sanity experiment: BF16 against FP16")
     sanity.add_argument("--model", choices=("dense", "moe"), default="dense", help="default: dense")
     sanity.add_argument("--out", type=Path, metavar="DIR", help="default: runs/sanity-MODEL")
+    sanity.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
     _add_overrides(sanity, "typed overrides of both runs, for example train.iterations=10")
     sanity.set_defaults(run=_sanity)
 

@@ -11,7 +11,7 @@ from megatron_precision import launching, run_folder, validation
 PRECISIONS = ("bf16", "fp16")
 
 
-def run(model: str, out: Path, overrides: Sequence[str] = ()) -> int:
+def run(model: str, out: Path, overrides: Sequence[str] = (), algo: str | None = None) -> int:
     """Run the experiment.
 
     An earlier result in `out` is kept as `<out>.previous`, which replaces the one before it.
@@ -20,19 +20,20 @@ def run(model: str, out: Path, overrides: Sequence[str] = ()) -> int:
         model: `dense` or `moe`.
         out: a folder; one run a precision and `report.html` are written into it.
         overrides: `PATH=VALUE` each, for both precisions.
+        algo: an algorithm by name; the recipe's own when None.
 
     Returns:
         0, or the exit code of the first job that failed.
 
     Raises:
-        UserError: for bad overrides, and while another run writes into `out`.
+        UserError: for a bad override or algorithm, and while another run writes into `out`.
     """
     import recipes
 
     began_s = time.monotonic()
     configs = {
         precision: validation.check(
-            recipes.build(f"sanity.tiny_{model}", precision=precision, overrides=overrides)
+            recipes.build(f"sanity.tiny_{model}", precision, algo, overrides)
         )
         for precision in PRECISIONS
     }

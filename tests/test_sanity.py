@@ -13,6 +13,7 @@ import pytest
 from megatron_precision import launching, run_folder, sanity
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import UserError
+from megatron_precision.rl.algorithms import ALGORITHMS
 
 
 class Jobs:
@@ -50,6 +51,16 @@ def test_the_start_is_prepared_then_both_precisions_train_then_the_report(
 ) -> None:
     assert sanity.run("dense", tmp_path / "sanity-dense") == 0
     assert jobs.asked == ["prepare", "bf16", "fp16", "report bf16 fp16"]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_both_precisions_train_with_the_algorithm_that_is_asked_for(
+    jobs: Jobs, tmp_path: Path, algorithm: str
+) -> None:
+    assert sanity.run("moe", tmp_path / "out", algo=algorithm) == 0
+    for precision in ("bf16", "fp16"):
+        path = tmp_path / "out" / precision / run_folder.CONFIG
+        assert json.loads(path.read_text(encoding="utf-8"))["algo"]["name"] == algorithm
 
 
 def test_a_second_call_works_and_keeps_the_first_result(jobs: Jobs, tmp_path: Path) -> None:
