@@ -208,7 +208,7 @@ def test_vllm_loads_an_export_as_it_stands(kind: str, tmp_path: Path) -> None:
         head_dim=32,
         hidden_size=192,
         moe_intermediate_size=128 if kind == "qwen3_moe" else 0,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
     )
     hf, megatron, back = save(model, tmp_path / "hf"), tmp_path / "megatron", tmp_path / "back"
     convert.import_checkpoint(hf, megatron)
