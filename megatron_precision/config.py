@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -258,7 +259,8 @@ class TrainConfig:
     `mismatch_every` forces a forward-only pass every so many iterations for algorithms that need
     none; at 0 their mismatch is measured on the step before the first update alone.
     `micro_batch_size` is in sequences of one rank: fewer fit a CPU's caches better, more take fewer
-    collectives.
+    collectives. `micro_batch_tokens` is a budget instead, in padded tokens of one micro-batch of
+    one rank: at 0 there is none, else it decides alone (for responses of unlike lengths).
     """
 
     iterations: int = 40
@@ -266,6 +268,7 @@ class TrainConfig:
     rollouts_per_prompt: int = 8
     prompts_per_mini_batch: int = 16
     micro_batch_size: int = 64
+    micro_batch_tokens: int = 0
     mismatch_every: int = 0
 
     @property
@@ -326,6 +329,15 @@ class RunConfig:
     def max_sequence_tokens(self) -> int:
         """The longest prompt plus the longest response."""
         return self.task.max_prompt_tokens + self.rollout.max_response_tokens
+
+    @property
+    def width_multiple(self) -> int:
+        """Padded widths of the trainer's micro-batches are multiples of this.
+
+        Sequence parallelism divides them. oneDNN compiles a kernel for each shape of a 16-bit
+        product: few widths, few kernels.
+        """
+        return math.lcm(1 if self.policy.params == "fp32" else 8, self.parallel.tp_size)
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

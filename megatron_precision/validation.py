@@ -109,8 +109,8 @@ _AT_LEAST_ZERO = (
     "seed", "model.num_experts", "model.num_experts_per_tok", "model.moe_intermediate_size",
     "task.eval_questions", "warm_start.max_steps", "warm_start.warmup_steps",
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
-    "loss_scale.headroom_bits", "train.iterations", "train.mismatch_every", "eval.every",
-    "eval.temperature", "algo.overlong_penalty", "algo.dynamic_sampling_rounds",
+    "loss_scale.headroom_bits", "train.iterations", "train.micro_batch_tokens",
+    "train.mismatch_every", "eval.every", "eval.temperature", "algo.overlong_penalty", "algo.dynamic_sampling_rounds",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",
@@ -354,6 +354,15 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
         )
     if not is_precision(config.precision):
         return
+    budget, multiple = config.train.micro_batch_tokens, config.width_multiple
+    width = math.ceil(longest / multiple) * multiple
+    if 0 < budget < width:
+        yield Problem(
+            what="the budget of a micro-batch cannot hold one sequence",
+            where="train.micro_batch_tokens",
+            got=str(budget),
+            expected=f"at least {width} for {longest} tokens of prompt and response; 0 for none",
+        )
     heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
     element_bytes = BYTES_PER_ELEMENT[config.policy.kv_cache]
     token_bytes = 2 * model.num_hidden_layers * heads * model.head_dim * element_bytes

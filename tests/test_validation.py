@@ -112,6 +112,8 @@ def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
         (["model.head_dim=31"], "model.head_dim"),
         (["parallel.world_size=0"], "parallel.world_size"),
         (["train.micro_batch_size=0"], "train.micro_batch_size"),
+        (["train.micro_batch_tokens=-1"], "train.micro_batch_tokens"),
+        (["train.micro_batch_tokens=127"], "train.micro_batch_tokens"),
         (["train.iterations=-1"], "train.iterations"),
         (["eval.every=-1"], "eval.every"),
         (["optimizer.beta2=1"], "optimizer.beta2"),

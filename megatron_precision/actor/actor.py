@@ -8,7 +8,6 @@ weight_pieces()              strided views of the parameters, as boxes of Huggin
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,11 +22,19 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_precision.actor.batch import Batch, MicroBatch, plan_micro_batches
+from megatron_precision.actor.batch import Batch, MicroBatch
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.main_copies import MainCopies
 from megatron_precision.actor.models import build_model, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
+from megatron_precision.actor.packing import (
+    Packing,
+    Plan,
+    attention_tokens,
+    dp_imbalance,
+    padding_share,
+    plan_micro_batches,
+)
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
 from megatron_precision.errors import Problem, UserError
@@ -187,19 +194,32 @@ class Actor:
 
     # ---- passes --------------------------------------------------------------------------
 
-    def plan(self, batch: Batch, rows: torch.Tensor) -> list[MicroBatch]:
-        """This rank's micro-batches of the given sequences; the same for every pass over them."""
-        return plan_micro_batches(
-            batch.lengths,
-            rows,
-            dp_rank=parallel_state.get_data_parallel_rank(),
+    @property
+    def packing(self) -> Packing:
+        """How sequences are divided over the ranks and into micro-batches."""
+        return Packing(
             dp_size=parallel_state.get_data_parallel_world_size(),
             micro_batch_size=self._run.train.micro_batch_size,
-            # oneDNN compiles a kernel for each shape of a 16-bit product: few widths, few kernels.
-            width_multiple=math.lcm(
-                8 if self.policy.params != "fp32" else 1, self._run.parallel.tp_size
-            ),
+            micro_batch_tokens=self._run.train.micro_batch_tokens,
+            width_multiple=self._run.width_multiple,
+            attention_tokens=attention_tokens(self._run.model),
         )
+
+    def plans(self, batch: Batch, rows: torch.Tensor) -> list[Plan]:
+        """Every data-parallel rank's micro-batches; the same for every pass over the sequences."""
+        return plan_micro_batches(batch.lengths, rows, self.packing)
+
+    def plan(self, batch: Batch, rows: torch.Tensor) -> Plan:
+        """This rank's micro-batches of the given sequences."""
+        return self.plans(batch, rows)[parallel_state.get_data_parallel_rank()]
+
+    def packing_metrics(self, batch: Batch, rows: torch.Tensor) -> dict[str, float]:
+        """What the plan of these sequences wastes, over the whole job."""
+        plans = self.plans(batch, rows)
+        return {
+            "throughput/padding_share": padding_share(batch.lengths, plans),
+            "throughput/dp_imbalance": dp_imbalance(plans, self.packing),
+        }
 
     def _forward_backward(
         self,

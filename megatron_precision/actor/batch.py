@@ -1,4 +1,4 @@
-"""One iteration's rollouts as tensors, and their division into micro-batches.
+"""One iteration's rollouts as tensors; `actor/packing.py` divides them into micro-batches.
 
 Shape legend: S sequences of the whole job, L the longest prompt plus response. Every rank holds
 the whole batch (it is small next to activations) and trains on its own rows.
@@ -92,36 +92,3 @@ def make_batch(
         mask[row, begin:end] = True
         logprobs[row, begin:end] = torch.tensor(list(lps), dtype=torch.float32)
     return Batch(tokens, mask, torch.tensor(lengths), logprobs, advantages.float())
-
-
-def plan_micro_batches(
-    lengths: torch.Tensor,
-    rows: torch.Tensor,
-    *,
-    dp_rank: int,
-    dp_size: int,
-    micro_batch_size: int,
-    width_multiple: int,
-) -> list[MicroBatch]:
-    """Divide sequences over the data-parallel ranks and into micro-batches of like length.
-
-    Rows are ordered by length and dealt out in turn, so that ranks get equal work and the same
-    number of micro-batches (with expert parallelism a rank that has one more hangs the others).
-
-    Args:
-        lengths: [S] tokens of every sequence of the batch.
-        rows: the sequences to divide, for example those of one mini-batch.
-        width_multiple: padded widths are multiples of this (sequence parallelism divides them).
-
-    Raises:
-        ValueError: where the ranks would get different numbers of micro-batches.
-    """
-    if len(rows) % dp_size:
-        raise ValueError(f"{len(rows)} sequences do not divide over {dp_size} data-parallel ranks")
-    order = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
-    mine = order[dp_rank::dp_size]
-    plan = []
-    for chunk in mine.split(micro_batch_size):
-        longest = int(lengths[chunk].max())
-        plan.append(MicroBatch(chunk, -(-longest // width_multiple) * width_multiple))
-    return plan

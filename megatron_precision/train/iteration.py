@@ -269,6 +269,7 @@ class Trainer:
                 "precision/skipped": int(result.outcome.skipped),
                 "precision/overflow_cause": cause,
                 "precision/grad_subnormal_share": self._last_subnormal_share,
+                **self.actor.packing_metrics(batch, rows),
                 "time/step_s": clock.metrics()["time/iteration_s"],
             },
         )

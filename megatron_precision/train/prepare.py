@@ -105,7 +105,9 @@ def _warm_config(config: RunConfig) -> RunConfig:
             clip_grad=1.0,
             warmup_steps=warm.warmup_steps,
         ),
-        train=dataclasses.replace(config.train, micro_batch_size=warm.micro_batch_size),
+        train=dataclasses.replace(
+            config.train, micro_batch_size=warm.micro_batch_size, micro_batch_tokens=0
+        ),
     )
 
 

@@ -34,7 +34,7 @@ def passes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
                 precision=precision,
                 model=model,
                 parallel=parallel,
-                train=TrainConfig(micro_batch_size=3),
+                train=TrainConfig(micro_batch_tokens=50),
             )
             cases[f"{layout}, {precision}"] = Case(config, tensors, random_batch(model, 10))
     result: dict[str, tuple[torch.Tensor, torch.Tensor]] = run_distributed(

@@ -42,8 +42,11 @@ QWEN2 = dataclasses.replace(DENSE, model_type="qwen2")
 # A base that is large enough for Llama 3's scaling to reach some of the frequencies.
 LLAMA = dataclasses.replace(TIED, model_type="llama", rope_theta=500000.0, rope_scaling_factor=8.0)
 
-# name: (model, layout, sequences, micro-batch size, temperature)
-Layout = tuple[ModelConfig, ParallelConfig, int, int, float]
+# Sequences of 8 to 16 tokens: micro-batches differ in width and in number of sequences.
+TOKENS = TrainConfig(micro_batch_tokens=35)
+
+# name: (model, layout, sequences, micro-batch size or what is trained by, temperature)
+Layout = tuple[ModelConfig, ParallelConfig, int, int | TrainConfig, float]
 ONE_RANK: dict[str, Layout] = {
     "dense": (DENSE, ONE, 6, 2, 1.0),
     "dense, 7 sequences in micro-batches of 3": (DENSE, ONE, 7, 3, 1.0),
@@ -59,6 +62,9 @@ TWO_RANKS: dict[str, Layout] = {
     "dense PP2": (DENSE, PP2, 7, 3, 1.0),
     "dense PP2, tied embeddings": (TIED, PP2, 6, 2, 1.0),
     "dense DP2, uneven micro-batches": (DENSE, DP2, 10, 3, 1.0),
+    "dense DP2, packed by tokens": (DENSE, DP2, 10, TOKENS, 1.0),
+    "dense PP2, packed by tokens": (DENSE, PP2, 9, TOKENS, 1.0),
+    "MoE EP2, packed by tokens": (MOE, EP2, 10, TOKENS, 1.0),
     "Qwen2 TP2": (QWEN2, TP2, 6, 2, 1.0),
     "Llama TP2 SP, tied embeddings": (LLAMA, TP2_SP, 6, 2, 1.0),
     "MoE EP2": (MOE, EP2, 10, 3, 1.0),
@@ -69,7 +75,12 @@ TWO_RANKS: dict[str, Layout] = {
 
 
 def case(layout: Layout) -> tuple[Case, Expected, dict[str, torch.Tensor]]:
-    model, parallel, sequences, micro_batch_size, temperature = layout
+    model, parallel, sequences, micro_batches, temperature = layout
+    train = (
+        TrainConfig(micro_batch_size=micro_batches)
+        if isinstance(micro_batches, int)
+        else micro_batches
+    )
     built = random_hf_model(model)
     batch = random_batch(model, sequences)
     tensors = checkpoint(model, built)
@@ -79,7 +90,7 @@ def case(layout: Layout) -> tuple[Case, Expected, dict[str, torch.Tensor]]:
         model=model,
         parallel=parallel,
         optimizer=ADAM,
-        train=TrainConfig(micro_batch_size=micro_batch_size),
+        train=train,
         rollout=RolloutConfig(temperature=temperature),
     )
     oracle = expected(model, built, batch, temperature)
@@ -164,3 +175,11 @@ def test_a_step_is_adamw_on_clipped_gradients(runs: Any, name: str) -> None:
 def test_a_share_of_sequences_that_micro_batches_do_not_divide_is_trained_on(runs: Any) -> None:
     assert runs["dense, 7 sequences in micro-batches of 3"][0]["micro_batches"] == [3, 3, 1]
     assert runs["dense DP2, uneven micro-batches"][0]["micro_batches"] == [3, 2]
+
+
+@pytest.mark.parametrize("layout", ["dense DP2", "dense PP2", "MoE EP2"])
+def test_micro_batches_under_a_budget_of_tokens_are_uneven(runs: Any, layout: str) -> None:
+    # The tests above hold for them: log-probs, loss, gradients and the step.
+    counts = runs[f"{layout}, packed by tokens"][0]["micro_batches"]
+    assert len(counts) > 1
+    assert len(set(counts)) > 1

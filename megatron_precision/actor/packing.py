@@ -1,0 +1,189 @@
+"""Division of sequences over the data-parallel ranks and into micro-batches.
+
+By count, or by a budget of padded tokens. Either way a plan is a pure function of the lengths,
+every rank computes those of all ranks, and all ranks have equally many micro-batches: pipeline
+stages and the experts' all-to-all meet in every one of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from megatron_precision.actor.batch import MicroBatch
+from megatron_precision.config import ModelConfig
+
+Plan = list[MicroBatch]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences are divided.
+
+    Attributes:
+        dp_size: data-parallel ranks.
+        micro_batch_size: sequences of one micro-batch of one rank at most, where there is no
+            budget of tokens.
+        micro_batch_tokens: padded tokens of one micro-batch of one rank at most; 0 is none.
+        width_multiple: padded widths are multiples of this (sequence parallelism divides them).
+        attention_tokens: the width at which attention costs as much as all matrix products with
+            weights; infinite where attention is not to count.
+    """
+
+    dp_size: int
+    micro_batch_size: int
+    micro_batch_tokens: int = 0
+    width_multiple: int = 1
+    attention_tokens: float = math.inf
+
+    def width(self, length: int) -> int:
+        """A length rounded up to what a micro-batch may have."""
+        return -(-length // self.width_multiple) * self.width_multiple
+
+    def cost(self, sequences: int, width: int) -> float:
+        """Work of a micro-batch, in tokens: n w (1 + w / attention_tokens)."""
+        return sequences * width * (1 + width / self.attention_tokens)
+
+
+def attention_tokens(model: ModelConfig) -> float:
+    """The width at which attention costs as much as the products with weights.
+
+    For one token, forward, of n active weights in matrices: 2 n operations with weights, and
+    4 w × heads × head_dim a layer with the keys and values of a sequence of w tokens; half of
+    them lie under the causal mask and are counted, because kernels differ in leaving them out.
+    """
+    heads = model.num_attention_heads * model.head_dim
+    kv_heads = model.num_key_value_heads * model.head_dim
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    if model.num_experts:
+        mlp = model.num_experts_per_tok * 3 * model.hidden_size * model.moe_intermediate_size
+    layer = 2 * model.hidden_size * (heads + kv_heads) + mlp
+    weights = model.num_hidden_layers * layer + model.vocab_size * model.hidden_size
+    return weights / (model.num_hidden_layers * heads)
+
+
+def plan_micro_batches(lengths: torch.Tensor, rows: torch.Tensor, packing: Packing) -> list[Plan]:
+    """Every rank's micro-batches, long sequences first.
+
+    Args:
+        lengths: [S] tokens of every sequence of the batch.
+        rows: the sequences to divide, for example those of one mini-batch.
+
+    Returns:
+        One plan a rank, all equally long.
+
+    Raises:
+        ValueError: where the ranks cannot have equally many micro-batches, or a sequence alone is
+            over the budget.
+    """
+    order = rows[torch.argsort(lengths[rows], descending=True, stable=True)]
+    if packing.micro_batch_tokens:
+        return _by_tokens(lengths, order, packing)
+    if len(rows) % packing.dp_size:
+        raise ValueError(
+            f"{len(rows)} sequences do not divide over {packing.dp_size} data-parallel ranks"
+        )
+    return [
+        [
+            MicroBatch(chunk, packing.width(int(lengths[chunk].max())))
+            for chunk in order[rank :: packing.dp_size].split(packing.micro_batch_size)
+        ]
+        for rank in range(packing.dp_size)
+    ]
+
+
+def _by_tokens(lengths: torch.Tensor, order: torch.Tensor, packing: Packing) -> list[Plan]:
+    """Micro-batches of neighbours in length, under the budget and of like cost, dealt out."""
+    if len(order) < packing.dp_size:
+        raise ValueError(
+            f"{len(order)} sequences for {packing.dp_size} data-parallel ranks: one has none"
+        )
+    widths = [packing.width(length) for length in lengths[order].tolist()]
+    if widths[0] > packing.micro_batch_tokens:
+        raise ValueError(
+            f"a sequence of {widths[0]} padded tokens is over the budget of "
+            f"{packing.micro_batch_tokens} tokens a micro-batch"
+        )
+    sizes = _cut(widths, packing)
+    plans: list[Plan] = [[] for _ in range(packing.dp_size)]
+    loads = [0.0] * packing.dp_size
+    made, begin = [], 0
+    for size in sizes:
+        made.append(MicroBatch(order[begin : begin + size], widths[begin]))
+        begin += size
+    # Ranks that meet in an all-to-all run micro-batches of like cost; the one that is behind
+    # takes the larger. So no two ranks ever differ by more than two of one such round do.
+    made.sort(key=lambda micro: -packing.cost(len(micro.rows), micro.width))
+    for first in range(0, len(made), packing.dp_size):
+        behind = sorted(range(packing.dp_size), key=lambda rank: (loads[rank], rank))
+        for rank, micro in zip(behind, made[first : first + packing.dp_size], strict=True):
+            plans[rank].append(micro)
+            loads[rank] += packing.cost(len(micro.rows), micro.width)
+    return plans
+
+
+def _cut(widths: list[int], packing: Packing) -> list[int]:
+    """Sizes of consecutive micro-batches of falling widths, as many as the ranks divide.
+
+    As few as the budget allows, and of these the cut whose most expensive micro-batch is cheapest
+    (to a hundredth).
+    """
+    fewest = len(_greedy(widths, math.inf, packing))
+    count = -(-fewest // packing.dp_size) * packing.dp_size
+    if count > len(widths):
+        # A budget of about one sequence each, and ranks that do not divide the sequences.
+        raise ValueError(
+            f"{len(widths)} sequences in {fewest} micro-batches of at most "
+            f"{packing.micro_batch_tokens} tokens do not divide over {packing.dp_size} ranks"
+        )
+    low = packing.cost(1, widths[0])
+    high = max(low, sum(packing.cost(1, width) for width in widths))
+    high = max(high, packing.cost(len(widths), widths[0]))
+    best = _greedy(widths, high, packing)
+    while high > 1.01 * low:
+        middle = math.sqrt(low * high)
+        sizes = _greedy(widths, middle, packing)
+        if len(sizes) <= count:
+            best, high = sizes, middle
+        else:
+            low = middle
+    while len(best) < count:
+        # Halving the one of most sequences costs nothing: its shorter half gets narrower.
+        largest = max(range(len(best)), key=lambda at: best[at])
+        half = best[largest] // 2
+        best[largest : largest + 1] = [best[largest] - half, half]
+    return best
+
+
+def _greedy(widths: list[int], most_cost: float, packing: Packing) -> list[int]:
+    """Sizes of micro-batches that are filled in turn up to the budget and the cost."""
+    sizes: list[int] = []
+    widest = 0
+    for width in widths:
+        count = sizes[-1] + 1 if sizes else 1
+        fits = (
+            bool(sizes)
+            and count * widest <= packing.micro_batch_tokens
+            and packing.cost(count, widest) <= most_cost
+        )
+        if fits:
+            sizes[-1] = count
+        else:
+            sizes.append(1)
+            widest = width
+    return sizes
+
+
+def padding_share(lengths: torch.Tensor, plans: list[Plan]) -> float:
+    """Share of the tokens that pass through the model and belong to no sequence."""
+    micros = [micro for plan in plans for micro in plan]
+    padded = sum(len(micro.rows) * micro.width for micro in micros)
+    return 1 - sum(int(lengths[micro.rows].sum()) for micro in micros) / padded
+
+
+def dp_imbalance(plans: list[Plan], packing: Packing) -> float:
+    """How much more than the mean the busiest rank has to do: max / mean - 1."""
+    loads = [sum(packing.cost(len(m.rows), m.width) for m in plan) for plan in plans]
+    return max(loads) * len(loads) / sum(loads) - 1

@@ -1,0 +1,156 @@
+"""An RL iteration on SmolLM2-135M in BF16, beside TRL's GRPOTrainer in the same run.
+
+    .venv/bin/python scripts/bench_smollm2.py --out docs/benchmarks/raw/smollm2.json --trl PYTHON
+
+PYTHON is the interpreter of an environment with trl (scripts/bench_speed.py says how to make one).
+Both sides sample 64 responses of 64 tokens (16 prompts × 4, none ends early), train on them in four
+micro-batches and take one AdamW step. Systems take turns, so that a machine whose speed drifts
+treats them alike; the first iteration of each turn is left out. `-seconds` are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("rollout", "reward", "old_logprobs", "train", "sync", "other", "iteration")
+WORK = {
+    "start.kind": "checkpoint",
+    "task.name": "chat",
+    "task.max_prompt_tokens": 64,
+    "task.scorer": "smollm2_work:score",
+    "task.scorer_workers": 1,
+    "rollout.max_response_tokens": 64,
+    "rollout.max_num_seqs": 64,
+    "algo.name": "PPO",
+    "optimizer.learning_rate": 1e-6,
+    "parallel.tp_size": 1,
+    "parallel.rollout_tp_size": 1,
+    "train.prompts_per_iteration": 16,
+    "train.rollouts_per_prompt": 4,
+    "train.prompts_per_mini_batch": 16,
+    "train.micro_batch_size": 16,
+    "eval.every": 0,
+    "eval.samples_per_question": 1,
+}
+# Processes, threads in each, settings. Its 9 heads and 3 KV heads do not divide by TP = 2.
+SYSTEMS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "dp2": (2, 1, {"parallel.world_size": 2}),
+    "one": (1, 2, {"parallel.world_size": 1}),
+}
+TRL: dict[str, list[str]] = {"trl-bf16": [], "trl-autocast": ["--autocast"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trl", type=Path, help="interpreter of an environment with trl")
+    parser.add_argument("--work", type=Path, help="a folder made by scripts/smollm2_work.py")
+    parser.add_argument("--systems", nargs="+", default=[*SYSTEMS, *TRL])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--iterations", type=int, default=4, help="of each turn, the first included"
+    )
+    args = parser.parse_args()
+    if unknown := set(args.systems) - {*SYSTEMS, *TRL}:
+        parser.error(f"unknown systems {sorted(unknown)}; there are {[*SYSTEMS, *TRL]}")
+    with tempfile.TemporaryDirectory() as made:
+        work = args.work.resolve() if args.work else Path(made)
+        if not args.work:
+            script = str(ROOT / "scripts" / "smollm2_work.py")
+            subprocess.run([sys.executable, script, str(work)], check=True)
+        samples: dict[str, list[dict[str, float]]] = {}
+        for number in range(args.rounds):
+            for name in args.systems:
+                if name in SYSTEMS:
+                    found = _ours(*SYSTEMS[name], work, args.iterations)
+                elif args.trl:
+                    found = _trl(args.trl, TRL[name], work, args.iterations)
+                else:
+                    continue
+                samples.setdefault(name, []).extend(found)
+                _write(args.out, samples)
+                print(f"round {number + 1}: {name} {_medians(found)}", flush=True)
+
+
+def _write(out: Path, samples: dict[str, list[dict[str, float]]]) -> None:
+    """Write what there is so far: a run that is cut short keeps its finished systems."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {
+        "command": shlex.join(["scripts/bench_smollm2.py", *sys.argv[1:]]),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg(),
+        "medians": {name: _medians(rows) for name, rows in samples.items()},
+        "samples": samples,
+    }
+    out.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _ours(
+    processes: int, threads: int, layout: dict[str, Any], work: Path, iterations: int
+) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "run")
+        prompts = str(work / "prompts.jsonl")
+        values = (
+            WORK
+            | layout
+            | {
+                "train.iterations": iterations,
+                "task.train_sets": f"topics={prompts}",
+                "task.eval_sets": f"topics={prompts}",
+            }
+        )
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words += ["--nproc-per-node", str(processes), "-m", "megatron_precision", "train"]
+        words += ["sanity.tiny_dense", "--precision", "bf16", "--model", str(work / "model")]
+        words += [
+            "--out",
+            str(out),
+            "--set",
+            *(f"{name}={value}" for name, value in values.items()),
+        ]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "scripts")])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=folder)
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
+        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line) for line in lines]
+    rows = []
+    for event in [e for e in events if e["event"] == "iteration"][1:]:
+        assert event["response/tokens_mean"] == 64, "a response ended early"
+        rows.append({phase: float(event[f"time/{phase}_s"]) for phase in PHASES})
+    return rows
+
+
+def _trl(python: Path, options: list[str], work: Path, iterations: int) -> list[dict[str, float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        script = str(ROOT / "scripts" / "bench_trl_smollm2.py")
+        words = ["--work", str(work), "--iterations", str(iterations), "--out", folder, *options]
+        environment = os.environ | {"OMP_NUM_THREADS": "2"}
+        done = subprocess.run(
+            [str(python), script, *words], capture_output=True, text=True, env=environment
+        )
+        if done.returncode:
+            sys.exit(done.stdout + done.stderr)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert set(found["tokens"]) == {64 * 64}, "a response ended early"
+    return [{"iteration": seconds} for seconds in found["seconds"][1:]]
+
+
+def _medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
+
+
+if __name__ == "__main__":
+    main()
