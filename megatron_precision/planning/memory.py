@@ -170,40 +170,42 @@ def kv_token_bytes(config: RunConfig) -> int:
 def layer_activations(config: RunConfig) -> int:
     """What the backward pass of one layer needs from its forward pass, for one micro-batch.
 
-    Counted tensor by tensor as Korthikanti et al. count (arXiv 2205.05198, section 4), for layers
-    without biases and dropout, with grouped-query attention and a gated MLP. T tokens, h hidden,
-    q and v the widths of queries and of values, I the MLP's, t TP, s = t with sequence
-    parallelism and 1 without, e bytes of an element:
+    Counted tensor by tensor as Korthikanti et al. count (arXiv 2205.05198, section 4), for the
+    modules that `actor/models.py` builds: an RMSNorm in FP32, grouped-query attention, a gated
+    MLP, no biases. T tokens, h hidden, q and v the widths of queries and of values, d a head's, I
+    the MLP's, t TP, s = t with sequence parallelism and 1 without, e bytes of an element:
 
-        norms        e T 4h / s            in and out of both
-        attention    e T (3q + 4v) / t     q, k, v before and after norm or rotation, the result
-        MLP          e T 4I / t            gate | up, SiLU of the gate, the product
-        experts      e T (4h + 4 x I_e / etp) k / s × etp × imbalance, I_e an expert's width:
-                     tokens sent out and received, and their results, k a token; and FP32 router
-                     probabilities
-
-    An attention that writes its scores holds 16 bytes for each pair of tokens and head: scores,
-    the FP32 softmax with its input and output, and the rounded probabilities.
+        two norms    T 2 (8 + e) h / s        wide, scaled, and rounded
+        head norms   T 8 (q + v) / t          wide and scaled
+        attention    e T (4q + 3v) / t        the fused projection, rotated q and k, the result
+                                              as the kernel and as the next product has it
+        rotation     e T 4 d                  cosines and sines, for q and for k
+        residual     T 2 h / s                masks of two dropouts, of one byte
+        MLP          e T 4 I / t              gate | up, SiLU of the gate, the product
+        experts      e T (2h + 4 I / etp) k etp / s x imbalance, I an expert's width: tokens and
+                     results, k a token; and T 12 experts / s of FP32 router probabilities
+        scores       T 8 heads L / t          where they are written: FP32 softmax, rounded
+                                              probabilities, mask; L the longest sequence
     """
     model, layout = config.model, config.parallel
     element, tokens = BYTES_PER_ELEMENT[config.policy.params], micro_batch_tokens(config)
-    tp = layout.tp_size
+    tp, hidden = layout.tp_size, model.hidden_size
     shards = tp if layout.sequence_parallel else 1
-    hidden = model.hidden_size
     q = model.num_attention_heads * model.head_dim
     kv = model.num_key_value_heads * model.head_dim
-    held = element * tokens * (4 * hidden // shards + (3 * q + 4 * kv) // tp)
+    token = (2 * (8 + element) + 2) * hidden // shards + element * 4 * model.head_dim
+    token += element * (4 * q + 3 * kv) // tp
+    if architecture(model).qk_norm:
+        token += 8 * (q + kv) // tp
     if architecture(model).experts:
-        per_token = 4 * hidden + 4 * model.moe_intermediate_size // layout.etp_size
-        sent = tokens * model.num_experts_per_tok * layout.etp_size // shards
-        held += int(element * sent * per_token * EXPERT_IMBALANCE)
-        held += 4 * tokens * 3 * model.num_experts // shards
+        sent = 2 * hidden + 4 * model.moe_intermediate_size // layout.etp_size
+        copies = model.num_experts_per_tok * layout.etp_size * EXPERT_IMBALANCE
+        token += int(element * sent * copies) // shards + 12 * model.num_experts // shards
     else:
-        held += element * tokens * 4 * model.intermediate_size // tp
+        token += element * 4 * model.intermediate_size // tp
     if config.memory.attention == "scores" and config.policy.params != "fp32":
-        heads = model.num_attention_heads // tp
-        held += 16 * heads * tokens * config.max_sequence_tokens
-    return held
+        token += 8 * model.num_attention_heads // tp * config.max_sequence_tokens
+    return tokens * token
 
 
 def _activations(config: RunConfig, stage: int) -> int:
