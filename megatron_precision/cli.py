@@ -17,6 +17,8 @@ from megatron_precision import rank, run_folder, validation
 from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.overrides import config_from_file
+from megatron_precision.planning import command as planning
+from megatron_precision.planning import search
 from megatron_precision.sync_bench import command as sync_bench
 
 PROG = "megatron-precision"
@@ -49,6 +51,12 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", metavar="P", help="fp16, bf16, fp32, or TRAIN/ROLLOUT such as bf16/fp16"
     )
     parser.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="the recipe's layout for so many GPUs: 8, 16 or 32"
+    )
+    parser.add_argument(
+        "--gpu-gb", type=int, metavar="G", help="memory of each, 1e9 bytes: 80 (default) or 141"
+    )
     parser.add_argument(
         "--model",
         metavar="DIR",
@@ -112,9 +120,21 @@ def resolve(args: argparse.Namespace) -> RunConfig:
         wrong = recipes.with_all_problems(wrong, args.precision, args.algo, overrides)
         raise UserError([*wrong.problems, *problems]) from None
     problems = [*found, *validation.problems(config), *problems]
+    if not problems and args.recipe in recipes.SIZED and not getattr(args, "judged", False):
+        verdict = search.judge(config, gpu_gb(args))
+        problems += [] if verdict.fits else [search.refusal(verdict)]
     if problems:
         raise UserError(problems)
     return config
+
+
+def gpu_gb(args: argparse.Namespace) -> int:
+    """Memory of the GPUs that the arguments name, 1e9 bytes."""
+    import recipes
+
+    if args.recipe in recipes.SIZED:
+        return recipes.SIZED[args.recipe].size(args.gpus, args.gpu_gb).gpu_gb
+    return args.gpu_gb or 80
 
 
 def _chosen(args: argparse.Namespace) -> RunConfig:
@@ -131,7 +151,11 @@ def _chosen(args: argparse.Namespace) -> RunConfig:
                 remedy=_swallowed(args),
             )
         )
-    return config_from_file(args.config) if args.config else recipes.recipe(args.recipe)
+    if args.config:
+        return config_from_file(args.config)
+    # `plan` judges a recipe of one layout by any card.
+    one_layout = getattr(args, "judged", False) and args.recipe not in recipes.SIZED
+    return recipes.recipe(args.recipe, args.gpus, None if one_layout else args.gpu_gb)
 
 
 def _chosen_model(args: argparse.Namespace) -> RunConfig:
@@ -198,9 +222,12 @@ def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
 def _recipe_words(args: argparse.Namespace) -> list[str]:
     """The recipe arguments again, as a user types them."""
     words = [args.recipe] if args.recipe else ["--config", str(args.config)]
-    options = (("--precision", args.precision), ("--algo", args.algo), ("--model", args.model))
+    options = (
+        ("--precision", args.precision), ("--algo", args.algo), ("--model", args.model),
+        ("--gpus", args.gpus), ("--gpu-gb", args.gpu_gb),
+    )  # fmt: skip
     for option, value in options:
-        words += [option, value] if value else []
+        words += [option, str(value)] if value else []
     if args.mismatch_every is not None:
         words += ["--mismatch-every", str(args.mismatch_every)]
     return words + (["--set", *args.overrides] if args.overrides else [])
@@ -335,6 +362,33 @@ def _perfectible(args: argparse.Namespace) -> int:
     return rank.run(work, args.set_file.with_name(args.set_file.name + ".job"))
 
 
+def _plan(args: argparse.Namespace) -> int:
+    import recipes
+    from recipes.layouts import SIZES
+
+    if not args.all_sizes:
+        return planning.run(resolve(args), gpu_gb(args), args.json)
+    sized = recipes.SIZED.get(args.recipe or "")
+    if sized is None:
+        raise UserError(
+            Problem(
+                "no table of sizes", "--all-sizes", str(args.recipe),
+                "one of " + ", ".join(recipes.SIZED),
+            )
+        )  # fmt: skip
+    rows: list[tuple[str, search.Verdict | None, str]] = []
+    for size in dict.fromkeys((*SIZES, *sized.layouts)):
+        args.gpus, args.gpu_gb = size.gpus, size.gpu_gb
+        try:
+            verdict = search.judge(resolve(args), size.gpu_gb)
+            why = "" if verdict.fits else str(search.refusal(verdict))
+            rows.append((str(size), verdict, why))
+        except UserError as wrong:
+            rows.append((str(size), None, str(wrong)))
+    planning.print_sizes(rows, args.json)
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_precision import doctor
 
@@ -379,6 +433,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.set_defaults(run=_report)
 
+    plan = commands.add_parser("plan", help="memory of a recipe's ranks, and whether it fits")
+    add_recipe_arguments(plan)
+    planning.add_arguments(plan)
+    plan.set_defaults(run=_plan, judged=True)
     sync_bench.add(commands)
     perfectible = commands.add_parser(
         "perfectible", help="make a set of the questions that a checkpoint answers sometimes"

@@ -55,6 +55,7 @@ class ParallelConfig:
 
     The data-parallel size is what is left: world_size / (tp_size * pp_size). Experts see their
     own grid: world_size / (etp_size * ep_size * pp_size) expert-data-parallel replicas.
+    `cp_size` is here to be refused: a sequence is not divided over ranks by its tokens.
     """
 
     world_size: int = 2
@@ -64,6 +65,7 @@ class ParallelConfig:
     etp_size: int = 1
     sequence_parallel: bool = False
     rollout_tp_size: int = 2
+    cp_size: int = 1
 
     @property
     def dp_size(self) -> int:
@@ -291,6 +293,20 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """What the trainer keeps of a forward pass for the backward pass.
+
+    recompute: `full` keeps the input of each layer and runs the layer again.
+    attention: of FP16 and BF16. `scores` writes them to memory, where the rounding of the unfused
+        kernels is studied; `fused` is PyTorch's kernel, whose memory grows with the tokens and not
+        with their square. FP32 is always fused.
+    """
+
+    recompute: Literal["none", "full"] = "none"
+    attention: Literal["scores", "fused"] = "scores"
+
+
+@dataclass(frozen=True)
 class SinkConfig:
     """Who else reads the metrics events, besides `metrics.jsonl` and the console."""
 
@@ -319,6 +335,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     @property
     def policy(self) -> PrecisionPolicy:

@@ -194,7 +194,7 @@ def test_torchrun_takes_none_of_our_options_for_an_abbreviation_of_its_own() -> 
     from torch.distributed.run import get_args_parser
 
     options = "--config --precision --algo --set --mismatch-every --dryrun --dry-run --out"
-    options += " --overwrite --resume --start-from --claimed --model"
+    options += " --overwrite --resume --start-from --claimed --model --gpus --gpu-gb"
     for command in ("train", "prepare"):
         shown = run("-m", "megatron_precision", command, "--help").stdout
         found = {word.strip("[],") for word in shown.split() if word.startswith(("--", "[--"))}

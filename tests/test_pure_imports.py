@@ -14,6 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TABLES = (
+    "megatron_precision.planning.command",
+    "megatron_precision.planning.memory",
+    "megatron_precision.planning.search",
     "megatron_precision.sync_bench.layouts",
     "megatron_precision.sync_bench.planned",
     "megatron_precision.weights.architectures",

@@ -95,8 +95,8 @@ class Actor:
     ) -> None:
         self._run = config
         self.policy = config.policy
-        self.config = transformer_config(config.model, config.parallel, self.policy)
-        module = build_model(config.model, config.parallel, self.config)
+        self.config = transformer_config(config.model, config.parallel, self.policy, config.memory)
+        module = build_model(config.model, config.parallel, self.config, config.memory)
         self.range_watch = RangeWatch(module)
         self.model = DistributedDataParallel(
             self.config,

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_precision.actor.attention import FusedAttention
 from megatron_precision.actor.norm import RMSNorm
-from megatron_precision.config import ModelConfig, ParallelConfig
+from megatron_precision.config import MemoryConfig, ModelConfig, ParallelConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import PrecisionPolicy
 from megatron_precision.weights.architectures import architecture
@@ -34,7 +34,7 @@ _DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, policy: PrecisionPolicy
+    model: ModelConfig, parallel: ParallelConfig, policy: PrecisionPolicy, memory: MemoryConfig
 ) -> TransformerConfig:
     """Megatron's config of a model. Fusions are off: they differ by platform and dtype."""
     dtype = torch_dtype(policy.params)
@@ -52,6 +52,15 @@ def transformer_config(
             "moe_grouped_gemm": False,
         }
         if model.num_experts
+        else {}
+    )
+    recompute = (
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+        if memory.recompute == "full"
         else {}
     )
     return TransformerConfig(
@@ -95,13 +104,14 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **moe,
+        **recompute,
     )
 
 
-def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, config: TransformerConfig, memory: MemoryConfig) -> ModuleSpec:
     """Megatron's own modules with an RMSNorm that knows sequence parallelism."""
     backend = LocalSpecProvider()
-    rounds = config.fp16 or config.bf16
+    writes_scores = (config.fp16 or config.bf16) and memory.attention == "scores"
     head_norm = RMSNorm if architecture(model).qk_norm else IdentityOp
     mlp = get_mlp_module_spec_for_backend(
         backend=backend, num_experts=model.num_experts or None, moe_grouped_gemm=False
@@ -115,7 +125,7 @@ def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention() if rounds else FusedAttention,
+                    core_attention=backend.core_attention() if writes_scores else FusedAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -131,10 +141,10 @@ def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig
+    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, memory: MemoryConfig
 ) -> torch.nn.Module:
     """This rank's stage of the model, parameters initialised by Megatron."""
-    spec = layer_spec(model, config)
+    spec = layer_spec(model, config, memory)
     local_layers = model.num_hidden_layers // parallel.pp_size
     last = parallel_state.is_pipeline_last_stage()
     return GPTModel(

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_precision import rank
-from megatron_precision.config import ModelConfig, ParallelConfig
+from megatron_precision.config import MemoryConfig, ModelConfig, ParallelConfig
 from megatron_precision.errors import UserError
 from megatron_precision.precision.policy import policy
 from tools.checkpoint_convert.folders import is_megatron, one_format_problem
@@ -112,8 +112,8 @@ def _megatron_logprobs(folder: Path, model: ModelConfig, tokens: torch.Tensor) -
     if not torch.distributed.is_initialized():
         parallel.open_world(startup.backend())
     parallel.divide_world(layout, seed=0)
-    config = models.transformer_config(model, layout, policy("fp32"))
-    module = models.build_model(model, layout, config).eval()
+    config = models.transformer_config(model, layout, policy("fp32"), MemoryConfig())
+    module = models.build_model(model, layout, config, MemoryConfig()).eval()
     with warnings.catch_warnings():
         # Megatron Core calls what PyTorch deprecates; neither is for who reads the comparison.
         for message in ("`load_state_dict` is deprecated", "Please use DTensor instead"):

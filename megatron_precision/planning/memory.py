@@ -1,0 +1,252 @@
+"""Memory of one rank, worked out from the configuration alone.
+
+Trainer and engine live in one process, so that their memory adds up. Parameters are counted from
+the tables that the weight sync reads (`weights/megatron_layout.py`, `weights/vllm_layout.py`), and
+not by a formula. What a run allocates on top is a formula each, with its source beside it; the
+docs say which were measured (docs/memory.md).
+
+Bytes throughout; a GB of a GPU is 1e9 bytes, as on its data sheet. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from megatron_precision.config import RunConfig
+from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.weights.architectures import architecture
+from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
+from megatron_precision.weights.regions import round_up
+from megatron_precision.weights.vllm_layout import padded_vocab_rows, vllm_parameters
+
+MAIN_GRAD_BYTES = 4  # gradients accumulate in FP32 in every policy
+MOMENTS_BYTES = 8  # Adam's two, in FP32
+MAIN_COPY_BYTES = 4  # FP32, where the parameters are not
+# What `actor/logprobs.py` holds of one logit at its peak, above the logit's own bytes: FP32
+# values, shifted values, their exponentials, and the softmax that the backward pass needs.
+LOGPROB_BYTES = 16
+# Tokens that the fullest expert-parallel rank gets, over the mean: nothing balances the router
+# here (no auxiliary loss), and a step dies with its worst micro-batch. An estimate.
+EXPERT_IMBALANCE = 2.0
+# CUDA contexts and kernels of two engines, NCCL's buffers, and memory that allocators cut up: an
+# estimate, since none of it follows from the configuration.
+RESERVE_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Parameters of one trainer's rank.
+
+    Attributes:
+        dense: attention, norms, router, embeddings, dense MLP; reduced over data parallelism.
+        expert: of its experts; reduced over expert data parallelism.
+    """
+
+    dense: int
+    expert: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for.
+
+    Attributes:
+        parameters, gradients, optimizer: the trainer's; the optimizer's are this rank's share.
+        activations: of the micro-batches under way, recomputation counted.
+        logits: LM head and log-probs of one micro-batch; a last pipeline stage has them.
+        engine_weights, kv_cache, engine_workspace: the engine's.
+        sync_buffers: messages of the weight sync under way.
+        reserve: what does not follow from the configuration.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    engine_weights: int
+    kv_cache: int
+    engine_workspace: int
+    sync_buffers: int
+    reserve: int = RESERVE_BYTES
+
+    @property
+    def total(self) -> int:
+        """All of it at once: nothing is moved away while the other side works."""
+        return sum(getattr(self, part.name) for part in dataclasses.fields(self))
+
+
+def of_run(config: RunConfig) -> Memory:
+    """Memory of the fullest rank of a valid configuration."""
+    return max((of_stage(config, s) for s in range(config.parallel.pp_size)), key=lambda m: m.total)
+
+
+def of_stage(config: RunConfig, stage: int) -> Memory:
+    """Memory of a rank of one pipeline stage; the ranks of a stage differ in nothing.
+
+    Args:
+        config: a valid configuration.
+        stage: counted from 0.
+    """
+    layout, policy = config.parallel, config.policy
+    held = trainer_elements(config, stage)
+    expert_dp = layout.world_size // (layout.etp_size * layout.ep_size * layout.pp_size)
+    share = -(-held.dense // layout.dp_size) + -(-held.expert // expert_dp)
+    main_copy = MAIN_COPY_BYTES if policy.params != "fp32" else 0
+    return Memory(
+        parameters=(held.dense + held.expert) * BYTES_PER_ELEMENT[policy.params],
+        gradients=(held.dense + held.expert) * MAIN_GRAD_BYTES,
+        optimizer=share * (MOMENTS_BYTES + main_copy),
+        activations=_activations(config, stage),
+        logits=_logits(config) if stage == layout.pp_size - 1 else 0,
+        engine_weights=engine_elements(config) * BYTES_PER_ELEMENT[policy.rollout_params],
+        kv_cache=config.rollout.kv_cache_mib * 2**20,
+        engine_workspace=_engine_workspace(config),
+        sync_buffers=2 * config.sync.batch_mib * 2**20,
+    )
+
+
+def trainer_elements(config: RunConfig, stage: int) -> Elements:
+    """Parameters of a trainer's rank, the padded rows of its vocabulary included."""
+    model, layout = config.model, config.parallel
+    first, last = stage == 0, stage == layout.pp_size - 1
+    rows = padded_vocab_size(model.vocab_size, layout.tp_size) // layout.tp_size
+    one = dataclasses.replace(model, num_hidden_layers=1)
+    layers = model.num_hidden_layers // layout.pp_size
+    dense = expert = 0
+    for name, shape in megatron_parameters(one, rows, layout.tp_size, layout.etp_size):
+        size = math.prod(shape)
+        if ".experts." in name:
+            expert += size * layers
+        elif name.startswith("decoder.layers."):
+            dense += size * layers
+        elif (name.startswith("embedding.") and first) or (
+            not name.startswith("embedding.") and last
+        ):
+            dense += size
+    if model.tie_word_embeddings and last and not first:
+        dense += rows * model.hidden_size  # the last stage has a copy of its own
+    return Elements(dense, expert // layout.ep_size)
+
+
+def engine_elements(config: RunConfig) -> int:
+    """Parameters of an engine's rank, the padded rows of its vocabulary included."""
+    model, tp = config.model, config.parallel.rollout_tp_size
+    one = dataclasses.replace(model, num_hidden_layers=1)
+    return sum(
+        math.prod(shape) * (model.num_hidden_layers if ".layers." in name else 1)
+        for name, shape in vllm_parameters(one, tp, tp)
+    )
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Tokens of the longest micro-batch that a rank may be given, padding included."""
+    longest = round_up(config.max_sequence_tokens, config.parallel.tp_size)
+    return config.train.micro_batch_size * longest
+
+
+def kv_sequences(config: RunConfig) -> float:
+    """How many sequences of the full length the KV cache of a replica holds."""
+    return (
+        config.rollout.kv_cache_mib * 2**20 / (kv_token_bytes(config) * config.max_sequence_tokens)
+    )
+
+
+def kv_token_bytes(config: RunConfig) -> int:
+    """KV cache of one token on one rank: keys and values of its heads, in every layer."""
+    model = config.model
+    heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
+    return (
+        2
+        * model.num_hidden_layers
+        * heads
+        * model.head_dim
+        * BYTES_PER_ELEMENT[config.policy.kv_cache]
+    )
+
+
+def layer_activations(config: RunConfig) -> int:
+    """What the backward pass of one layer needs from its forward pass, for one micro-batch.
+
+    Counted tensor by tensor as Korthikanti et al. count (arXiv 2205.05198, section 4), for the
+    modules that `actor/models.py` builds: an RMSNorm in FP32, grouped-query attention, a gated
+    MLP, no biases. T tokens, h hidden, q and v the widths of queries and of values, d a head's, I
+    the MLP's, t TP, s = t with sequence parallelism and 1 without, e bytes of an element:
+
+        two norms    T 2 (8 + e) h / s        wide, scaled, and rounded
+        head norms   T 8 (q + v) / t          wide and scaled
+        attention    e T (4q + 3v) / t        the fused projection, rotated q and k, the result
+                                              as the kernel and as the next product has it
+        rotation     e T 4 d                  cosines and sines, for q and for k
+        residual     T 2 h / s                masks of two dropouts, of one byte
+        MLP          e T 4 I / t              gate | up, SiLU of the gate, the product
+        experts      e T (2h + 4 I / etp) k etp / s x imbalance, I an expert's width: tokens and
+                     results, k a token; and T 12 experts / s of FP32 router probabilities
+        scores       T 8 heads L / t          where they are written: FP32 softmax, rounded
+                                              probabilities, mask; L the longest sequence
+    """
+    model, layout = config.model, config.parallel
+    element, tokens = BYTES_PER_ELEMENT[config.policy.params], micro_batch_tokens(config)
+    tp, hidden = layout.tp_size, model.hidden_size
+    shards = tp if layout.sequence_parallel else 1
+    q = model.num_attention_heads * model.head_dim
+    kv = model.num_key_value_heads * model.head_dim
+    token = (2 * (8 + element) + 2) * hidden // shards + element * 4 * model.head_dim
+    token += element * (4 * q + 3 * kv) // tp
+    if architecture(model).qk_norm:
+        token += 8 * (q + kv) // tp
+    if architecture(model).experts:
+        sent = 2 * hidden + 4 * model.moe_intermediate_size // layout.etp_size
+        copies = model.num_experts_per_tok * layout.etp_size * EXPERT_IMBALANCE
+        token += int(element * sent * copies) // shards + 12 * model.num_experts // shards
+    else:
+        token += element * 4 * model.intermediate_size // tp
+    if config.memory.attention == "scores" and config.policy.params != "fp32":
+        token += 8 * model.num_attention_heads // tp * config.max_sequence_tokens
+    return tokens * token
+
+
+def _activations(config: RunConfig, stage: int) -> int:
+    """Full recomputation keeps a layer's input alone, and one layer whole while it is run again.
+
+    A stage has as many micro-batches under way as there are stages from it on (1F1B). The layer
+    that is in its backward pass holds gradients beside what it kept: at most as much again.
+    """
+    layout = config.parallel
+    layers = config.model.num_hidden_layers // layout.pp_size
+    sequences = config.train.prompts_per_mini_batch * config.train.rollouts_per_prompt
+    micro_batches = -(-sequences // (layout.dp_size * config.train.micro_batch_size))
+    under_way = min(layout.pp_size - stage, micro_batches)
+    one = layer_activations(config)
+    if config.memory.recompute == "none":
+        return under_way * layers * one + one
+    shards = layout.tp_size if layout.sequence_parallel else 1
+    element = BYTES_PER_ELEMENT[config.policy.params]
+    kept = element * micro_batch_tokens(config) * config.model.hidden_size // shards
+    return under_way * layers * kept + 2 * one
+
+
+def _logits(config: RunConfig) -> int:
+    """Logits of a micro-batch, their responses' part, and the FP32 tensors of the log-probs."""
+    tp = config.parallel.tp_size
+    columns = padded_vocab_size(config.model.vocab_size, tp) // tp
+    element = BYTES_PER_ELEMENT[config.policy.lm_head]
+    copies = 2 if config.train.micro_batch_size == 1 else 3  # batch first: a copy for more than one
+    return micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+
+
+def _engine_workspace(config: RunConfig) -> int:
+    """One engine step: activations of its tokens in one layer, FP32 logits of its sequences.
+
+    An estimate; vLLM measures its own by a dummy run where it is not given the cache's size.
+    """
+    model, rollout, tp = config.model, config.rollout, config.parallel.rollout_tp_size
+    element = BYTES_PER_ELEMENT[config.policy.rollout_params]
+    wide = model.intermediate_size // tp
+    if architecture(model).experts:
+        per_expert = model.moe_intermediate_size // tp
+        wide = model.num_experts_per_tok * (per_expert + model.hidden_size)
+    step = rollout.max_num_batched_tokens * (4 * model.hidden_size + 3 * wide) * element
+    return step + rollout.max_num_seqs * padded_vocab_rows(model) * 4 * 3

@@ -1,0 +1,198 @@
+"""The nearest layout that fits: what a refusal names.
+
+All layouts that `validation.py` accepts are tried: trainer TP, PP, EP and ETP, and the engine's
+TP. Nearest is the one that changes the fewest sizes, then the one with the smallest changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_precision import validation
+from megatron_precision.config import MemoryConfig, ParallelConfig, RunConfig
+from megatron_precision.errors import Problem
+from megatron_precision.planning import memory
+
+GB = 10**9
+# A cache of fewer sequences of the full length decodes too few at once to be worth suggesting.
+CACHED_SEQUENCES = 4
+# Where a job does not fit, larger ones are tried in this order: (GPUs times, GB each).
+_LARGER_CARDS = (141,)
+_MORE_GPUS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a configuration fits GPUs of a size.
+
+    Attributes:
+        config: the configuration.
+        gpu_gb: of each GPU, 1e9 bytes.
+        found: memory of its fullest rank.
+    """
+
+    config: RunConfig
+    gpu_gb: int
+    found: memory.Memory
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest rank, the reserve included, has no more than the GPU."""
+        return self.found.total <= self.gpu_gb * GB
+
+
+def judge(config: RunConfig, gpu_gb: int) -> Verdict:
+    """The verdict on a valid configuration."""
+    return Verdict(config, gpu_gb, memory.of_run(config))
+
+
+def nearest(config: RunConfig, gpu_gb: int, gpus: int | None = None) -> Verdict | None:
+    """The fitting layout that is most like the configuration's.
+
+    Args:
+        config: a configuration that is valid but for its layout.
+        gpus: of the job; by default the configuration's.
+
+    Returns:
+        None where no layout of so many GPUs fits.
+    """
+    wanted = config.parallel
+    verdicts = (
+        _with_room_for_cache(judge(candidate, gpu_gb))
+        for candidate in _candidates(config, gpus or wanted.world_size)
+        if not validation.problems(candidate)
+    )
+    fitting = [verdict for verdict in verdicts if verdict.fits]
+    return min(
+        fitting,
+        key=lambda v: (*_distance(v.config, config), v.found.total),
+        default=None,
+    )
+
+
+def refusal(verdict: Verdict) -> Problem:
+    """Why a configuration does not fit, and the nearest thing that does."""
+    config, gpu_gb = verdict.config, verdict.gpu_gb
+    gpus = config.parallel.world_size
+    return Problem(
+        what=f"{config.recipe} does not fit {gpus} GPUs of {gpu_gb} GB",
+        where=describe(config.parallel),
+        got=f"{verdict.found.total / GB:.1f} GB on the fullest rank, {_largest(verdict.found)}",
+        expected=f"at most {gpu_gb} GB a rank",
+        remedy=_remedy(verdict),
+    )
+
+
+def describe(layout: ParallelConfig) -> str:
+    """A layout in the words of `--set`, sizes of 1 left out."""
+    names = ("tp_size", "pp_size", "ep_size", "etp_size", "rollout_tp_size")
+    sizes = [(n, getattr(layout, n)) for n in names]
+    return " ".join(f"parallel.{n}={s}" for n, s in sizes if s > 1 or n == "rollout_tp_size")
+
+
+def _remedy(verdict: Verdict) -> str:
+    config, gpu_gb, gpus = verdict.config, verdict.gpu_gb, verdict.config.parallel.world_size
+    same = nearest(config, gpu_gb)
+    if same is not None:
+        return f"nearest that fits: --set {_changes(same.config, config)} ({_total(same)})"
+    found = []
+    for size_gpus, size_gb in (
+        *((gpus, gb) for gb in _LARGER_CARDS if gb > gpu_gb),
+        *((gpus * times, gpu_gb) for times in _MORE_GPUS),
+    ):
+        other = nearest(config, size_gb, size_gpus)
+        if other is not None:
+            found.append(
+                f"{size_gpus} GPUs of {size_gb} GB with {describe(other.config.parallel)} "
+                f"rollout.kv_cache_mib={other.config.rollout.kv_cache_mib} "
+                f"({_total(other)})"
+            )
+        if other is not None and size_gpus > gpus:
+            break
+    text = f"no layout of {gpus} GPUs of {gpu_gb} GB fits"
+    text += f"; nearest that fit: {'; or '.join(found)}" if found else ""
+    return text + _offloaded(config, gpu_gb)
+
+
+def _offloaded(config: RunConfig, gpu_gb: int) -> str:
+    """Whether the optimizer in host memory would do; this version keeps it on the GPU."""
+    fitting = [
+        v
+        for v in (
+            judge(c, gpu_gb)
+            for c in _candidates(config, config.parallel.world_size)
+            if not validation.problems(c)
+        )
+        if v.found.total - v.found.optimizer <= gpu_gb * GB
+    ]
+    if not fitting:
+        return ""
+    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.found.total))
+    return (
+        f"; with the optimizer's {best.found.optimizer / GB:.1f} GB a rank in host memory "
+        f"{describe(best.config.parallel)} would fit, but this version keeps it on the GPU"
+    )
+
+
+def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
+    """Every layout of so many ranks; what only costs memory is set to cost least."""
+    memory_saved = MemoryConfig(recompute="full", attention="fused")
+    experts = config.model.num_experts
+    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
+    for tp, pp, ep, etp, rollout_tp in itertools.product(
+        sizes, sizes, sizes if experts else [1], sizes if experts else [1], sizes
+    ):
+        if tp * pp > gpus or ep * etp * pp > gpus:
+            continue
+        layout = ParallelConfig(gpus, tp, pp, ep, etp, tp > 1, rollout_tp)
+        yield dataclasses.replace(config, parallel=layout, memory=memory_saved)
+
+
+def _with_room_for_cache(verdict: Verdict) -> Verdict:
+    """The same layout with the KV cache that it has room for, where that is worth running."""
+    config = verdict.config
+    room = verdict.gpu_gb * GB - (verdict.found.total - verdict.found.kv_cache)
+    worthwhile = CACHED_SEQUENCES * memory.kv_token_bytes(config) * config.max_sequence_tokens
+    if verdict.fits or room < worthwhile:
+        return verdict
+    rollout = dataclasses.replace(config.rollout, kv_cache_mib=room // 2**30 * 1024)
+    smaller = dataclasses.replace(config, rollout=rollout)
+    return verdict if rollout.kv_cache_mib == 0 else judge(smaller, verdict.gpu_gb)
+
+
+def _distance(one: RunConfig, other: RunConfig) -> tuple[int, float]:
+    """(sizes that differ, how far apart they are in factors of two)."""
+    names = ("tp_size", "pp_size", "ep_size", "etp_size", "rollout_tp_size")
+    factors = [
+        abs(math.log2(getattr(one.parallel, name) / getattr(other.parallel, name)))
+        for name in names
+    ]
+    changed = sum(factor > 0 for factor in factors)
+    changed += (one.memory != other.memory) + (one.rollout != other.rollout)
+    return changed, sum(factors)
+
+
+def _changes(to: RunConfig, config: RunConfig) -> str:
+    found = []
+    for section in ("parallel", "memory", "rollout"):
+        for part in dataclasses.fields(getattr(to, section)):
+            new, old = (getattr(getattr(c, section), part.name) for c in (to, config))
+            if new != old:
+                found.append(f"{section}.{part.name}={str(new).lower()}")
+    return " ".join(found)
+
+
+def _largest(found: memory.Memory) -> str:
+    parts = {part.name: getattr(found, part.name) for part in dataclasses.fields(found)}
+    first = sorted(parts, key=lambda name: parts[name], reverse=True)[:3]
+    return "of it " + ", ".join(
+        f"{name.replace('_', ' ')} {parts[name] / GB:.1f}" for name in first
+    )
+
+
+def _total(verdict: Verdict) -> str:
+    return f"{verdict.found.total / GB:.1f} GB a rank"

@@ -1,0 +1,82 @@
+"""Every large recipe runs: its twin, two processes, real Megatron and real vLLM, two iterations.
+
+Not covered: what differs on a GPU (kernels, NCCL), and the recipes' own sizes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import real_jobs
+
+import recipes
+from megatron_precision.config import RunConfig, to_dict
+from recipes.twins import twin
+
+HERE = Path(__file__).parent
+WRITE = """
+import sys
+from pathlib import Path
+import chat_start
+from megatron_precision.overrides import config_from_file
+folder = Path(sys.argv[1])
+chat_start.write_model(folder / "model", config_from_file(folder / "twin.json").model)
+chat_start.write_prompts(folder / "sums.jsonl", chat_start.SUMS)
+chat_start.write_prompts(folder / "held_out.jsonl", chat_start.HELD_OUT)
+"""
+FILES = [
+    "start.checkpoint=model",
+    "task.train_sets=sums=sums.jsonl",
+    "task.eval_sets=held_out=held_out.jsonl",
+    "task.scorer=chat_scorers:parity",
+]
+# One of them runs with every change; the others behind `slow`.
+FAST = "dense14b.dapo"
+
+
+def run_twin(small: RunConfig, folder: Path) -> list[dict[str, float]]:
+    """Train the twin as a user trains a recipe on files of their own; its iterations."""
+    (folder / "twin.json").write_text(json.dumps(to_dict(small)), encoding="utf-8")
+    environment = real_jobs.environment(HERE)
+    subprocess.run(
+        [sys.executable, "-c", WRITE, str(folder)], check=True, cwd=folder, env=environment
+    )
+    words = ["train", "--config", "twin.json", "--out", "run", "--set", *FILES]
+    command = real_jobs.torchrun_command(2, *words)
+    with real_jobs.started(command, folder, python_path=(HERE,)) as job:
+        out, err = job.communicate(timeout=real_jobs.PATIENCE_S)
+    assert job.returncode == 0, out + err
+    found: list[dict[str, float]] = real_jobs.events(folder / "run", "iteration")
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n == FAST else pytest.mark.slow) for n in recipes.SIZED],
+)
+def test_the_twin_of_a_recipe_trains(name: str, tmp_path: Path) -> None:
+    iterations = run_twin(twin(recipes.build(name)), tmp_path)
+    assert len(iterations) == 2
+    for event in iterations:
+        assert event["sync/verified"] == 1
+        assert 0 < event["mismatch/k3_kl"] < 1e-4  # FP16 on both sides
+        assert event["mismatch/num_tokens"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "bf16/fp32"])
+def test_a_twin_runs_in_other_precisions(precision: str, tmp_path: Path) -> None:
+    small = twin(recipes.build("moe.grpo_token_tis", precision))
+    iterations = run_twin(small, tmp_path)
+    assert [event["sync/verified"] for event in iterations] == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_pipeline_of_a_recipe_runs(tmp_path: Path) -> None:
+    small = twin(recipes.build("moe.pg_seq_tis"), pipeline=True)
+    iterations = run_twin(small, tmp_path)
+    assert [event["sync/verified"] for event in iterations] == [1, 1]
