@@ -110,7 +110,8 @@ _AT_LEAST_ZERO = (
     "task.eval_questions", "warm_start.max_steps", "warm_start.warmup_steps",
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
     "loss_scale.headroom_bits", "train.iterations", "train.micro_batch_tokens",
-    "train.mismatch_every", "eval.every", "eval.temperature", "algo.overlong_penalty", "algo.dynamic_sampling_rounds",
+    "train.mismatch_every", "eval.every", "eval.temperature", "algo.overlong_penalty",
+    "algo.dynamic_sampling_rounds",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",
