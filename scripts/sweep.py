@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import recipes  # noqa: E402
 from megatron_precision import launching, validation  # noqa: E402
-from megatron_precision.config import fingerprint, to_dict  # noqa: E402
+from megatron_precision.config import RunConfig, fingerprint, to_dict  # noqa: E402
 from megatron_precision.rl.algorithms import ALGORITHMS  # noqa: E402
 from megatron_precision.train.start import start_dir  # noqa: E402
 
@@ -61,7 +61,17 @@ class Case:
         config = recipes.build(
             f"sanity.tiny_{self.model}", self.precision, self.algorithm, self.settings
         )
-        return fingerprint(to_dict(validation.check(config)))
+        plain = to_dict(RunConfig(recipe=config.recipe))
+        return fingerprint(_unlike(to_dict(validation.check(config)), plain))
+
+
+def _unlike(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults: a field that is new since a run was made changes no name."""
+    return {
+        name: _unlike(value, plain.get(name, {})) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value != plain.get(name)
+    }
 
 
 def cases() -> Iterator[Case]:
