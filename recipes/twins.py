@@ -11,6 +11,9 @@ import dataclasses
 
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
 
+_PROMPT, _RESPONSE = 64, 24
+_BUDGET = 3 * (_PROMPT + _RESPONSE) // 2
+
 
 def twin(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
     """The recipe's twin on two processes.
@@ -32,10 +35,10 @@ def twin(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
         recipe=f"{config.recipe}.twin",
         model=_model(config.model),
         parallel=_pipeline(config.parallel) if pipeline else _sharded(config.parallel),
-        task=dataclasses.replace(config.task, max_prompt_tokens=64, scorer_workers=1),
+        task=dataclasses.replace(config.task, max_prompt_tokens=_PROMPT, scorer_workers=1),
         rollout=dataclasses.replace(
             config.rollout,
-            max_response_tokens=24,
+            max_response_tokens=_RESPONSE,
             max_num_seqs=min(64, config.rollout.max_num_seqs),
             kv_cache_mib=32,
         ),
@@ -45,6 +48,8 @@ def twin(config: RunConfig, *, pipeline: bool = False) -> RunConfig:
             prompts_per_iteration=4,
             rollouts_per_prompt=4,
             prompts_per_mini_batch=2,
+            # Room for one sequence and a half: packs of unlike sizes.
+            micro_batch_tokens=_BUDGET if config.train.micro_batch_tokens else 0,
         ),
         eval=dataclasses.replace(config.eval, every=0, samples_per_question=2),
     )
@@ -56,7 +61,8 @@ def _model(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         model,
         vocab_size=75,
-        hidden_size=96,
+        # Qwen2 divides it into its heads; the others' heads have a width of their own.
+        hidden_size=192 if model.model_type == "qwen2" else 96,
         intermediate_size=160,
         num_hidden_layers=2,
         num_attention_heads=6,

@@ -110,6 +110,7 @@ def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
         ),
         (["model.num_experts=8"], "model.model_type, model.num_experts"),
         (["model.head_dim=31"], "model.head_dim"),
+        (["model.model_type=qwen2", "model.head_dim=64"], "model.head_dim"),
         (["parallel.world_size=0"], "parallel.world_size"),
         (["train.micro_batch_size=0"], "train.micro_batch_size"),
         (["train.micro_batch_tokens=-1"], "train.micro_batch_tokens"),

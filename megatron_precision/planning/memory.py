@@ -143,8 +143,8 @@ def engine_elements(config: RunConfig) -> int:
 
 def micro_batch_tokens(config: RunConfig) -> int:
     """Tokens of the longest micro-batch that a rank may be given, padding included."""
-    longest = round_up(config.max_sequence_tokens, config.parallel.tp_size)
-    return config.train.micro_batch_size * longest
+    longest = round_up(config.max_sequence_tokens, config.width_multiple)
+    return config.train.micro_batch_tokens or config.train.micro_batch_size * longest
 
 
 def kv_sequences(config: RunConfig) -> float:
@@ -217,7 +217,9 @@ def _activations(config: RunConfig, stage: int) -> int:
     layout = config.parallel
     layers = config.model.num_hidden_layers // layout.pp_size
     sequences = config.train.prompts_per_mini_batch * config.train.rollouts_per_prompt
-    micro_batches = -(-sequences // (layout.dp_size * config.train.micro_batch_size))
+    # Under a budget of tokens, the sequences may all be so long that each is alone.
+    together = 1 if config.train.micro_batch_tokens else config.train.micro_batch_size
+    micro_batches = -(-sequences // (layout.dp_size * together))
     under_way = min(layout.pp_size - stage, micro_batches)
     one = layer_activations(config)
     if config.memory.recompute == "none":
@@ -233,7 +235,8 @@ def _logits(config: RunConfig) -> int:
     tp = config.parallel.tp_size
     columns = padded_vocab_size(config.model.vocab_size, tp) // tp
     element = BYTES_PER_ELEMENT[config.policy.lm_head]
-    copies = 2 if config.train.micro_batch_size == 1 else 3  # batch first: a copy for more than one
+    alone = config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens
+    copies = 2 if alone else 3  # batch first: a copy for more than one
     return micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
 
 

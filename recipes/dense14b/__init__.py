@@ -59,7 +59,7 @@ def dapo(precision: str = "fp16", chosen: Layout = LAYOUTS[DEFAULT]) -> RunConfi
             prompts_per_iteration=512,
             rollouts_per_prompt=16,
             prompts_per_mini_batch=32,
-            micro_batch_size=1,
+            micro_batch_tokens=2048 + 20480,  # the longest sequence, or many short ones
         ),
         eval=EvalConfig(every=5, samples_per_question=8, temperature=1.0, top_p=0.7),
         memory=MemoryConfig(recompute="full", attention="fused"),

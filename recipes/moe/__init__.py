@@ -87,7 +87,7 @@ def _recipe(
             prompts_per_iteration=512,
             rollouts_per_prompt=16,
             prompts_per_mini_batch=32,
-            micro_batch_size=1,
+            micro_batch_tokens=2048 + 20480,  # the longest sequence, or many short ones
         ),
         eval=EvalConfig(every=5, samples_per_question=8, temperature=0.6, top_p=1.0),
         memory=MemoryConfig(recompute="full", attention="fused"),

@@ -60,7 +60,7 @@ def octothinker_3b(precision: str = "fp16", chosen: Layout = LAYOUTS[DEFAULT]) -
             prompts_per_iteration=128,
             rollouts_per_prompt=8,
             prompts_per_mini_batch=32,
-            micro_batch_size=2,
+            micro_batch_tokens=2 * (1024 + 3000),  # the two longest, or many short ones
         ),
         eval=EvalConfig(every=10, samples_per_question=8, temperature=0.6, top_p=1.0),
         memory=MemoryConfig(recompute="full", attention="fused"),

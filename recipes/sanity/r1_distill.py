@@ -63,7 +63,7 @@ def r1d_1_5b(precision: str = "fp16", chosen: Layout = LAYOUTS[DEFAULT]) -> RunC
             prompts_per_iteration=64,
             rollouts_per_prompt=8,
             prompts_per_mini_batch=16,
-            micro_batch_size=1,
+            micro_batch_tokens=1024 + 8192,  # the longest sequence, or many short ones
         ),
         eval=EvalConfig(every=20, samples_per_question=32, temperature=0.6, top_p=1.0),
         memory=MemoryConfig(recompute="full", attention="fused"),

@@ -92,8 +92,8 @@ def test_state_of_a_dense_model_is_worked_by_hand() -> None:
     assert found.optimizer == 12 * held  # DP is 1
     # 8 KV heads over 8 ranks: 1 head × (keys, values) × 40 layers × 128 × 2 bytes a token.
     assert memory.kv_token_bytes(config) == 1 * 2 * 40 * 128 * 2
-    # 22,528 tokens × 151,936 / 8 columns × (two 2-byte copies and 16 bytes of FP32).
-    assert found.logits == 22_528 * (151_936 // 8) * 20
+    # 22,528 tokens × 151,936 / 8 columns × (three 2-byte copies and 16 bytes of FP32).
+    assert found.logits == 22_528 * (151_936 // 8) * 22
 
 
 def test_experts_state_is_shared_by_their_own_data_parallelism() -> None:
@@ -126,7 +126,10 @@ def test_scores_grow_with_the_square_of_the_length_and_fused_attention_does_not(
     def layer(attention: str, response: int) -> int:
         rollout = dataclasses.replace(config.rollout, max_response_tokens=response)
         changed = dataclasses.replace(
-            config, rollout=rollout, memory=MemoryConfig("full", attention)
+            config,
+            rollout=rollout,
+            memory=MemoryConfig("full", attention),
+            train=dataclasses.replace(config.train, micro_batch_size=1, micro_batch_tokens=0),
         )
         return memory.layer_activations(changed)
 
@@ -135,6 +138,18 @@ def test_scores_grow_with_the_square_of_the_length_and_fused_attention_does_not(
     scores = [layer("scores", n) - layer("fused", n) for n in (short, long)]
     assert scores[0] == 8 * 5 * 8192**2  # 40 heads over 8 ranks
     assert scores[1] == 4 * scores[0]
+
+
+def test_a_budget_of_tokens_bounds_a_micro_batch_of_any_sequences() -> None:
+    config = recipes.build("dense14b.dapo")
+
+    def activations(**sizes: int) -> int:
+        train = dataclasses.replace(config.train, **sizes)
+        return memory.of_run(dataclasses.replace(config, train=train)).activations
+
+    by_count = activations(micro_batch_size=2, micro_batch_tokens=0)
+    assert activations(micro_batch_size=9, micro_batch_tokens=2 * 22_528) == by_count
+    assert activations(micro_batch_size=9, micro_batch_tokens=22_528) < by_count
 
 
 def test_a_first_stage_has_most_micro_batches_under_way() -> None:
