@@ -36,6 +36,7 @@ def write_model(folder: Path, model: ModelConfig, vocab_size: int | None = None)
     fields = hf_config(model, "bfloat16")
     fields.pop("architectures")
     fields |= {"eos_token_id": CharTokenizer.eos_id, "pad_token_id": CharTokenizer.pad_id}
+    fields["initializer_range"] = model.initializer_range
     config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     torch.manual_seed(1)
     built = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
