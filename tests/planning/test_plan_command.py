@@ -78,3 +78,22 @@ def test_a_dry_run_on_sixteen_gpus_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert '"world_size": 16' in done.stdout
     assert "train dense14b.dapo --gpus 16" in done.stdout
+
+
+README = {
+    "sanity.r1d_1_5b": "recipes/sanity/README.md",
+    "dense14b.dapo": "recipes/dense14b/README.md",
+    "moe.grpo_seq_mis": "recipes/moe/README.md",
+    "octothinker.octothinker_3b": "recipes/octothinker/README.md",
+}
+
+
+@pytest.mark.parametrize("name", list(README))
+def test_the_table_of_a_readme_is_what_the_command_prints(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["plan", name, "--all-sizes"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 2 + 4
+    text = (ROOT / README[name]).read_text(encoding="utf-8")
+    assert "\n".join(printed) in text
