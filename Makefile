@@ -12,13 +12,14 @@ KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml;
 FAST := not slow and not gpu and not multigpu
 SLOW := slow and not gpu and not multigpu
 
-.PHONY: help install sanity sanity-moe sweep test test-slow check doctor clean
+.PHONY: help install sanity sanity-moe mismatch sweep test test-slow check doctor clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make sanity      the sanity experiment, BF16 against FP16, dense model; ends with a report'
 	@echo 'make sanity-moe  the same with the MoE model'
+	@echo 'make mismatch    vLLM against Megatron in BF16, FP16 and FP32 on SmolLM2-135M; ends with a report'
 	@echo 'make sweep       every algorithm on the tiny models, resumable; fills the table of docs/sweep.md'
 	@echo 'make test        the tests'
 	@echo 'make test-slow   the tests that take minutes'
@@ -34,6 +35,9 @@ sanity: install
 
 sanity-moe: install
 	@$(BIN)/python -m megatron_precision sanity --model moe $(if $(ALGO),--algo '$(ALGO)')
+
+mismatch: install
+	@$(BIN)/python -m megatron_precision mismatch --model smollm2 --out runs/mismatch-smollm2
 
 sweep: install
 	@$(BIN)/python scripts/sweep.py

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_precision import rank, run_folder, validation
 from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.offline import command as mismatch
 from megatron_precision.overrides import config_from_file
 from megatron_precision.planning import command as planning
 from megatron_precision.planning import search
@@ -438,6 +439,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_arguments(plan)
     plan.set_defaults(run=_plan, judged=True)
     sync_bench.add(commands)
+    mismatch.add(commands)
     perfectible = commands.add_parser(
         "perfectible", help="make a set of the questions that a checkpoint answers sometimes"
     )

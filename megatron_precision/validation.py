@@ -243,12 +243,12 @@ def _trainer_layout(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "rotary embeddings need pairs", "model.head_dim", str(model.head_dim), "an even number"
         )
-    heads = model.num_attention_heads
-    if model.model_type == "qwen2" and heads * model.head_dim != model.hidden_size:
+    queries = model.num_attention_heads
+    if model.model_type == "qwen2" and queries * model.head_dim != model.hidden_size:
         yield Problem(
             what="vLLM takes the width of a Qwen2 head from the hidden size",
             where="model.head_dim",
-            got=f"{model.head_dim} with {heads} heads of a hidden size of {model.hidden_size}",
+            got=f"{model.head_dim} with {queries} heads of a hidden size of {model.hidden_size}",
             expected="model.hidden_size / model.num_attention_heads",
         )
     if layout.sequence_parallel and layout.tp_size == 1:

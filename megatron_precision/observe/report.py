@@ -50,6 +50,7 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
     files = out.parent / f"{out.stem}_files"
     files.mkdir(parents=True, exist_ok=True)
     page = _template().render(
+        css=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
         title=_title(runs),
         recipes=_recipes(runs),
         runs=runs,
