@@ -31,6 +31,8 @@ from megatron_precision.weights.hf_config import read_model
 
 Side = Literal["sample", "score"]
 SET = "prompts"
+# Longer prompts are left out, unless `--set task.max_prompt_tokens` says otherwise.
+_PROMPT_TOKENS = 512
 # Padded tokens of one pass of the trainer, unless one sequence is longer.
 _PASS_TOKENS = 2048
 
@@ -103,12 +105,16 @@ def base_config(
     Raises:
         UserError: where the folder holds no model that is known here.
     """
-    task = TaskConfig(name="chat", train_sets=(f"{SET}={prompts}",), max_prompt_tokens=512)
+    model = read_model(model_dir / "config.json")
+    room = max(1, model.max_position_embeddings - max_tokens)
+    task = TaskConfig(
+        name="chat", train_sets=(f"{SET}={prompts}",), max_prompt_tokens=min(_PROMPT_TOKENS, room)
+    )
     longest = task.max_prompt_tokens + max_tokens
     return RunConfig(
         recipe="mismatch",
         seed=seed,
-        model=read_model(model_dir / "config.json"),
+        model=model,
         parallel=ParallelConfig(world_size=ranks, tp_size=1, rollout_tp_size=1),
         task=task,
         start=StartConfig("checkpoint", str(model_dir)),
