@@ -15,7 +15,7 @@ import shutil
 import sys
 
 import recipes
-from megatron_precision import cli, inputs, launching, run_folder
+from megatron_precision import arguments, cli, inputs, launching, run_folder
 from megatron_precision.errors import Problem, UserError
 
 
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    config = cli.resolve(args)
+    config = arguments.resolve(args)
     if args.dryrun:
         cli.print_plan(config, cli.plan(config, args))
         return 0
@@ -76,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Launch a recipe on this machine through nemo-run (torchrun underneath)."
     )
     parser.add_argument("--list", action="store_true", help="list the recipes and stop")
-    cli.add_recipe_arguments(parser)
-    cli.add_folder_arguments(parser)
+    arguments.add_recipe_arguments(parser)
+    arguments.add_folder_arguments(parser)
     return parser
 
 

@@ -15,15 +15,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_precision import inputs, launching, rank, run_folder, validation
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.offline import smollm2
-from megatron_precision.offline.comparison import Comparison, Side, base_config
 from megatron_precision.overrides import apply, config_from_file
 from megatron_precision.precision.policy import DTYPES, DType
 
+if TYPE_CHECKING:
+    from megatron_precision.offline.comparison import Comparison
+
+Side = Literal["sample", "score"]
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 COMPARISON = "comparison.json"
 PROGRESS = "progress.json"
@@ -95,6 +98,9 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     Raises:
         UserError: lists everything that is wrong with them.
     """
+    # NumPy comes with it, which takes longer than `--help` may.
+    from megatron_precision.offline.comparison import Comparison, base_config
+
     problems: list[Problem] = []
     sides = []
     for option in ("train", "rollout"):
@@ -175,6 +181,8 @@ def _write_comparison(comparison: Comparison, folder: Path) -> None:
 
 
 def _run_part(args: argparse.Namespace) -> int:
+    from megatron_precision.offline.comparison import Comparison
+
     config = config_from_file(args.config)
     folder = args.config.parent
     values = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
