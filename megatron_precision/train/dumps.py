@@ -38,7 +38,8 @@ class Measured:
     """What an iteration has measured.
 
     Attributes:
-        old_logprobs: [S, L] FP32, the trainer's before the update; None before the first step.
+        old_logprobs: [S, L] FP32, the trainer's before the update; None where no sequence has
+            them: no pass was asked for, and the first step's was not finite.
         old_known: [S] bool, the sequences that have them.
         grad_norms: of every step, with whether it was skipped.
         metrics: of the iteration, as far as known.
@@ -85,13 +86,8 @@ class Dumper:
         reasons = self._reasons(iteration, measured)
         if not reasons:
             return
-        if measured.old_logprobs is None or measured.old_known is None:
-            raise RuntimeError(
-                f"iteration {iteration} is to be dumped ({'; '.join(reasons)}), but no sequence "
-                "has log-probs of the trainer: no forward pass of its first step was finite"
-            )
         folder = self._folder / f"{iteration:06d}"
-        arrays = _arrays(groups, batch, measured.old_logprobs, measured.old_known)
+        arrays = _arrays(groups, batch, measured)
         first = dist.get_rank() == 0
         if first:
             dump.write_arrays(folder, arrays)
@@ -147,13 +143,15 @@ def _fits(config: RunConfig) -> bool:
     return elements * itemsize <= config.train.dump_weights_gib * 2**30
 
 
-def _arrays(
-    groups: Sampled, batch: Batch, old_logprobs: torch.Tensor, old_known: torch.Tensor
-) -> dump.Arrays:
+def _arrays(groups: Sampled, batch: Batch, measured: Measured) -> dump.Arrays:
     def array(values: torch.Tensor, dtype: str) -> NDArray[np.generic]:
         found: NDArray[np.generic] = values.cpu().numpy().astype(dtype)
         return found
 
+    old_logprobs, old_known = measured.old_logprobs, measured.old_known
+    if old_logprobs is None or old_known is None:
+        old_logprobs = torch.zeros_like(batch.rollout_logprobs)
+        old_known = torch.zeros(len(batch), dtype=torch.bool)
     prompts, rollouts = groups.rewards.shape
     return dump.Arrays(
         tokens=array(batch.tokens, "int32"),
