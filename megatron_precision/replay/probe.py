@@ -22,7 +22,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_precision.actor.batch import Batch, MicroBatch
-from megatron_precision.replay.findings import EMBEDDING, FINAL_NORM, LM_HEAD, PointError, layer_name
+from megatron_precision.replay.findings import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    PointError,
+    layer_name,
+)
 
 Mode = Literal["free", "forced"]
 
@@ -161,7 +167,8 @@ class Comparer:
             ours = output[0] if isinstance(output, tuple) else output
             head = name == LM_HEAD
             error, size = _norms(ours, self._reference.outputs[name], across_tp=head)
-            rows = _local(self._predicts if head else self._real, ours.shape[0])
+            rows = self._predicts if head else self._real
+            rows = _local(rows, ours.shape[0], ours.device)
             self._at(name).add(_summed((error / size)[rows]))
 
         return hook
@@ -171,7 +178,7 @@ class Comparer:
             if self._mode is None:
                 return
             ours, exact = _routing(module, args[0], output), self._reference.routers[name]
-            rows = _local(self._real, ours.logits.shape[0])
+            rows = _local(self._real, ours.logits.shape[0], ours.logits.device)
             error, size = _norms(ours.logits, exact.logits, across_tp=False)
             flipped = (ours.chosen != exact.chosen).any(-1)[rows]
             self._at(name).add(
@@ -232,8 +239,9 @@ def _norms(
     return error, torch.where((size == 0) & (error == 0), torch.ones_like(size), size)
 
 
-def _local(rows: torch.Tensor, length: int) -> torch.Tensor:
+def _local(rows: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
     """[width, b] bool to this rank's part of the tokens, where the sequence is divided."""
+    rows = rows.to(device)
     if rows.shape[0] == length:
         return rows
     size = parallel_state.get_tensor_model_parallel_world_size()

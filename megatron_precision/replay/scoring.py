@@ -71,9 +71,7 @@ def _actor(config: RunConfig, tensors: Mapping[str, Any]) -> Actor:
     return actor
 
 
-def _alone(
-    actor: Actor, batch: Batch, mini_batches: list[torch.Tensor]
-) -> NDArray[np.float32]:
+def _alone(actor: Actor, batch: Batch, mini_batches: list[torch.Tensor]) -> NDArray[np.float32]:
     logprobs = torch.zeros_like(batch.rollout_logprobs)
     for rows in mini_batches:
         for micro in actor.plan(batch, rows):

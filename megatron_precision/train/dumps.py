@@ -1,7 +1,7 @@
 """Writes an iteration down (`replay/dump.py`): every so often, and by itself where it jumps.
 
-    keep_weights()   before the update, while trainer and engine hold the same weights
-    see(...)         after the steps, when mismatch and gradient norms are known
+keep_weights()   before the update, while trainer and engine hold the same weights
+see(...)         after the steps, when mismatch and gradient norms are known
 """
 
 from __future__ import annotations

@@ -27,9 +27,7 @@ def full_tensors(actor: Actor, model: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def gathered(
-    held: list[tuple[Piece, torch.Tensor]], model: ModelConfig
-) -> dict[str, torch.Tensor]:
+def gathered(held: list[tuple[Piece, torch.Tensor]], model: ModelConfig) -> dict[str, torch.Tensor]:
     """The model that the ranks' pieces make; every rank calls it.
 
     Args:
