@@ -111,7 +111,8 @@ _AT_LEAST_ZERO = (
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
     "loss_scale.headroom_bits", "train.iterations", "train.micro_batch_tokens",
     "train.mismatch_every", "train.dump_every", "train.dump_jumps_at_most",
-    "train.dump_weights_gib", "eval.every", "eval.temperature", "algo.overlong_penalty", "algo.dynamic_sampling_rounds",
+    "train.dump_weights_gib", "eval.every", "eval.temperature", "algo.overlong_penalty",
+    "algo.dynamic_sampling_rounds",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_precision import inputs, rank, validation
+from megatron_precision import rank, validation
 from megatron_precision.config import ParallelConfig, RunConfig, StartConfig, TaskConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.overrides import config_from_dict
@@ -88,6 +88,8 @@ def resolve(
     Raises:
         UserError: lists everything that is wrong.
     """
+    from megatron_precision import inputs
+
     config = config_from_dict(dump.header.config)
     problems: list[Problem] = []
     try:

@@ -154,7 +154,7 @@ def positions(response_mask: Bools) -> NDArray[np.float64]:
 
 
 def position_edges(longest: int) -> list[float]:
-    """0, 1, 2, 4, 8, ... up to the longest response: the first tokens matter as much as the rest."""
+    """0, 1, 2, 4, 8, ... up to the longest response: the first tokens are seen apart."""
     edges = [0.0, 1.0]
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], float(longest)))
