@@ -34,8 +34,16 @@ def compared(cases: dict[str, tuple[Case, dict[str, torch.Tensor], str]]) -> dic
     return results
 
 
-def dumps(case: Case, out: Path, measured: list[tuple[float, float]]) -> None:
-    """Show a dumper a series of (k3, gradient norm), weights of i in iteration i and -1 after."""
+def dumps(cases: dict[Path, Case], measured: list[tuple[float, float]]) -> None:
+    """Show dumpers a series of (k3, gradient norm), each into a folder of its own."""
+    for out, case in cases.items():
+        _dump_series(case, out, measured)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _dump_series(case: Case, out: Path, measured: list[tuple[float, float]]) -> None:
+    """Weights are all i in iteration i, and -1 after its update."""
     actor = make_actor(case.config, case.tensors)
     dumper = Dumper(case.config, out, actor, _task())
     rollouts = [
@@ -51,8 +59,6 @@ def dumps(case: Case, out: Path, measured: list[tuple[float, float]]) -> None:
         _fill(actor, -1.0)
         facts = Measured(zeros - 1, known, [(norm, False)], {"mismatch/k3_kl": k3}, 2 * iteration)
         dumper.see(iteration, groups, case.batch, facts)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _fill(actor: Actor, value: float) -> None:

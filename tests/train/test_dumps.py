@@ -32,10 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tensors = checkpoint(DENSE, random_hf_model(DENSE))
     case = Case(config, tensors, random_batch(DENSE, 6))
-    run_distributed("replay_bodies.dumps", 2, case, out / "with", SERIES)
     small = dataclasses.replace(config.train, dump_weights_gib=0.0)
-    case = dataclasses.replace(case, config=dataclasses.replace(config, train=small))
-    run_distributed("replay_bodies.dumps", 2, case, out / "without", SERIES)
+    light = dataclasses.replace(case, config=dataclasses.replace(config, train=small))
+    cases = {out / "with": case, out / "without": light}
+    run_distributed("replay_bodies.dumps", 2, cases, SERIES)
     return out
 
 
