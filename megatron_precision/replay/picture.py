@@ -75,7 +75,7 @@ def _layers(axis: Axes, replay: Replay) -> None:
         )  # fmt: skip
         axis.plot(
             [n for n, _ in routed], [p.flipped_share or np.nan for _, p in routed],
-            color=_ROUTER, marker="x", linestyle=":", label="tokens sent to other experts",
+            color=_ROUTER, marker="x", linestyle=":", label="share of tokens sent to other experts",
         )  # fmt: skip
     axis.set_xticks(at, [point.name for point in replay.forced], rotation=45, ha="right")
     axis.set_yscale("log")
