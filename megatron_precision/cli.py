@@ -19,6 +19,7 @@ from megatron_precision.errors import Problem, UserError
 from megatron_precision.offline import command as mismatch
 from megatron_precision.planning import command as planning
 from megatron_precision.planning import search
+from megatron_precision.replay import command as replay
 from megatron_precision.sync_bench import command as sync_bench
 
 PROG = "megatron-precision"
@@ -240,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan, judged=True)
     sync_bench.add(commands)
     mismatch.add(commands)
+    replay.add(commands)
     perfectible = commands.add_parser(
         "perfectible", help="make a set of the questions that a checkpoint answers sometimes"
     )

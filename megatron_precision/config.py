@@ -263,6 +263,12 @@ class TrainConfig:
     `micro_batch_size` is in sequences of one rank: fewer fit a CPU's caches better, more take fewer
     collectives. `micro_batch_tokens` is a budget instead, in padded tokens of one micro-batch of
     one rank: at 0 there is none, else it decides alone (for responses of unlike lengths).
+
+    An iteration is dumped (`replay/dump.py`) every `dump_every` iterations (0: never), and by
+    itself where its mismatch or a gradient norm is above `dump_jump_factor` × the running median
+    (0: never), `dump_jumps_at_most` times a run. Its weights are written beside it where the
+    model takes no more than `dump_weights_gib`; each rank then keeps a copy of its own shard in
+    host memory, and gathers the whole model to write it.
     """
 
     iterations: int = 40
@@ -272,6 +278,10 @@ class TrainConfig:
     micro_batch_size: int = 64
     micro_batch_tokens: int = 0
     mismatch_every: int = 0
+    dump_every: int = 0
+    dump_jump_factor: float = 5.0
+    dump_jumps_at_most: int = 4
+    dump_weights_gib: float = 1.0
 
     @property
     def steps_per_iteration(self) -> int:

@@ -110,7 +110,8 @@ _AT_LEAST_ZERO = (
     "task.eval_questions", "warm_start.max_steps", "warm_start.warmup_steps",
     "optimizer.warmup_steps", "optimizer.weight_decay", "optimizer.clip_grad",
     "loss_scale.headroom_bits", "train.iterations", "train.micro_batch_tokens",
-    "train.mismatch_every", "eval.every", "eval.temperature", "algo.overlong_penalty",
+    "train.mismatch_every", "train.dump_every", "train.dump_jumps_at_most",
+    "train.dump_weights_gib", "eval.every", "eval.temperature", "algo.overlong_penalty",
     "algo.dynamic_sampling_rounds",
 )  # fmt: skip
 _ABOVE_ZERO = (
@@ -150,6 +151,11 @@ def _ranges(config: RunConfig) -> Iterator[Problem]:
     for path in ("optimizer.beta1", "optimizer.beta2"):
         if not 0 <= _value(config, path) < 1:
             yield Problem("value out of range", path, str(_value(config, path)), "in [0, 1)")
+    factor = config.train.dump_jump_factor
+    if factor != 0 and not factor > 1:
+        yield Problem(
+            "no jump at all", "train.dump_jump_factor", str(factor), "more than 1, or 0 for never"
+        )
     for section, low, high in (
         ("warm_start", "target_accuracy_low", "target_accuracy_high"),
         ("perfectible", "accuracy_low", "accuracy_high"),

@@ -14,9 +14,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TABLES = (
+    "megatron_precision.observe.jumps",
     "megatron_precision.planning.command",
     "megatron_precision.planning.memory",
     "megatron_precision.planning.search",
+    "megatron_precision.replay.command",
+    "megatron_precision.replay.dump",
+    "megatron_precision.replay.findings",
+    "megatron_precision.replay.report",
     "megatron_precision.sync_bench.layouts",
     "megatron_precision.sync_bench.planned",
     "megatron_precision.weights.architectures",

@@ -294,13 +294,29 @@ class Actor:
         for rows in mini_batches:
             plan = self.plan(batch, rows)
             self._forward_backward(batch, plan, keep, forward_only=True, temperature=temperature)
-        self._share(result)
+        self.share(result)
         if not torch.isfinite(result).all():
             raise FloatingPointError(
                 "trainer log-probs are not finite in a forward-only pass; the activations left "
                 f"the range of {self.policy.params} (largest seen: {self.range_watch.act_max:.3g})"
             )
         return result
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, micro: MicroBatch, into: torch.Tensor) -> None:
+        """One micro-batch's log-probs, as `logprobs` computes them, finite or not.
+
+        Args:
+            into: [S, L] FP32, written on the ranks that hold the loss; `share` completes it.
+        """
+
+        def keep(
+            _part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor
+        ) -> torch.Tensor:
+            into[micro.rows, : micro.width] = lps[:, : into.shape[1]]
+            return lps.sum()
+
+        self._forward_backward(batch, [micro], keep, forward_only=True)
 
     def gradients(
         self,
@@ -335,7 +351,7 @@ class Actor:
         self.range_watch.active = True
         self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
         if kept is not None:
-            self._share(kept)
+            self.share(kept)
         total, sums, maxima = self._reduce(losses, sums, maxima)
         return StepResult(
             OptimizerOutcome(False, float("nan"), self.optimizer.learning_rate),
@@ -387,7 +403,7 @@ class Actor:
             return rows.chunk(tp_size)[parallel_state.get_tensor_model_parallel_rank()]
         return rows
 
-    def _share(self, rows: torch.Tensor) -> None:
+    def share(self, rows: torch.Tensor) -> None:
         """Sum each row from the one rank that computed it; in place, on every rank."""
         if not _owns_losses():
             rows.zero_()

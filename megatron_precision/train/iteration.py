@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron_precision.rl.mismatch import mismatch_stats
 from megatron_precision.train import evaluation
 from megatron_precision.train import start as starts
 from megatron_precision.train.clock import PhaseClock
+from megatron_precision.train.dumps import Dumper, Measured
 from megatron_precision.train.failed_grades import FailedGrades
 from megatron_precision.train.groups import Sampled, sample_rounds
 from megatron_precision.train.objective import policy_objective
@@ -55,6 +57,8 @@ class Trainer:
         if dist.get_rank() == 0:
             sinks = make_sinks(config.sinks, out, config.train.iterations)
             self._writer = MetricsWriter(out / "metrics.jsonl", sinks)
+        self.dumper = Dumper(config, out, self.actor, task)
+        self._measured = Measured()
         self._step = 0
         self._skipped = 0
         self._calibrated = self.actor.optimizer.loss_scale is None
@@ -121,6 +125,7 @@ class Trainer:
         Metrics are of everything that was sampled, what the batch leaves out included.
         """
         self._clock = PhaseClock()
+        self._measured = Measured()
 
         def sample(number: int, count: int) -> Sampled:
             return self.session.rollouts.sample(
@@ -211,6 +216,7 @@ class Trainer:
         if not known.any():
             return
         old = step.logprobs if batch.old_logprobs is None else batch.old_logprobs + step.logprobs
+        self._measured.old_logprobs, self._measured.old_known = old, known
         stats = mismatch_stats(
             old_logprobs=old[known],
             rollout_logprobs=batch.rollout_logprobs[known],
@@ -238,6 +244,7 @@ class Trainer:
         if number == 0:
             self._record_mismatch(result, batch, rows)
         cause = ""
+        self._measured.grad_norms.append((result.outcome.grad_norm, result.outcome.skipped))
         if result.outcome.skipped:
             self._skipped += 1
             cause = classify(
@@ -296,7 +303,12 @@ class Trainer:
         self._last_subnormal_share = watch.grad_subnormal_share
         self._subnormal_shares.append(watch.grad_subnormal_share)
 
-    # ---- sync, evaluation ----------------------------------------------------------------
+    # ---- dumps, sync, evaluation ---------------------------------------------------------
+
+    def dump(self, iteration: int, groups: Sampled, batch: Batch) -> None:
+        """Write the iteration down where that is due (`train/dumps.py`)."""
+        measured = replace(self._measured, metrics=dict(self._iteration), step=self._step)
+        self.dumper.see(iteration, groups, batch, measured)
 
     def sync_weights(self) -> None:
         """Hand the weights to the engine, under a new version where any step was applied."""

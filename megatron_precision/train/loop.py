@@ -22,9 +22,11 @@ def run(config: RunConfig, out: Path, start: Path | None = None) -> None:
             prompts = trainer.order.take(config.train.prompts_per_iteration)
             groups = trainer.rollout(iteration, prompts)
             batch = trainer.assemble(groups)
+            trainer.dumper.keep_weights()
             batch = trainer.old_logprobs(iteration, batch)
             for number, rows in enumerate(trainer.mini_batches(batch)):
                 trainer.step(iteration, number, batch, rows)
+            trainer.dump(iteration, groups, batch)
             trainer.sync_weights()
             trainer.finish_iteration(iteration, batch)
             if trainer.evaluation_is_due(iteration + 1):

@@ -23,7 +23,20 @@ def full_tensors(actor: Actor, model: ModelConfig) -> dict[str, torch.Tensor]:
     Raises:
         PlanError: where the ranks' pieces do not cover the model.
     """
-    shapes, held = hf_shapes(model), actor.weight_pieces()
+    return gathered(actor.weight_pieces(), model)
+
+
+@torch.no_grad()
+def gathered(held: list[tuple[Piece, torch.Tensor]], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """The model that the ranks' pieces make; every rank calls it.
+
+    Args:
+        held: this rank's pieces with their values, all of one dtype.
+
+    Raises:
+        PlanError: where the ranks' pieces do not cover the model.
+    """
+    shapes = hf_shapes(model)
     everyone: list[list[Piece]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, [piece for piece, _ in held])
     if problems := uncovered((piece for pieces in everyone for piece in pieces), shapes):

@@ -1,0 +1,168 @@
+"""`python -m megatron_precision replay DUMP`: score an iteration again, and say where it parts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_precision import rank, validation
+from megatron_precision.config import ParallelConfig, RunConfig, StartConfig, TaskConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.overrides import config_from_dict
+from megatron_precision.precision.policy import DTYPES
+
+if TYPE_CHECKING:
+    from megatron_precision.replay.dump import Dump
+
+SIZES = ("tp", "pp", "ep", "etp", "dp", "sp")
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parsers of commands."""
+    parser = commands.add_parser(
+        "replay", help="score a dumped iteration again, and say where trainer and engine part"
+    )
+    parser.add_argument("dump", type=Path, metavar="DUMP", help="such as RUN/dumps/000012")
+    parser.add_argument(
+        "--precision", choices=DTYPES, help="of the trainer; default: the run's own"
+    )
+    parser.add_argument(
+        "--layout", metavar="SIZES", help="tp, pp, ep, etp, dp, sp: tp=2,pp=1; default: the run's"
+    )
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="weights, where the dump holds none; or others"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: a folder in DUMP; figures are replaced"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from megatron_precision.launching import torchrun_line
+    from megatron_precision.replay.dump import read_dump
+
+    dump = read_dump(args.dump)
+    config, weights = resolve(dump, args.precision, args.layout, args.model)
+    ranks = config.parallel.world_size
+    if ranks > 1 and "WORLD_SIZE" not in os.environ:
+        rank.become_launcher(ranks, args.words)
+    rank.require_world(config, torchrun_line(ranks, args.words))
+    name = f"replay-{config.precision}-{layout_words(config.parallel)}"
+    out = args.out or args.dump / name.replace("=", "").replace(",", "-")
+
+    def work() -> None:
+        from megatron_precision.platform import startup
+
+        startup.start(config.seed)
+        import torch.distributed as dist
+
+        from megatron_precision.replay import report, scoring
+        from megatron_precision.weights.hf_model import OpenCheckpoint
+
+        scored = scoring.score(config, dump.arrays, OpenCheckpoint(weights))
+        if rank.number() == 0:
+            found = report.Replay.of(dump, config, str(args.model or ""), scored)
+            found.write(out)
+            print("\n".join(found.lines()))
+            print(f"\nfigures: {out / report.FIGURES}, picture: {out / report.PICTURE}")
+        dist.barrier()
+        dist.destroy_process_group()  # gloo's threads may not outlive it
+
+    return rank.run(work, out)
+
+
+def resolve(
+    dump: Dump, precision: str | None, layout: str | None, model: Path | None
+) -> tuple[RunConfig, Path]:
+    """The configuration of the replay, and the folder of its weights.
+
+    Args:
+        precision: of the trainer; None for the run's own.
+        layout: as a user writes it; None for the run's own.
+        model: weights in place of the dump's own.
+
+    Raises:
+        UserError: lists everything that is wrong.
+    """
+    from megatron_precision import inputs
+
+    config = config_from_dict(dump.header.config)
+    problems: list[Problem] = []
+    try:
+        parallel = config.parallel if layout is None else layout_of(layout, config)
+    except UserError as wrong:
+        parallel, problems = config.parallel, list(wrong.problems)
+    config = dataclasses.replace(
+        config,
+        precision=precision or config.policy.params,
+        # No engine is started: its layout is that of one which always fits.
+        parallel=dataclasses.replace(parallel, rollout_tp_size=1),
+    )
+    if not problems:
+        found = validation.problems(config)
+        problems = [problem for problem in found if not problem.where.startswith("rollout.")]
+    weights = model or dump.weights
+    if weights is None:
+        problems.append(
+            Problem(
+                "the dump holds no weights", str(dump.folder), "a model above dump_weights_gib",
+                "a Hugging Face folder of the weights that sampled it", "--model DIR",
+            )
+        )  # fmt: skip
+    else:
+        start = StartConfig("checkpoint", str(weights))
+        on_weights = dataclasses.replace(config, start=start, task=TaskConfig())
+        problems += inputs.problems(on_weights, training=False)
+    if problems or weights is None:
+        raise UserError(problems)
+    return config, weights
+
+
+def layout_of(text: str, config: RunConfig) -> ParallelConfig:
+    """A trainer's layout as a user writes it; sizes that are not named are 1.
+
+    `sp` is sequence parallelism, 0 or 1. Where it is not named, it is that of the run, and on
+    where Megatron asks for it: experts with tensor parallelism.
+
+    Raises:
+        UserError: lists what is no size.
+    """
+    sizes: dict[str, int] = {}
+    problems = []
+    for word in text.split(","):
+        name, _, value = word.strip().partition("=")
+        # bool("²".isdigit()) is true; int() refuses it.
+        if name not in SIZES or name in sizes or not (value.isascii() and value.isdecimal()):
+            expected = f"{', '.join(SIZES)}, each once, with commas between: tp=2,pp=1"
+            problems.append(Problem("no part of a layout", "--layout", word, expected))
+            continue
+        sizes[name] = int(value)
+        if not (sizes[name] > 0 or name == "sp") or (name == "sp" and sizes[name] > 1):
+            expected = "0 or 1" if name == "sp" else "1 or more"
+            problems.append(Problem("a size out of range", "--layout", word, expected))
+    if problems:
+        raise UserError(problems)
+    tp, pp, dp = (sizes.get(name, 1) for name in ("tp", "pp", "dp"))
+    asked = tp > 1 and (config.parallel.sequence_parallel or config.model.num_experts > 0)
+    return ParallelConfig(
+        world_size=tp * pp * dp,
+        tp_size=tp,
+        pp_size=pp,
+        ep_size=sizes.get("ep", 1),
+        etp_size=sizes.get("etp", 1),
+        sequence_parallel=bool(sizes.get("sp", asked)),
+    )
+
+
+def layout_words(parallel: ParallelConfig) -> str:
+    """A layout as `--layout` takes it, without what is 1."""
+    sizes = {
+        "tp": parallel.tp_size, "pp": parallel.pp_size, "ep": parallel.ep_size,
+        "etp": parallel.etp_size, "dp": parallel.dp_size, "sp": int(parallel.sequence_parallel),
+    }  # fmt: skip
+    words = [f"{name}={size}" for name, size in sizes.items() if size > (name != "sp")]
+    return ",".join(words or ["tp=1"])

@@ -1,0 +1,241 @@
+"""What a replay found, for a person: a table in the terminal, a picture, and the raw figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from megatron_precision.config import RunConfig
+from megatron_precision.observe.metrics import finite
+from megatron_precision.replay import findings
+from megatron_precision.replay.command import layout_words
+from megatron_precision.replay.dump import Dump
+from megatron_precision.replay.findings import Bucket, Pair, PointError, WorstToken
+
+if TYPE_CHECKING:
+    from megatron_precision.replay.scoring import Scored
+
+FIGURES = "replay.json"
+PICTURE = "replay.png"
+LOGPROBS = "logprobs.safetensors"
+_DISTANCES = (("rollout", "fp32"), ("trainer", "fp32"), ("replay", "fp32"))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Everything that was found.
+
+    Attributes:
+        facts: what was replayed, and how.
+        pairs: sides against each other, over all response tokens that both scored.
+        by_position, by_probability: of the token within its response; of the token in FP32.
+        worst: tokens at which the trainer is farthest from the engine; where the run has no
+            log-probs of the trainer, the replay.
+        free, forced: errors of the activations by point.
+        logprobs: [S, L] FP32, `replay` and `fp32`.
+    """
+
+    facts: dict[str, Any]
+    pairs: list[Pair]
+    by_position: list[Bucket]
+    by_probability: list[Bucket]
+    worst: list[WorstToken]
+    free: list[PointError]
+    forced: list[PointError]
+    logprobs: dict[str, findings.Floats]
+
+    @classmethod
+    def of(cls, dump: Dump, config: RunConfig, model: str, scored: Scored) -> Replay:
+        """Compare all sides.
+
+        Args:
+            config: of the replay.
+            model: weights in place of the dump's own, or "".
+        """
+        arrays, header = dump.arrays, dump.header
+        sides = {"rollout": arrays.rollout_logprobs, "replay": scored.replay, "fp32": scored.fp32}
+        scored_by_all = arrays.response_mask
+        if arrays.old_known.any():
+            sides["trainer"] = arrays.old_logprobs
+            scored_by_all = arrays.response_mask & arrays.old_known[:, None]
+        wanted = [("trainer", "rollout"), ("replay", "trainer"), ("replay", "rollout"), *_DISTANCES]
+        pairs = [
+            findings.compare(
+                a, b, sides, scored_by_all if "trainer" in (a, b) else arrays.response_mask
+            )
+            for a, b in wanted
+            if a in sides and b in sides
+        ]
+        ours = "trainer" if "trainer" in sides else "replay"
+        shown = [(ours, "rollout"), *((a, b) for a, b in _DISTANCES if a in ("rollout", ours))]
+        number = findings.positions(arrays.response_mask)
+        longest = int(number.max(initial=0)) + 1
+        probability = np.exp(scored.fp32.astype(np.float64))
+        ids = np.unique(arrays.tokens).tolist()
+        run = header.config
+        return cls(
+            facts={
+                "iteration": header.iteration,
+                "recipe": run["recipe"],
+                "reasons": list(header.reasons),
+                "weight_versions": np.unique(arrays.weight_version).tolist(),
+                "weights": model or "of the dump",
+                "run_precision": run["precision"],
+                "precision": config.precision,
+                "layout": layout_words(config.parallel),
+                "run_platform": header.platform,
+                "sequences": len(arrays),
+                "scored_by_trainer": int(arrays.old_known.sum()),
+                "truncated": int(arrays.truncated.sum()),
+                "grad_norms": list(header.grad_norms),
+            },
+            pairs=pairs,
+            by_position=findings.buckets(
+                number, findings.position_edges(longest), sides, shown, scored_by_all
+            ),
+            by_probability=findings.buckets(
+                probability, findings.PROBABILITY_EDGES, sides, shown, scored_by_all
+            ),
+            worst=findings.worst_tokens(
+                ours, "rollout", sides, scored_by_all, arrays.tokens, arrays.lengths,
+                {token: dump.text(token) for token in ids},
+            ),
+            free=scored.free,
+            forced=scored.forced,
+            logprobs={"replay": scored.replay, "fp32": scored.fp32},
+        )  # fmt: skip
+
+    def pair(self, a: str, b: str) -> Pair | None:
+        """Two sides' comparison; None where one of them is not known."""
+        return next((pair for pair in self.pairs if (pair.a, pair.b) == (a, b)), None)
+
+    def write(self, out: Path) -> None:
+        """Write figures, picture and log-probs; the folder is made."""
+        from megatron_precision.replay.picture import draw
+
+        out.mkdir(parents=True, exist_ok=True)
+        values = {
+            part.name: getattr(self, part.name)
+            for part in dataclasses.fields(self)
+            if part.name != "logprobs"
+        }
+        text = json.dumps(finite(_plain(values)), indent=1, allow_nan=False)
+        (out / FIGURES).write_text(text + "\n", encoding="utf-8")
+        logprobs = {name: np.ascontiguousarray(array) for name, array in self.logprobs.items()}
+        save_file(logprobs, out / LOGPROBS)
+        draw(self).savefig(out / PICTURE, dpi=150)
+
+    def lines(self) -> Iterator[str]:
+        """The table for a person."""
+        facts = self.facts
+        versions = ", ".join(map(str, facts["weight_versions"]))
+        yield (
+            f"iteration {facts['iteration']} of {facts['recipe']} in {facts['run_precision']}, "
+            f"weights of version {versions}; dumped: {'; '.join(facts['reasons'])}"
+        )
+        yield f"scored again in {facts['precision']}, {facts['layout']}, and in fp32"
+        yield ""
+        yield from self._pair_lines()
+        yield ""
+        yield from self.sentences()
+        for title, rows in (("position", self.by_position), ("probability", self.by_probability)):
+            yield ""
+            yield from _bucket_lines(title, rows)
+        if self.forced:
+            yield ""
+            yield from self._point_lines()
+        yield ""
+        yield from self._worst_lines()
+
+    def sentences(self) -> Iterator[str]:
+        """What the figures say."""
+        again = self.pair("replay", "trainer")
+        if again is not None and again.tokens == again.equal and not again.not_finite:
+            yield "The replay's log-probs are the trainer's, bit for bit."
+        elif again is not None:
+            yield (
+                f"The replay's log-probs differ from the trainer's at "
+                f"{again.tokens - again.equal:,} of {again.tokens:,} tokens, by up to "
+                f"{again.abs_max:.3g} nats."
+            )
+        ours = self.pair("trainer", "fp32") or self.pair("replay", "fp32")
+        engine = self.pair("rollout", "fp32")
+        if ours is not None and engine is not None and ours.abs_mean and engine.abs_mean:
+            ratio = engine.abs_mean / ours.abs_mean
+            name = {True: "engine", False: ours.a}[ratio > 1]
+            far = max(ratio, 1 / ratio)
+            yield f"The {name} is farther from FP32 on the same weights, {far:.2f} × in the mean."
+        first = findings.parts_first(self.forced)
+        if first is not None:
+            yield (
+                f"Given exact inputs, {first.name} adds the largest error: {first.mean:.3g} of its "
+                f"output ({first.largest:.3g} at the worst token)."
+            )
+
+    def _pair_lines(self) -> Iterator[str]:
+        yield f"{'':<20}{'tokens':>9}{'mean |d|':>12}{'max |d|':>12}{'k3':>12}{'same bits':>11}"
+        for pair in self.pairs:
+            same = f"{pair.equal / pair.tokens:.1%}" if pair.tokens else "-"
+            yield (
+                f"{pair.a + ' - ' + pair.b:<20}{pair.tokens:>9,}{pair.abs_mean:>12.3g}"
+                f"{pair.abs_max:>12.3g}{pair.k3:>12.3g}{same:>11}"
+            ) + (f"   {pair.not_finite:,} not finite" if pair.not_finite else "")
+
+    def _point_lines(self) -> Iterator[str]:
+        free = {point.name: point for point in self.free}
+        routed = any(point.flipped_share is not None for point in self.forced)
+        yield (
+            f"{'relative error of':<20}{'its own':>12}{'worst':>12}{'carried':>12}{'worst':>12}"
+            + (f"{'router':>12}{'carried':>12}{'flipped':>10}" if routed else "")
+        )
+        for own in self.forced:
+            carried = free[own.name]
+            line = f"{own.name:<20}{own.mean:>12.3g}{own.largest:>12.3g}"
+            line += f"{carried.mean:>12.3g}{carried.largest:>12.3g}"
+            if own.router_mean is not None and carried.flipped_share is not None:
+                line += f"{own.router_mean:>12.3g}{carried.router_mean:>12.3g}"
+                line += f"{carried.flipped_share:>10.2%}"
+            yield line
+        yield "its own: with the FP32 reference's input; carried: with the errors of all before it"
+
+    def _worst_lines(self) -> Iterator[str]:
+        if not self.worst:
+            return
+        names = [n for n in ("rollout", "trainer", "replay", "fp32") if n in self.worst[0].logprobs]
+        yield f"{'worst tokens':<16}{'d':>9}" + "".join(f"{name:>10}" for name in names)
+        for worst in self.worst:
+            values = "".join(f"{worst.logprobs[name]:>10.4f}" for name in names)
+            place = f"seq {worst.sequence}, {worst.position}"
+            context = f"{worst.before}⟦{worst.text}⟧{worst.after}".replace("\n", "⏎")
+            yield f"{place:<16}{worst.difference:>9.4f}{values}  {context}"
+
+
+def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:
+    if not rows:
+        return
+    yield f"{'mean |d| by ' + title:<24}{'tokens':>9}" + "".join(
+        f"{n:>20}" for n in rows[0].abs_mean
+    )
+    for row in rows:
+        means = "".join(f"{mean:>20.3g}" for mean in row.abs_mean.values())
+        yield f"  {row.low:>8g} to {row.high:<10g}{row.tokens:>11,}{means}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, at any depth."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    assert value is None or isinstance(value, str | int | float), type(value)
+    return value if not isinstance(value, float) or math.isfinite(value) else finite(value)

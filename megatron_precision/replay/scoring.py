@@ -1,0 +1,118 @@
+"""A dump's sequences through Megatron again: in another dtype or layout, and in FP32.
+
+Micro-batches are those of the run, made by the same function of lengths and configuration. At the
+run's own dtype and layout every kernel sees the same inputs, and the log-probs come back bit for
+bit. Both models are whole trainers, with gradient buffers and optimizer: there is one way here to
+build a model, and the cost is memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_precision.actor import parallel
+from megatron_precision.actor.actor import Actor
+from megatron_precision.actor.batch import Batch
+from megatron_precision.config import RunConfig
+from megatron_precision.platform import startup
+from megatron_precision.replay.dump import Arrays
+from megatron_precision.replay.findings import PointError
+from megatron_precision.replay.probe import Comparer, Recorder
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the forward passes gave, the same on every rank.
+
+    Attributes:
+        replay: [S, L] FP32 log-probs in the dtype and layout of the replay.
+        fp32: [S, L] FP32, of the reference; the replay's own where that is FP32.
+        free, forced: errors of the activations by point (`probe.py`); empty for an FP32 replay.
+    """
+
+    replay: NDArray[np.float32]
+    fp32: NDArray[np.float32]
+    free: list[PointError]
+    forced: list[PointError]
+
+
+def score(config: RunConfig, arrays: Arrays, tensors: Mapping[str, Any]) -> Scored:
+    """Score a dump's sequences; every rank of the world calls it.
+
+    Args:
+        config: of the run, with the precision and the layout of the replay.
+        tensors: the weights by their Hugging Face names.
+
+    Raises:
+        UserError: for weights that the precision cannot hold.
+    """
+    parallel.open_world(startup.backend())
+    parallel.divide_world(config.parallel, config.seed)
+    subject = _actor(config, tensors)
+    batch = _batch(arrays)
+    mini_batches = list(torch.arange(len(batch)).chunk(config.train.steps_per_iteration))
+    if config.policy.params == "fp32":
+        found = _alone(subject, batch, mini_batches)
+        return Scored(found, found, [], [])
+    reference = _actor(dataclasses.replace(config, precision="fp32"), tensors)
+    return compare_passes(subject, reference, batch, mini_batches, config.model.num_hidden_layers)
+
+
+def _actor(config: RunConfig, tensors: Mapping[str, Any]) -> Actor:
+    actor = Actor(config, config.optimizer, config.loss_scale)
+    actor.load(tensors)
+    return actor
+
+
+def _alone(actor: Actor, batch: Batch, mini_batches: list[torch.Tensor]) -> NDArray[np.float32]:
+    logprobs = torch.zeros_like(batch.rollout_logprobs)
+    for rows in mini_batches:
+        for micro in actor.plan(batch, rows):
+            actor.forward(batch, micro, logprobs)
+    actor.share(logprobs)
+    return _array(logprobs)
+
+
+def compare_passes(
+    subject: Actor, reference: Actor, batch: Batch, mini_batches: list[torch.Tensor], layers: int
+) -> Scored:
+    """Both models on every micro-batch of the subject's plan, and the subject with exact inputs.
+
+    The reference's activations are kept for one micro-batch at a time.
+    """
+    recorder = Recorder(reference.model.module)
+    comparer = Comparer(subject.model.module, recorder)
+    replayed, exact, unused = (torch.zeros_like(batch.rollout_logprobs) for _ in range(3))
+    for rows in mini_batches:
+        for micro in subject.plan(batch, rows):
+            reference.forward(batch, micro, exact)
+            with comparer.comparing("free", batch, micro):
+                subject.forward(batch, micro, replayed)
+            with comparer.comparing("forced", batch, micro):
+                subject.forward(batch, micro, unused)
+    subject.share(replayed)
+    reference.share(exact)
+    free, forced = (comparer.errors(mode, layers) for mode in ("free", "forced"))
+    return Scored(_array(replayed), _array(exact), free, forced)
+
+
+def _array(logprobs: torch.Tensor) -> NDArray[np.float32]:
+    found: NDArray[np.float32] = logprobs.cpu().numpy()
+    return found
+
+
+def _batch(arrays: Arrays) -> Batch:
+    return Batch(
+        tokens=torch.from_numpy(arrays.tokens.astype(np.int64)),
+        response_mask=torch.from_numpy(arrays.response_mask),
+        lengths=torch.from_numpy(arrays.lengths.astype(np.int64)),
+        rollout_logprobs=torch.from_numpy(arrays.rollout_logprobs),
+        advantages=torch.from_numpy(arrays.advantages),
+    )

@@ -1,0 +1,168 @@
+"""Writes an iteration down (`replay/dump.py`): every so often, and by itself where it jumps.
+
+keep_weights()   before the update, while trainer and engine hold the same weights
+see(...)         after the steps, when mismatch and gradient norms are known
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_precision.actor.actor import Actor
+from megatron_precision.actor.batch import Batch
+from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.data.tasks import Task
+from megatron_precision.observe.jumps import JumpWatch
+from megatron_precision.observe.metrics import finite
+from megatron_precision.platform import startup
+from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.replay import dump
+from megatron_precision.train.groups import Sampled
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.gathering import gathered
+from megatron_precision.weights.hf_model import write_checkpoint
+from megatron_precision.weights.regions import Piece
+
+FOLDER = "dumps"
+
+
+@dataclass
+class Measured:
+    """What an iteration has measured.
+
+    Attributes:
+        old_logprobs: [S, L] FP32, the trainer's before the update; None where no sequence has
+            them: no pass was asked for, and the first step's was not finite.
+        old_known: [S] bool, the sequences that have them.
+        grad_norms: of every step, with whether it was skipped.
+        metrics: of the iteration, as far as known.
+        step: optimizer steps attempted so far.
+    """
+
+    old_logprobs: torch.Tensor | None = None
+    old_known: torch.Tensor | None = None
+    grad_norms: list[tuple[float, bool]] = field(default_factory=list)
+    metrics: dict[str, object] = field(default_factory=dict)
+    step: int = 0
+
+
+class Dumper:
+    """Decides and writes; every rank calls every method."""
+
+    def __init__(self, config: RunConfig, out: Path, actor: Actor, task: Task) -> None:
+        self._config = config
+        self._folder = out / FOLDER
+        self._actor = actor
+        self._task = task
+        factor = config.train.dump_jump_factor if config.train.dump_jumps_at_most else 0.0
+        self._mismatch = JumpWatch("mismatch/k3_kl", factor)
+        self._grad_norm = JumpWatch("loss/grad_norm", factor)
+        self._jumps_left = config.train.dump_jumps_at_most
+        self._keeps = (factor > 0 or config.train.dump_every > 0) and _fits(config)
+        self._kept: list[tuple[Piece, torch.Tensor]] = []
+
+    def keep_weights(self) -> None:
+        """Copy this rank's shard to host memory: by the time a jump is seen it is overwritten."""
+        if self._keeps:
+            self._kept = [
+                (piece, view.detach().to("cpu", copy=True))
+                for piece, view in self._actor.weight_pieces()
+            ]
+
+    def see(self, iteration: int, groups: Sampled, batch: Batch, measured: Measured) -> None:
+        """Dump the iteration where that is due.
+
+        Args:
+            groups: the groups of the batch, in its order.
+            batch: what was trained on.
+        """
+        reasons = self._reasons(iteration, measured)
+        if not reasons:
+            return
+        folder = self._folder / f"{iteration:06d}"
+        arrays = _arrays(groups, batch, measured)
+        first = dist.get_rank() == 0
+        if first:
+            dump.write_arrays(folder, arrays)
+        if self._keeps:
+            weights = gathered(self._kept, self._config.model)
+            if first:
+                write_checkpoint(folder / dump.WEIGHTS, self._config.model, weights)
+        if first:
+            dump.write_header(folder, self._header(iteration, reasons, arrays, measured))
+            print(f"iteration {iteration} dumped to {folder}: {'; '.join(reasons)}", flush=True)
+
+    def _reasons(self, iteration: int, measured: Measured) -> tuple[str, ...]:
+        """Why this iteration is dumped; rank 0 decides."""
+        every = self._config.train.dump_every
+        found = [f"every {every} iterations"] if every and iteration % every == 0 else []
+        jumps = []
+        k3 = measured.metrics.get("mismatch/k3_kl")
+        if isinstance(k3, float):
+            jumps.append(self._mismatch.see(k3))
+        # A skipped step is an event of the loss scale, counted elsewhere.
+        norms = [norm for norm, skipped in measured.grad_norms if not skipped]
+        if norms:
+            bad = [norm for norm in norms if not math.isfinite(norm)]
+            jumps.append(self._grad_norm.see(bad[0] if bad else max(norms)))
+        if any(jumps) and self._jumps_left:
+            self._jumps_left -= 1
+            found += [jump for jump in jumps if jump]
+        agreed: list[list[str]] = [found]
+        dist.broadcast_object_list(agreed, 0)
+        return tuple(agreed[0])
+
+    def _header(
+        self, iteration: int, reasons: tuple[str, ...], arrays: dump.Arrays, measured: Measured
+    ) -> dump.Header:
+        return dump.Header(
+            iteration=iteration,
+            step=measured.step,
+            reasons=reasons,
+            config=to_dict(self._config),
+            platform=startup.describe(),
+            versions=startup.versions(),
+            metrics=finite(measured.metrics),
+            grad_norms=tuple(finite(norm) for norm, _ in measured.grad_norms),
+            weights=dump.WEIGHTS if self._keeps else "",
+            texts={str(i): self._task.decode([i]) for i in np.unique(arrays.tokens).tolist()},
+        )
+
+
+def _fits(config: RunConfig) -> bool:
+    """Whether the whole model is small enough to be written beside a dump."""
+    elements = sum(torch.Size(shape).numel() for shape in hf_shapes(config.model).values())
+    itemsize = torch_dtype(config.policy.params).itemsize
+    return elements * itemsize <= config.train.dump_weights_gib * 2**30
+
+
+def _arrays(groups: Sampled, batch: Batch, measured: Measured) -> dump.Arrays:
+    def array(values: torch.Tensor, dtype: str) -> NDArray[np.generic]:
+        found: NDArray[np.generic] = values.cpu().numpy().astype(dtype)
+        return found
+
+    old_logprobs, old_known = measured.old_logprobs, measured.old_known
+    if old_logprobs is None or old_known is None:
+        old_logprobs = torch.zeros_like(batch.rollout_logprobs)
+        old_known = torch.zeros(len(batch), dtype=torch.bool)
+    prompts, rollouts = groups.rewards.shape
+    return dump.Arrays(
+        tokens=array(batch.tokens, "int32"),
+        response_mask=array(batch.response_mask, "bool"),
+        lengths=array(batch.lengths, "int32"),
+        rollout_logprobs=array(batch.rollout_logprobs, "float32"),
+        old_logprobs=array(old_logprobs, "float32"),
+        old_known=array(old_known, "bool"),
+        rewards=array(groups.rewards.flatten(), "float32"),
+        advantages=array(batch.advantages, "float32"),
+        truncated=np.array([r.truncated for r in groups.rollouts], dtype=bool),
+        weight_version=np.array([r.weight_version for r in groups.rollouts], dtype=np.int32),
+        group=np.repeat(np.arange(prompts, dtype=np.int32), rollouts),
+    )
