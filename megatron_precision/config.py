@@ -151,12 +151,19 @@ class PerfectibleConfig:
     accuracy_high: float = 0.80
 
 
+# In the place of an expert: no choice is known. The last token of a response passes through no
+# layer, and what a prefix cache remembers is not computed again.
+UNKNOWN_EXPERT = 255
+
+
 @dataclass(frozen=True)
 class RolloutConfig:
     """Sampling in training rollouts.
 
     top_p, top_k and the penalty are here to be refused: any value but the neutral one makes the
     engine's log-probs those of another distribution than the one the trainer differentiates.
+    `record_routing` keeps the experts that an MoE engine chose for every token, to compare them
+    with the trainer's (`mismatch/router_flip_share`).
     """
 
     max_response_tokens: int = 96
@@ -168,6 +175,7 @@ class RolloutConfig:
     max_num_batched_tokens: int = 16384
     kv_cache_mib: int = 256
     prefix_caching: bool = False
+    record_routing: bool = True
 
 
 @dataclass(frozen=True)
@@ -264,6 +272,8 @@ class TrainConfig:
     collectives. `micro_batch_tokens` is a budget instead, in padded tokens of one micro-batch of
     one rank: at 0 there is none, else it decides alone (for responses of unlike lengths).
 
+    `routing_replay` makes the trainer's routers take the experts that the engine chose (R3).
+
     An iteration is dumped (`replay/dump.py`) every `dump_every` iterations (0: never), and by
     itself where its mismatch or a gradient norm is above `dump_jump_factor` × the running median
     (0: never), `dump_jumps_at_most` times a run. Its weights are written beside it where the
@@ -278,6 +288,7 @@ class TrainConfig:
     micro_batch_size: int = 64
     micro_batch_tokens: int = 0
     mismatch_every: int = 0
+    routing_replay: bool = False
     dump_every: int = 0
     dump_jump_factor: float = 5.0
     dump_jumps_at_most: int = 4
@@ -351,6 +362,11 @@ class RunConfig:
     def policy(self) -> PrecisionPolicy:
         """The precision policy that `precision` names."""
         return policy(self.precision, self.sync.wire_source)
+
+    @property
+    def records_routing(self) -> bool:
+        """Whether rollouts carry the experts that the engine's routers chose."""
+        return self.model.num_experts > 0 and self.rollout.record_routing
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config import UNKNOWN_EXPERT, RunConfig
 from megatron_precision.data.sets import set_problems
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.precision.policy import DTYPES, policy
@@ -278,6 +278,8 @@ def _expert_layout(config: RunConfig) -> Iterator[Problem]:
     elif model.num_experts:
         yield from _experts(config)
     else:
+        if config.train.routing_replay:
+            yield Problem("a dense model has no routing", "train.routing_replay", "true", "false")
         for name in ("ep_size", "etp_size"):
             if getattr(layout, name) != 1:
                 yield Problem(
@@ -313,6 +315,21 @@ def _experts(config: RunConfig) -> Iterator[Problem]:
             "model.num_experts_per_tok",
             str(model.num_experts_per_tok),
             f"1 to {model.num_experts}",
+        )
+    if config.rollout.record_routing and model.num_experts >= UNKNOWN_EXPERT:
+        yield Problem(
+            what="more experts than a recorded choice can name",
+            where="model.num_experts",
+            got=str(model.num_experts),
+            expected=f"at most {UNKNOWN_EXPERT - 1}",
+            remedy="--set rollout.record_routing=false",
+        )
+    if config.train.routing_replay and not config.rollout.record_routing:
+        yield Problem(
+            what="no recorded routing to replay",
+            where="train.routing_replay",
+            got="true with rollout.record_routing=false",
+            expected="rollout.record_routing=true",
         )
     if layout.tp_size > 1 and not layout.sequence_parallel:
         yield Problem(

@@ -36,6 +36,7 @@ from megatron_precision.actor.packing import (
     plan_micro_batches,
 )
 from megatron_precision.actor.parallel import coordinates
+from megatron_precision.actor.routing import RouterFlips, Routing
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.range_watch import RangeWatch
@@ -98,6 +99,7 @@ class Actor:
         self.config = transformer_config(config.model, config.parallel, self.policy, config.memory)
         module = build_model(config.model, config.parallel, self.config, config.memory)
         self.range_watch = RangeWatch(module)
+        self.routing = _routing(module, config) if config.records_routing else None
         self.model = DistributedDataParallel(
             self.config,
             DistributedDataParallelConfig(
@@ -236,6 +238,9 @@ class Actor:
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
             part = batch.select(micro.rows, micro.width)
+            if self.routing is not None:
+                assert part.routed_experts is None or torch.is_tensor(part.routed_experts)
+                self.routing.micro_batch(part.routed_experts)
             positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
             output = model(part.tokens, positions, attention_mask=None)
             # One micro-batch is watched; a stage without the loss learns of its end here alone.
@@ -255,6 +260,8 @@ class Actor:
 
             return output, loss
 
+        if self.routing is not None:
+            self.routing.begin_pass()
         widest = max(micro.width for micro in micro_batches)
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -265,6 +272,14 @@ class Actor:
             micro_batch_size=len(micro_batches[0].rows),
             forward_only=forward_only,
         )
+
+    def _flips_counted(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes with the weights that sampled: routers are compared with the engine's."""
+        return contextlib.nullcontext() if self.routing is None else self.routing.counted()
+
+    def router_flips(self) -> RouterFlips | None:
+        """How the routers differed from the engine's since the last call; None if not known."""
+        return None if self.routing is None else self.routing.take_flips()
 
     @torch.no_grad()
     def logprobs(
@@ -291,9 +306,10 @@ class Actor:
             result[micro.rows, : micro.width] = lps[:, : result.shape[1]]
             return lps.sum()
 
-        for rows in mini_batches:
-            plan = self.plan(batch, rows)
-            self._forward_backward(batch, plan, keep, forward_only=True, temperature=temperature)
+        with self._flips_counted():
+            for rows in mini_batches:
+                plan = self.plan(batch, rows)
+                self._forward_backward(batch, plan, keep, True, temperature=temperature)
         self.share(result)
         if not torch.isfinite(result).all():
             raise FloatingPointError(
@@ -349,7 +365,8 @@ class Actor:
         self.range_watch.reset()
         self.range_watch.loss_rows = self._loss_rows(batch, micro_batches[0])
         self.range_watch.active = True
-        self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
+        with self._flips_counted() if keep_logprobs else contextlib.nullcontext():
+            self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
         if kept is not None:
             self.share(kept)
         total, sums, maxima = self._reduce(losses, sums, maxima)
@@ -430,4 +447,19 @@ def _owns_losses() -> bool:
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.is_pipeline_last_stage()
+    )
+
+
+def _routing(module: torch.nn.Module, config: RunConfig) -> Routing:
+    layout = config.parallel
+    divided = layout.sequence_parallel
+    return Routing(
+        module,
+        num_layers=config.model.num_hidden_layers,
+        replay=config.train.routing_replay,
+        recompute=config.memory.recompute == "full",
+        shard=(
+            parallel_state.get_tensor_model_parallel_rank() if divided else 0,
+            layout.tp_size if divided else 1,
+        ),
     )

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from megatron_precision.config import UNKNOWN_EXPERT
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Batch:
         rollout_logprobs: [S, L] FP32, the engine's, zero outside the response.
         advantages: [S] FP32.
         old_logprobs: [S, L] FP32, the trainer's before the update; None where not computed.
+        routed_experts: for each sequence [its tokens, layers, k] uint8, the engine's experts
+            (`rollout/routed_experts.py`); None where not recorded. [b, w, layers, k] in a
+            micro-batch.
     """
 
     tokens: torch.Tensor
@@ -32,6 +39,7 @@ class Batch:
     rollout_logprobs: torch.Tensor
     advantages: torch.Tensor
     old_logprobs: torch.Tensor | None = None
+    routed_experts: Sequence[NDArray[np.uint8]] | torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -49,7 +57,21 @@ class Batch:
             rollout_logprobs=cut(self.rollout_logprobs),
             advantages=self.advantages[rows],
             old_logprobs=None if self.old_logprobs is None else cut(self.old_logprobs),
+            routed_experts=self._experts(rows, width),
         )
+
+    def _experts(self, rows: torch.Tensor, width: int) -> torch.Tensor | None:
+        """[b, w, layers, k] uint8, padded with what stands for an unknown choice."""
+        every = self.routed_experts
+        if every is None:
+            return None
+        parts = [torch.as_tensor(every[row]) for row in rows.tolist()]
+        found = torch.full(
+            (len(parts), width, *parts[0].shape[1:]), UNKNOWN_EXPERT, dtype=torch.uint8
+        )
+        for row, part in enumerate(parts):
+            found[row, : len(part)] = part[:width]
+        return found
 
     def with_old_logprobs(self, old_logprobs: torch.Tensor) -> Batch:
         """The same batch with the trainer's log-probs before the update."""
@@ -69,6 +91,7 @@ def make_batch(
     responses: Sequence[Sequence[int]],
     rollout_logprobs: Sequence[Sequence[float]],
     advantages: torch.Tensor,
+    routed_experts: Sequence[NDArray[np.uint8] | None] | None = None,
 ) -> Batch:
     """Lay rollouts out as one right-padded batch.
 
@@ -76,6 +99,7 @@ def make_batch(
         prompts, responses: token ids, one sequence a rollout; a response may be empty.
         rollout_logprobs: one a response token.
         advantages: [S] FP32.
+        routed_experts: the engine's choices, of every sequence or of none.
     """
     lengths = [len(p) + len(r) for p, r in zip(prompts, responses, strict=True)]
     shape = (len(lengths), max(lengths))
@@ -91,4 +115,14 @@ def make_batch(
         tokens[row, :end] = torch.tensor([*prompt, *response])
         mask[row, begin:end] = True
         logprobs[row, begin:end] = torch.tensor(list(lps), dtype=torch.float32)
-    return Batch(tokens, mask, torch.tensor(lengths), logprobs, advantages.float())
+    experts = [found for found in routed_experts or () if found is not None]
+    if len(experts) not in (0, len(lengths)):
+        raise ValueError(f"{len(experts)} of {len(lengths)} rollouts carry their experts")
+    return Batch(
+        tokens,
+        mask,
+        torch.tensor(lengths),
+        logprobs,
+        advantages.float(),
+        routed_experts=experts or None,
+    )

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Rollout:
             asked for.
         truncated: the response reached `max_tokens`.
         weight_version: of the weights that sampled it.
+        routed_experts: [prompt and response tokens, layers, k] uint8, the experts that the
+            engine's routers chose (`rollout/routed_experts.py`); None where not recorded.
     """
 
     request: Request
@@ -61,6 +66,7 @@ class Rollout:
     rollout_logprobs: tuple[float, ...]
     truncated: bool
     weight_version: int
+    routed_experts: NDArray[np.uint8] | None = field(default=None, compare=False)
 
 
 class RolloutEngine(Protocol):

@@ -20,6 +20,7 @@ from megatron_precision.platform.vllm_sampling import SampledLogprobs
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
+from megatron_precision.rollout.routed_experts import RoutedExperts
 from megatron_precision.weights.megatron_layout import ShardCoordinates
 from megatron_precision.weights.plan import Planner
 from megatron_precision.weights.regions import Piece
@@ -93,6 +94,12 @@ class VllmEngine:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         self._sampled_logprobs = SampledLogprobs(self._runner)
+        self._routed_experts: RoutedExperts | None = None
+        if config.records_routing:
+            model = config.model
+            self._routed_experts = RoutedExperts(
+                self._runner, model.num_hidden_layers, model.num_experts_per_tok
+            )
         self._act_max = 0.0
         self._watch_range()
 
@@ -120,6 +127,8 @@ class VllmEngine:
             prompt = TokensPrompt(prompt_token_ids=list(request.prompt_tokens))
             self._engine_ids[name] = self.llm.add_request(name, prompt, parameters)
             self._requests[name] = request
+            if self._routed_experts is not None and sampling.logprobs:  # to be trained on
+                self._routed_experts.watch(self._engine_ids[name])
 
     def step(self) -> list[Rollout]:
         """One scheduler step; the rollouts that it finished."""
@@ -131,6 +140,8 @@ class VllmEngine:
         self._requests.clear()
         self._engine_ids.clear()
         self._sampled_logprobs.clear()
+        if self._routed_experts is not None:
+            self._routed_experts.clear()
 
     @property
     def unfinished(self) -> int:
@@ -256,7 +267,8 @@ class VllmEngine:
         request = self._requests.pop(output.request_id)
         completion = output.outputs[0]
         tokens = tuple(completion.token_ids)
-        logprobs = self._sampled_logprobs.pop(self._engine_ids.pop(output.request_id))
+        engine_id = self._engine_ids.pop(output.request_id)
+        logprobs = self._sampled_logprobs.pop(engine_id)
         if completion.logprobs is not None and len(logprobs) != len(tokens):
             raise RuntimeError(
                 f"{output.request_id}: {len(tokens)} tokens and {len(logprobs)} log-probs of them"
@@ -267,4 +279,6 @@ class VllmEngine:
             rollout_logprobs=logprobs,
             truncated=completion.finish_reason == "length",
             weight_version=self.weight_version,
+            routed_experts=self._routed_experts
+            and self._routed_experts.pop(engine_id, len(request.prompt_tokens) + len(tokens)),
         )

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.config import UNKNOWN_EXPERT, RunConfig, to_dict
 from megatron_precision.data.tasks import Task
 from megatron_precision.observe.jumps import JumpWatch
 from megatron_precision.observe.metrics import finite
@@ -164,5 +164,15 @@ def _arrays(groups: Sampled, batch: Batch, measured: Measured) -> dump.Arrays:
         advantages=array(batch.advantages, "float32"),
         truncated=np.array([r.truncated for r in groups.rollouts], dtype=bool),
         weight_version=np.array([r.weight_version for r in groups.rollouts], dtype=np.int32),
+        routed_experts=_experts(batch),
         group=np.repeat(np.arange(prompts, dtype=np.int32), rollouts),
     )
+
+
+def _experts(batch: Batch) -> NDArray[np.int16] | None:
+    """[S, L, layers, k], -1 where no choice is known."""
+    every = batch.select(torch.arange(len(batch)), batch.tokens.shape[1]).routed_experts
+    if not isinstance(every, torch.Tensor):
+        return None
+    found: NDArray[np.int16] = every.numpy().astype(np.int16)
+    return np.where(found == UNKNOWN_EXPERT, np.int16(-1), found)

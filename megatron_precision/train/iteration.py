@@ -180,6 +180,7 @@ class Trainer:
                 response_tokens=sampled.response_tokens,
                 max_response_tokens=self.config.rollout.max_response_tokens,
             ).flatten(),
+            [rollout.routed_experts for rollout in sampled.rollouts],
         )
 
     # ---- training ------------------------------------------------------------------------
@@ -209,6 +210,8 @@ class Trainer:
             rows: its sequences.
         """
         assert step.logprobs is not None
+        flips = self.actor.router_flips()
+        self._iteration.update(flips.metrics() if flips is not None else {})
         known = torch.ones(len(batch), dtype=torch.bool)
         if batch.old_logprobs is None:
             known.zero_()

@@ -24,11 +24,15 @@ from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.sync import WeightSync, WeightSyncError
 
 # The mean absolute log-prob difference between two correct implementations, less the largest
-# tenth, stays well below these (seen on tiny models: 4e-7, 4e-4, 3e-3); other weights are off by
-# about one. The largest tenth is left out because rounding sends single tokens of an MoE model to
-# other experts, which is no fault of the sync.
+# tenth, is well below these on tiny models (seen: 4e-7, 4e-4, 3e-3). The largest tenth is left out
+# because rounding sends single tokens of an MoE model to other experts, which is no fault of the
+# sync.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
-PERTURBATION = 0.2
+# Deep models round more (SmolLM2-135M: 0.044 in BF16, 0.0077 in FP16), and are moved more (0.96):
+# the engine must be so many times closer to the pushed weights than to those that it had.
+CLOSER = 8
+# Larger noise makes a deep model chaotic: with 0.2, SmolLM2's two sides are 0.49 apart in BF16.
+PERTURBATION = 0.05
 
 
 @dataclass(frozen=True)
@@ -71,14 +75,16 @@ def prove_sync(
     problems = []
     policy = actor.policy
     tolerance = max(TOLERANCE[policy.params], TOLERANCE[policy.rollout_params])
-    if not result.error <= tolerance:
+    allowed = max(tolerance, result.moved / CLOSER)
+    if not result.error <= allowed:
         problems.append(
             f"after perturbed weights were pushed, the engine's log-probs are off the trainer's "
-            f"by {result.error:.2e} on average (allowed: {tolerance:.0e})"
+            f"by {result.error:.2e} on average (allowed: {allowed:.0e})"
         )
-    if not result.moved > 4 * tolerance:
+    if not result.moved > 4 * result.error:
         problems.append(
-            f"pushing perturbed weights moved the engine's log-probs by {result.moved:.2e} only"
+            f"pushing perturbed weights moved the engine's log-probs by {result.moved:.2e} only, "
+            f"and left them {result.error:.2e} off the trainer's"
         )
     if after != before:
         problems.append(
@@ -94,7 +100,7 @@ def prove_sync(
 
 
 def perturbed(piece: Piece, values: torch.Tensor) -> torch.Tensor:
-    """Every element times 1 + 0.2 ξ, ξ normal; replicas of a piece are perturbed alike."""
+    """Every element times 1 + 0.05 ξ, ξ normal; replicas of a piece are perturbed alike."""
     seed = zlib.crc32(f"{piece.hf_name} {piece.start}".encode())
     noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
     return (values.float() * (1 + PERTURBATION * noise.to(values.device))).to(values.dtype)

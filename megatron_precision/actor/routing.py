@@ -1,0 +1,175 @@
+"""The trainer's routers beside the engine's: how often they differ, and the engine's replayed.
+
+With routing replay (R3) every router of the trainer takes the experts that the engine chose while
+it sampled; their weights are still the softmax of the trainer's own logits over those experts, so
+that gradients reach the router. A token whose choice is not known keeps the trainer's own.
+
+Source: rollout routing replay, arXiv 2510.11370.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_precision.config import UNKNOWN_EXPERT
+
+
+@dataclass(frozen=True)
+class RouterFlips:
+    """How the trainer's own choices differ from the engine's, over the tokens that are known.
+
+    Attributes:
+        flip_share: share of (token, layer) whose sets of experts differ.
+        by_layer: the same of each layer.
+        overlap: mean share of a set that the two have in common.
+        tokens: known tokens.
+    """
+
+    flip_share: float
+    by_layer: list[float]
+    overlap: float
+    tokens: int
+
+    def metrics(self) -> dict[str, float | list[float]]:
+        """Under their names in `metrics.jsonl`."""
+        return {
+            "mismatch/router_flip_share": self.flip_share,
+            "mismatch/router_overlap": self.overlap,
+            "mismatch/router_flip_share_by_layer": self.by_layer,
+        }
+
+
+class Routing:
+    """All routers of this rank.
+
+    Args:
+        module: the model.
+        num_layers: of the whole model.
+        replay: whether the engine's choice is taken.
+        recompute: whether layers run again in the backward pass.
+        shard: (rank, number of ranks) that a sequence is divided over where a router sees it.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        num_layers: int,
+        replay: bool,
+        recompute: bool,
+        shard: tuple[int, int],
+    ) -> None:
+        self.replay, self.recompute, self.shard = replay, recompute, shard
+        self.counting = False
+        self.experts: torch.Tensor | None = None
+        # Rows: flipped tokens, sum of overlaps, known tokens.
+        self._counts = torch.zeros(3, num_layers, dtype=torch.float64)
+        self._layers = []
+        for router in module.modules():
+            if isinstance(router, TopKRouter):
+                layer = _LayerRouting(self, router.layer_number - 1)
+                router.router_replay = layer
+                self._layers.append(layer)
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count flips in the forward passes of a block: those with the weights that sampled."""
+        self.counting = True
+        try:
+            yield
+        finally:
+            self.counting = False
+
+    def begin_pass(self) -> None:
+        """Forget what an earlier pass left for its backward pass."""
+        for layer in self._layers:
+            layer.waiting.clear()
+
+    def micro_batch(self, experts: torch.Tensor | None) -> None:
+        """The forward pass of another micro-batch begins.
+
+        Args:
+            experts: [b, w, layers, k] uint8, the engine's; None where it recorded none.
+        """
+        self.experts = experts
+
+    def take_flips(self) -> RouterFlips | None:
+        """What was counted since the last call, over the whole job; None if nothing was."""
+        counts = self._counts.clone()
+        self._counts.zero_()
+        dist.all_reduce(counts)
+        flipped, overlap, known = counts
+        if not bool(known.sum()):
+            return None
+        return RouterFlips(
+            flip_share=float(flipped.sum() / known.sum()),
+            by_layer=(flipped / known.clamp(min=1)).tolist(),
+            overlap=float(overlap.sum() / known.sum()),
+            tokens=int(known.max()),
+        )
+
+    def count(
+        self, layer: int, own: torch.Tensor, engine: torch.Tensor, known: torch.Tensor
+    ) -> None:
+        """Add one router's choices [tokens, k] to the counts."""
+        common = (own[:, :, None] == engine[:, None, :]).any(-1).sum(-1)[known]
+        top_k = own.shape[1]
+        self._counts[0, layer] += float((common < top_k).sum())
+        self._counts[1, layer] += float(common.sum()) / top_k
+        self._counts[2, layer] += float(known.sum())
+
+
+class _LayerRouting:
+    """One router's top-k, in the place of Megatron's `RouterReplay`."""
+
+    def __init__(self, routing: Routing, layer: int) -> None:
+        self._routing, self._layer = routing, layer
+        # Micro-batches whose backward pass is still to come: it may run this layer again, when
+        # a pipeline has begun other micro-batches. It takes them in the order of the forward pass.
+        self.waiting: list[torch.Tensor | None] = []
+
+    def get_replay_topk(
+        self,
+        scores: torch.Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Callable[..., Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and indices [tokens, k] of the experts to use; called by Megatron's router."""
+        assert default_compute_topk is not None
+        values, own = default_compute_topk(
+            scores, topk, num_groups=num_groups, group_topk=group_topk
+        )
+        routing = self._routing
+        again = torch._C._current_graph_task_id() != -1  # a layer that runs again in backward
+        experts = self.waiting.pop(0) if again else routing.experts
+        if routing.recompute and not again:
+            self.waiting.append(experts)
+        if experts is None or not (routing.replay or routing.counting):
+            return values, own
+        engine = self._of_this_rank(experts)
+        known = (engine != UNKNOWN_EXPERT).all(-1)
+        if routing.counting and not again:
+            routing.count(self._layer, own, engine, known)
+        if not routing.replay:
+            return values, own
+        # In falling order, as top-k has them: the same set gives the same bits.
+        chosen = torch.where(known[:, None], engine, own)
+        taken, order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True)
+        return taken, chosen.gather(1, order)
+
+    def _of_this_rank(self, experts: torch.Tensor) -> torch.Tensor:
+        """[tokens, k] int64 in the order of the router's tokens: position, then sequence."""
+        rank, ranks = self._routing.shard
+        here = experts[:, :, self._layer].transpose(0, 1)
+        length = here.shape[0] // ranks
+        here = here[rank * length : (rank + 1) * length]
+        return here.reshape(-1, here.shape[-1]).long()
