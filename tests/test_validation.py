@@ -110,7 +110,6 @@ def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
         ),
         (["model.num_experts=8"], "model.model_type, model.num_experts"),
         (["train.dump_jump_factor=1"], "train.dump_jump_factor"),
-        (["train.dump_jump_factor=nan"], "train.dump_jump_factor"),
         (["train.dump_weights_gib=-1"], "train.dump_weights_gib"),
         (["model.head_dim=31"], "model.head_dim"),
         (["parallel.world_size=0"], "parallel.world_size"),
