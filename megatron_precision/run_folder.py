@@ -2,6 +2,7 @@
 
 config.json      the resolved configuration
 metrics.jsonl    one event a line
+dumps/           iterations written down whole, for `replay`
 errors/          rank<k>.txt, what ended a rank that failed
 launcher/        nemo-run's files and the logs of every rank
 """

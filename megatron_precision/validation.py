@@ -316,6 +316,15 @@ def _experts(config: RunConfig) -> Iterator[Problem]:
             str(model.num_experts_per_tok),
             f"1 to {model.num_experts}",
         )
+    if layout.ep_size == 1 and layout.etp_size != layout.tp_size:
+        # Megatron Core 0.16.1 counts experts as dense parameters then: their gradients are reduced
+        # over the dense data parallelism (docs/upstream/megatron_expert_gradients.md).
+        yield Problem(
+            what="the experts' gradients would be summed over other ranks than hold them",
+            where="parallel.etp_size",
+            got=f"{layout.etp_size} with parallel.tp_size={layout.tp_size} and ep_size=1",
+            expected="parallel.etp_size equal to tp_size, or parallel.ep_size above 1",
+        )
     if config.rollout.record_routing and model.num_experts >= UNKNOWN_EXPERT:
         yield Problem(
             what="more experts than a recorded choice can name",

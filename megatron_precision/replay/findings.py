@@ -51,6 +51,22 @@ class PointError:
 
 
 @dataclass(frozen=True)
+class Scored:
+    """What the forward passes gave, the same on every rank.
+
+    Attributes:
+        replay: [S, L] FP32 log-probs in the dtype and layout of the replay.
+        fp32: [S, L] FP32, of the reference; the replay's own where that is FP32.
+        free, forced: errors of the activations by point (`probe.py`); empty for an FP32 replay.
+    """
+
+    replay: Floats
+    fp32: Floats
+    free: list[PointError]
+    forced: list[PointError]
+
+
+@dataclass(frozen=True)
 class Pair:
     """Two sides' log-probs over the tokens that both have.
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -18,10 +18,7 @@ from megatron_precision.observe.metrics import finite
 from megatron_precision.replay import findings
 from megatron_precision.replay.command import layout_words
 from megatron_precision.replay.dump import Dump
-from megatron_precision.replay.findings import Bucket, Pair, PointError, WorstToken
-
-if TYPE_CHECKING:
-    from megatron_precision.replay.scoring import Scored
+from megatron_precision.replay.findings import Bucket, Pair, PointError, Scored, WorstToken
 
 FIGURES = "replay.json"
 PICTURE = "replay.png"
@@ -179,6 +176,11 @@ class Replay:
                 f"Given exact inputs, {first.name} adds the largest error: {first.mean:.3g} of its "
                 f"output ({first.largest:.3g} at the worst token)."
             )
+
+        routed = [(p.flipped_share, p.name) for p in self.free if p.flipped_share is not None]
+        if routed:
+            share, name = max(routed)
+            yield f"Routers: at {name} {share:.2%} of the tokens go to other experts than in FP32."
 
     def _pair_lines(self) -> Iterator[str]:
         yield f"{'':<20}{'tokens':>9}{'mean |d|':>12}{'max |d|':>12}{'k3':>12}{'same bits':>11}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,24 +22,8 @@ from megatron_precision.actor.batch import Batch
 from megatron_precision.config import RunConfig
 from megatron_precision.platform import startup
 from megatron_precision.replay.dump import Arrays
-from megatron_precision.replay.findings import PointError
+from megatron_precision.replay.findings import Scored
 from megatron_precision.replay.probe import Comparer, Recorder
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the forward passes gave, the same on every rank.
-
-    Attributes:
-        replay: [S, L] FP32 log-probs in the dtype and layout of the replay.
-        fp32: [S, L] FP32, of the reference; the replay's own where that is FP32.
-        free, forced: errors of the activations by point (`probe.py`); empty for an FP32 replay.
-    """
-
-    replay: NDArray[np.float32]
-    fp32: NDArray[np.float32]
-    free: list[PointError]
-    forced: list[PointError]
 
 
 def score(config: RunConfig, arrays: Arrays, tensors: Mapping[str, Any]) -> Scored:
