@@ -6,9 +6,11 @@ Not covered: what differs on a GPU (kernels, NCCL), and the recipes' own sizes.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import real_jobs
@@ -38,7 +40,7 @@ FILES = [
 FAST = "dense14b.dapo"
 
 
-def run_twin(small: RunConfig, folder: Path) -> list[dict[str, float]]:
+def run_twin(small: RunConfig, folder: Path) -> list[dict[str, Any]]:
     """Train the twin as a user trains a recipe on files of their own; its iterations."""
     (folder / "twin.json").write_text(json.dumps(to_dict(small)), encoding="utf-8")
     environment = real_jobs.environment(HERE)
@@ -50,8 +52,17 @@ def run_twin(small: RunConfig, folder: Path) -> list[dict[str, float]]:
     with real_jobs.started(command, folder, python_path=(HERE,)) as job:
         out, err = job.communicate(timeout=real_jobs.PATIENCE_S)
     assert job.returncode == 0, out + err
-    found: list[dict[str, float]] = real_jobs.events(folder / "run", "iteration")
+    found: list[dict[str, Any]] = real_jobs.events(folder / "run", "iteration")
     return found
+
+
+def per_token(event: dict[str, Any]) -> float:
+    """The median sequence's absolute log-ratio, a token.
+
+    Not the k3 KL: one token that the engines route to unlike experts decides it for so few.
+    """
+    ratios = [abs(ratio) for ratio in event["mismatch/seq_log_ratios"]]
+    return statistics.median(ratios) / float(event["response/tokens_mean"])
 
 
 @pytest.mark.parametrize(
@@ -63,7 +74,7 @@ def test_the_twin_of_a_recipe_trains(name: str, tmp_path: Path) -> None:
     assert len(iterations) == 2
     for event in iterations:
         assert event["sync/verified"] == 1
-        assert 0 < event["mismatch/k3_kl"] < 1e-4  # FP16 on both sides
+        assert 0 < per_token(event) < 1e-3  # FP16 on both sides; eight times that in BF16
         assert event["mismatch/num_tokens"] > 0
 
 
