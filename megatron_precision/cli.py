@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_precision import arguments, rank, run_folder
 from megatron_precision.config import RunConfig, to_dict
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.offline import command as mismatch
 from megatron_precision.planning import command as planning
 from megatron_precision.planning import search
@@ -31,15 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 for a failure, 2 for a mistake of the user, 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
-    args.words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        args = _parse(words)
         return int(args.run(args))
     except UserError as wrong:
         rank.show_user_error(wrong)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        shown = [name for name in commands if name != mismatch.PART]
+        raise UserError(unknown_name("command", "COMMAND", words[0], shown))
+    args = parser.parse_args(words)
+    args.words = words
+    return args
 
 
 def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
@@ -197,7 +207,8 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor.run()
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog=PROG, description="RL post-training in FP16 and BF16: Megatron Core and vLLM."
     )
@@ -256,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     perfectible.set_defaults(run=_perfectible)
     doctor = commands.add_parser("doctor", help="what is installed, and what is wrong with it")
     doctor.set_defaults(run=_doctor)
-    return parser
+    return parser, list(commands.choices)
 
 
 def entry_point() -> None:

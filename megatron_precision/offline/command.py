@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from megatron_precision.offline.comparison import Comparison
 
 Side = Literal["sample", "score"]
+PART = "mismatch-part"  # what this command's own jobs run
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 COMPARISON = "comparison.json"
 PROGRESS = "progress.json"
@@ -65,7 +66,7 @@ def add(commands: Any) -> None:
         "--dryrun", "--dry-run", action="store_true", help="print what would run, and stop"
     )
     parser.set_defaults(run=_run)
-    part = commands.add_parser("mismatch-part")
+    part = commands.add_parser(PART)
     part.add_argument("--config", type=Path, required=True)
     part.add_argument("--side", choices=tuple(NAMES), required=True)
     part.add_argument("--dtype", choices=DTYPES, required=True)
@@ -151,7 +152,7 @@ def _devices() -> int:
 
 def _line(comparison: Comparison, side: Side, dtype: DType) -> tuple[int, list[str]]:
     folder = comparison.out / "parts" / f"{side}-{dtype}"
-    words = ["mismatch-part", "--config", str(folder / run_folder.CONFIG)]
+    words = [PART, "--config", str(folder / run_folder.CONFIG)]
     return comparison.config.parallel.world_size, [*words, "--side", side, "--dtype", dtype]
 
 
@@ -167,7 +168,7 @@ def _run_parts(comparison: Comparison) -> int:
             _write_comparison(comparison, folder)
             extra = ("--side", side, "--dtype", dtype)
             ranks = comparison.config.parallel.world_size
-            code = launching.run_job(launching.Job("mismatch-part", extra, ranks, folder))
+            code = launching.run_job(launching.Job(PART, extra, ranks, folder))
             if code:
                 return code
     (comparison.out / PROGRESS).unlink(missing_ok=True)
