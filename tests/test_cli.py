@@ -17,7 +17,7 @@ from megatron_precision.config import to_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "megatron", "vllm", "nemo_run", "transformers", "matplotlib")
-# The target is a second; a slow machine gets some room. Of processor time: others' work is no fault.
+# The target is a second; a slow machine gets some room. Of processor time, whoever else works here.
 ANSWER_S = 1.5
 
 
