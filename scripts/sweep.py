@@ -33,8 +33,8 @@ CORE = ("PPO", "PPO-Token-TIS", "PPO-Seq-MIS", "PG-Seq-IS")
 SEEDS = (42, 43, 44)
 MODELS = ("dense", "moe")
 PRECISIONS = ("bf16", "fp16")
-# So many that a run takes a minute and a half at most on two cores that do nothing else.
-ITERATIONS = 12
+# So many that a run takes a minute or so on two cores that do nothing else.
+ITERATIONS = 8
 SETTINGS = ("eval.every=0", "eval.samples_per_question=8", "train.mismatch_every=1")
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 

@@ -1,0 +1,181 @@
+"""A rank that hangs ends the job, with the phase and the ranks that are missing named.
+
+The main thread says which phase it is in; that is two assignments. A thread of its own writes it
+to a small file of the run's folder once a beat, and looks at the time: where this rank has been in
+a phase for longer than its limit, it reads the other ranks' files, says who shows no sign of life
+and who is behind, and ends the process, upon which the launcher ends the others.
+
+It works where a signal handler cannot: a rank in a collective runs no Python in its main
+thread. A rank that is stopped, or stuck with the interpreter's lock held, cannot watch itself and
+is named by its peers. Files and not a `TCPStore`: the client of a store whose process is stopped
+waits without a limit (seen with torch 2.13), and that process is one of the ranks that may hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# A beat can be late on a busy machine; a rank that misses so many is silent.
+BEAT_S = 2.0
+SILENT_BEATS = 5
+START, BETWEEN = "start", "other"
+_RECORD_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a rank says of itself.
+
+    Attributes:
+        beat: counts up for as long as its interpreter runs.
+        entered: phases entered so far; ranks enter the same ones in the same order.
+        iteration, phase: where its main thread is.
+    """
+
+    beat: int
+    entered: int
+    iteration: int
+    phase: str
+
+
+class HungJobError(RuntimeError):
+    """A phase took longer than its limit; the message names who is missing."""
+
+
+class Watchdog:
+    """Watches this rank's phases.
+
+    Args:
+        limits: seconds of each phase, by name; a phase without one, or with 0, has none.
+        folder: the ranks' posts; shared by all ranks, and made where it is not there.
+        rank, world_size: of the job.
+        end: called from the watching thread with a `HungJobError`; it should not return.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, float],
+        folder: Path,
+        rank: int,
+        world_size: int,
+        end: Callable[[HungJobError], None],
+    ) -> None:
+        self._limits = limits
+        self._folder = folder
+        self._rank = rank
+        self._world_size = world_size
+        self._end = end
+        folder.mkdir(parents=True, exist_ok=True)
+        # Open for good and written in place: neither a full disk nor a folder that vanishes
+        # under the run gets in its way.
+        self._file = os.open(_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._main = threading.get_ident()
+        self._post = Post(0, 0, 0, START)
+        self._since = time.monotonic()
+        self._beat = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """The start is over: from here on, what is in no phase is `other`."""
+        self._enter(0, BETWEEN)
+
+    @contextlib.contextmanager
+    def phase(self, iteration: int, name: str) -> Iterator[None]:
+        """The main thread is in a phase for as long as the block runs."""
+        outer = self._post.phase
+        self._enter(iteration, name)
+        try:
+            yield
+        finally:
+            self._enter(iteration, outer)
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+        self._thread.join()
+        os.close(self._file)
+
+    def _enter(self, iteration: int, name: str) -> None:
+        self._since = time.monotonic()
+        self._post = Post(0, self._post.entered + 1, iteration, name)
+
+    # ---- the watching thread -------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._closed.wait(BEAT_S):
+            post, since = self._post, self._since
+            limit = self._limits.get(post.phase, 0.0)
+            self._say(post)
+            if not limit or time.monotonic() - since <= limit:
+                continue
+            before = self._read()
+            for _ in range(SILENT_BEATS):
+                self._closed.wait(BEAT_S)
+                self._say(post)  # peers may be looking, too
+            missing = missing_ranks(before, self._read(), self._rank)
+            if self._since == since and not self._closed.is_set():
+                self._end(HungJobError(self._message(post, limit, missing)))
+
+    def _say(self, post: Post) -> None:
+        self._beat += 1
+        text = json.dumps({**asdict(post), "beat": self._beat})
+        os.pwrite(self._file, text.ljust(_RECORD_BYTES).encode(), 0)
+
+    def _read(self) -> list[Post | None]:
+        posts: list[Post | None] = []
+        for rank in range(self._world_size):
+            try:
+                posts.append(Post(**json.loads(_path(self._folder, rank).read_bytes())))
+            except (FileNotFoundError, json.JSONDecodeError):  # none yet, or no longer
+                posts.append(None)
+        return posts
+
+    def _message(self, post: Post, limit: float, missing: Sequence[str]) -> str:
+        frame = sys._current_frames().get(self._main)
+        stack = "".join(traceback.format_stack(frame)) if frame else "  it has ended\n"
+        return (
+            f"{post.phase} of iteration {post.iteration} took longer than its {limit:g} s "
+            f"(watchdog.{post.phase}_s)\n"
+            + "".join(f"  {line}\n" for line in missing)
+            + f"main thread of rank {self._rank}, which waited:\n{stack}"
+        )
+
+
+def missing_ranks(
+    before: Sequence[Post | None], after: Sequence[Post | None], own: int
+) -> list[str]:
+    """One line for each rank that a hung rank may be waiting for.
+
+    Args:
+        before, after: all ranks' posts, read some beats apart; None where a rank posted nothing.
+        own: the rank that asks; it is not named, and is what the others are compared with.
+    """
+    me = after[own] or before[own]
+    lines = []
+    for rank, (old, new) in enumerate(zip(before, after, strict=True)):
+        if rank == own:
+            continue
+        if new is None:
+            lines.append(f"rank {rank}: posted nothing")
+        elif old is not None and old.beat == new.beat:
+            lines.append(
+                f"rank {rank}: no sign of life; last in {new.phase} of iteration {new.iteration}"
+            )
+        elif me is not None and new.entered < me.entered:
+            lines.append(f"rank {rank}: behind, in {new.phase} of iteration {new.iteration}")
+    return lines or ["every rank lives and is in this phase: see their stacks in errors/"]
+
+
+def _path(folder: Path, rank: int) -> Path:
+    return folder / f"rank{rank}.json"
