@@ -124,20 +124,15 @@ def cpu_dtypes(cpuinfo: str) -> Iterator[Finding]:
         lines[label.strip()] = value.strip()
     flags = set(lines.get("flags", "").split())
     yield Finding("cpu", "ok", lines.get("model name", platform.processor() or "unknown"))
-    bf16 = sorted(flags & {"avx512_bf16", "amx_bf16"})
-    fp16 = sorted(flags & {"avx512_fp16", "amx_fp16"})
-    yield Finding(
-        "bf16",
-        "ok",
-        f"native ({', '.join(bf16)})" if bf16 else "emulated in FP32 by torch: right, but slower",
-    )
-    yield Finding(
-        "fp16",
-        "ok",
-        f"native ({', '.join(fp16)})"
-        if fp16
-        else "not native: products are taken in FP32 and rounded to FP16, as a tensor core does",
-    )
+    for name, native in (
+        ("bf16", {"avx512_bf16", "amx_bf16"}),
+        ("fp16", {"avx512_fp16", "amx_fp16"}),
+    ):
+        found = ", ".join(sorted(flags & native))
+        emulated = (
+            f"products are taken in FP32 and rounded to {name.upper()}, as a tensor core does"
+        )
+        yield Finding(name, "ok", f"native ({found})" if found else f"not native: {emulated}")
 
 
 def machine() -> Iterator[Finding]:

@@ -24,7 +24,7 @@ def test_the_web_toolkit_called_apex_is_not_taken_for_nvidias(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("flags", "bf16", "fp16"),
     [
-        ("fpu avx2", "emulated", "not native"),
+        ("fpu avx2", "not native", "not native"),
         ("fpu avx512f avx512_bf16", "native (avx512_bf16)", "not native"),
         (
             "avx512_bf16 avx512_fp16 amx_bf16",

@@ -229,14 +229,14 @@ def _text(value: Any) -> str:
 
 
 def _notes(runs: list[RunData]) -> list[str]:
-    """What the run events say of FP16 matrix products, each text once."""
+    """What the run events say of 16-bit matrix products, each text once."""
     found: dict[str, list[str]] = {}
     for run in runs:
-        note = run.header.get("platform", {}).get("fp16_matmul")
+        note = run.header.get("platform", {}).get("wide_products")
         if note:
             found.setdefault(str(note).rstrip("."), []).append(run.label)
     return [
-        f"FP16 matrix products on this platform ({', '.join(labels)}): {note}."
+        f"16-bit matrix products on this platform ({', '.join(labels)}): {note}."
         for note, labels in found.items()
     ]
 

@@ -186,7 +186,7 @@ def _facts(found: Found) -> list[tuple[str, str]]:
                      f"{config.rollout.temperature:g}, seed {config.seed}"),
         ("Device", str(platform["device"])),
         ("Native dtypes", ", ".join(platform["native_dtypes"])),
-        ("FP16 products", str(platform.get("fp16_matmul", "native"))),
+        ("16-bit products", str(platform.get("wide_products", "native"))),
         ("Versions", ", ".join(f"{k} {v}" for k, v in some.facts["versions"].items())),
     ]  # fmt: skip
     for rollout, s in found.samples.items():

@@ -5,7 +5,7 @@ patches answer the places where upstream writes `cuda` as a literal, and one nam
 jobs. They are applied by `apply_megatron_patches()` and `apply_vllm_patches()` and by nothing
 else; importing this module changes nothing.
 
-FP16 matrix products are the exception that changes numbers: see `fp16_matmul.py`.
+16-bit matrix products are the exception that changes numbers: see `wide_products.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_precision.platform import fp16_matmul
+from megatron_precision.platform import wide_products
 from megatron_precision.platform.patching import Patch, apply
 from megatron_precision.platform.process import JOB_VARIABLE
 from megatron_precision.platform.vllm_sampling import draw_seeds_ahead
@@ -189,10 +189,10 @@ VLLM_PATCHES: tuple[Patch, ...] = (
 
 
 def apply_megatron_patches() -> None:
-    """Make Megatron Core build and train on the CPU; and FP16 products as tensor cores do them."""
+    """Make Megatron Core build and train on the CPU; 16-bit products as tensor cores do them."""
     if "megatron" not in _applied:
         apply(MEGATRON_PATCHES)
-        fp16_matmul.install()
+        wide_products.install()
         _applied.add("megatron")
 
 

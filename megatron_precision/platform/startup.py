@@ -41,24 +41,24 @@ def backend() -> str:
 
 
 def describe() -> dict[str, object]:
-    """What the report says of the platform: device, native dtypes, how FP16 is multiplied."""
+    """What the report says of the platform: device, native dtypes, how 16 bits are multiplied."""
     import torch
 
-    from megatron_precision.platform import fp16_matmul
+    from megatron_precision.platform import wide_products
 
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(0), "native_dtypes": ["fp16", "bf16", "fp32"]}
-    native = ["fp32"]
-    if torch.cpu._is_avx512_bf16_supported():
-        native.append("bf16")
+    names = {torch.float16: "FP16", torch.bfloat16: "BF16"}
+    missing = wide_products.not_native()
+    wide = [name for dtype, name in names.items() if dtype in wide_products.installed()]
     note = (
-        "inputs widened to FP32, multiplied and accumulated in FP32, the result rounded once to "
-        "FP16, as a tensor core does; this CPU has no FP16 arithmetic of its own"
+        f"{' and '.join(wide)}: inputs widened to FP32, multiplied and accumulated in FP32, the "
+        "result rounded once, as a tensor core does; this CPU has no such arithmetic of its own"
     )
     return {
         "device": f"CPU, {len(os.sched_getaffinity(0))} cores",
-        "native_dtypes": native,
-        "fp16_matmul": note if fp16_matmul.installed() else "native",
+        "native_dtypes": ["fp32", *(n.lower() for d, n in names.items() if d not in missing)],
+        "wide_products": note if wide else "none",
     }
 
 

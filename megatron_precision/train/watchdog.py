@@ -80,7 +80,7 @@ class Watchdog:
         self._file = os.open(_path(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._main = threading.get_ident()
         self._post = Post(0, 0, 0, START)
-        self._since = time.monotonic()
+        self._enter(0, START)
         self._beat = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

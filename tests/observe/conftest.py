@@ -78,7 +78,7 @@ def _header(config: dict[str, Any]) -> dict[str, Any]:
         "platform": {
             "device": "cpu (synthetic)",
             "native_dtypes": ["fp32", "bf16"],
-            "fp16_matmul": "FP32 accumulation, result rounded to FP16 (synthetic note)",
+            "wide_products": "FP32 accumulation, result rounded to FP16 (synthetic note)",
         },
         "rank_count": 2,
     }

@@ -85,9 +85,9 @@ def test_importing_the_platform_changes_nothing() -> None:
         "    return [getattr(torch, n) for n in names], dict(vars(torch.cuda)), \\\n"
         "        torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda\n"
         "before = now()\n"
-        "from megatron_precision.platform import cpu, fp16_matmul\n"
+        "from megatron_precision.platform import cpu, wide_products\n"
         "assert now() == before, 'patched by an import'\n"
-        "assert not fp16_matmul.installed()\n"
+        "assert not wide_products.installed()\n"
         "assert 'megatron' not in sys.modules and 'vllm' not in sys.modules\n"
     )
     assert result.returncode == 0, result.stderr
