@@ -132,7 +132,7 @@ def cpu_dtypes(cpuinfo: str) -> Iterator[Finding]:
         emulated = (
             f"products are taken in FP32 and rounded to {name.upper()}, as a tensor core does"
         )
-        yield Finding(name, "ok", f"native ({found})" if found else f"not native: {emulated}")
+        yield Finding(name, "ok", f"native ({found})" if found else f"not native: {wide}")
 
 
 def machine() -> Iterator[Finding]:
