@@ -92,11 +92,22 @@ def describe(layout: ParallelConfig) -> str:
     return " ".join(f"parallel.{n}={s}" for n, s in sizes if s > 1 or n == "rollout_tp_size")
 
 
+def other_sizes(config: RunConfig, gpu_gb: int) -> str:
+    """The powers of two next to a job's size that have a layout, each with the nearest."""
+    below = 1 << (config.parallel.world_size.bit_length() - 1)
+    found = (nearest(config, gpu_gb, gpus) for gpus in (below, 2 * below))
+    return "; ".join(
+        f"{v.config.parallel.world_size} GPUs with {describe(v.config.parallel)} ({_total(v)})"
+        for v in found
+        if v is not None
+    )
+
+
 def _remedy(verdict: Verdict) -> str:
     config, gpu_gb, gpus = verdict.config, verdict.gpu_gb, verdict.config.parallel.world_size
     same = nearest(config, gpu_gb)
     if same is not None:
-        return f"nearest that fits: --set {_changes(same.config, config)} ({_total(same)})"
+        return f"nearest that fits: --set {changes(same.config, config)} ({_total(same)})"
     found = []
     for size_gpus, size_gb in (
         *((gpus, gb) for gb in _LARGER_CARDS if gb > gpu_gb),
@@ -188,7 +199,8 @@ def _distance(one: RunConfig, other: RunConfig) -> tuple[int, float]:
     return changed, sum(factors)
 
 
-def _changes(to: RunConfig, config: RunConfig) -> str:
+def changes(to: RunConfig, config: RunConfig) -> str:
+    """What makes one configuration of another, in the words of `--set`."""
     found = []
     for section in ("parallel", "memory", "rollout"):
         for part in dataclasses.fields(getattr(to, section)):
