@@ -181,7 +181,8 @@ def measure(config: RunConfig, model_dir: Path) -> dict[str, Any]:
 def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {
-        name: torch.randn(shape, generator=generator) * 0.02 for name, shape in hf_shapes(model).items()
+        name: torch.randn(shape, generator=generator) * 0.02
+        for name, shape in hf_shapes(model).items()
     }
 
 
