@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_precision import rank
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import (
     LossScaleConfig,
@@ -175,7 +176,9 @@ def measure(config: RunConfig, model_dir: Path) -> dict[str, Any]:
         found[f"training {number}"] = measured(begin)
         session.sync.push(number + 1)
         found[f"sync {number}"] = measured(begin)
-    return {"resident": found, "parts": counted(session)}
+    parts = counted(session)
+    session.close()
+    return {"resident": found, "parts": parts}
 
 
 def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
@@ -193,6 +196,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     config = run_config(args.case, args.precision)
+    rank.run(lambda: work(config, args.out), args.out.with_suffix(".job"))
+
+
+def work(config: RunConfig, out: Path) -> None:
     start(config.seed)
     dist.init_process_group("gloo")
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
@@ -200,16 +207,16 @@ def main() -> None:
     found = measure(config, Path(folder[0], "model"))
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
-    plan = memory.of_run(config)
-    found |= {
-        "plan": dataclasses.asdict(plan),
-        "plan_phases": phases.totals(config, plan),
-        "plan_sync": dataclasses.asdict(wire.of_run(config, 2)),
-        "command": shlex.join(["scripts/measure_memory.py", *sys.argv[1:]]),
-    }
-    if dist.get_rank() == 0:
-        args.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        plan = memory.of_run(config)
+        found |= {
+            "plan": dataclasses.asdict(plan),
+            "plan_phases": phases.totals(config, plan),
+            "plan_sync": dataclasses.asdict(wire.of_run(config, 2)),
+            "command": shlex.join(["scripts/measure_memory.py", *sys.argv[1:]]),
+        }
+        out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
         print(json.dumps(found, indent=1))
+    dist.barrier()
 
 
 if __name__ == "__main__":
