@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     if not verdict.fits:
         raise UserError(search.refusal(verdict))
     if not args.json:
-        print(f"fits: {verdict.found.total / GB:.1f} of {gpu_gb} GB on the fullest rank")
+        print(f"fits: {verdict.needed / GB:.1f} of {gpu_gb} GB on the fullest rank")
     return 0
 
 
@@ -124,7 +124,7 @@ def _instead(args: argparse.Namespace, wrong: UserError) -> list[Problem]:
             got=search.describe(config.parallel),
             expected=f"for example {search.describe(found.config.parallel)}",
             remedy=f"--set {search.changes(found.config, config)} "
-            f"({found.found.total / GB:.1f} of {gpu_gb} GB a rank)",
+            f"({found.needed / GB:.1f} of {gpu_gb} GB a rank)",
         )
     ]
 

@@ -59,6 +59,19 @@ def totals(config: RunConfig, found: Memory) -> dict[Phase, int]:
     }
 
 
+def needed(config: RunConfig, found: Memory) -> int:
+    """Bytes that a GPU must have for a rank: of all parts, while none is moved away."""
+    return found.total
+
+
+def says(config: RunConfig) -> str:
+    """What the states mean for what has to fit."""
+    return (
+        "All parts at once have to fit: nothing sleeps and nothing is offloaded in this version, "
+        "`kept` parts stay on the GPU, and of `freed` ones the allocator keeps the memory."
+    )
+
+
 def dump_copy_bytes(config: RunConfig, found: Memory, weights: int) -> int:
     """Host memory of a rank for the weights of a dump (`train.dump_weights_gib`).
 

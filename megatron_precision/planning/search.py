@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_precision import validation
-from megatron_precision.config import MemoryConfig, ParallelConfig, RunConfig
+from megatron_precision.config import ParallelConfig, RunConfig
 from megatron_precision.errors import Problem
-from megatron_precision.planning import memory
+from megatron_precision.planning import memory, phases
 
 GB = 10**9
 # A cache of fewer sequences of the full length decodes too few at once to be worth suggesting.
@@ -40,9 +40,14 @@ class Verdict:
     found: memory.Memory
 
     @property
+    def needed(self) -> int:
+        """Bytes that the fullest rank needs, the reserve included."""
+        return phases.needed(self.config, self.found)
+
+    @property
     def fits(self) -> bool:
-        """Whether the fullest rank, the reserve included, has no more than the GPU."""
-        return self.found.total <= self.gpu_gb * GB
+        """Whether the fullest rank needs no more than the GPU has."""
+        return self.needed <= self.gpu_gb * GB
 
 
 def judge(config: RunConfig, gpu_gb: int) -> Verdict:
@@ -67,7 +72,7 @@ def nearest(config: RunConfig, gpu_gb: int, gpus: int | None = None) -> Verdict 
     fitting = [verdict for verdict in verdicts if verdict.fits]
     return min(
         fitting,
-        key=lambda v: (*_distance(v.config, config), v.found.total),
+        key=lambda v: (*_distance(v.config, config), v.needed),
         default=None,
     )
 
@@ -79,7 +84,7 @@ def refusal(verdict: Verdict) -> Problem:
     return Problem(
         what=f"{config.recipe} does not fit {gpus} GPUs of {gpu_gb} GB",
         where=describe(config.parallel),
-        got=f"{verdict.found.total / GB:.1f} GB on the fullest rank, {_largest(verdict.found)}",
+        got=f"{verdict.needed / GB:.1f} GB on the fullest rank, {_largest(verdict.found)}",
         expected=f"at most {gpu_gb} GB a rank",
         remedy=_remedy(verdict),
     )
@@ -132,11 +137,11 @@ def _offloaded(config: RunConfig, gpu_gb: int) -> str:
     fitting = [
         v
         for v in (judge(c, gpu_gb) for c in _candidates(config, config.parallel.world_size))
-        if v.found.total - v.found.optimizer <= gpu_gb * GB
+        if v.needed - v.found.optimizer <= gpu_gb * GB
     ]
     if not fitting:
         return ""
-    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.found.total))
+    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.needed))
     return (
         f"; with the optimizer's {best.found.optimizer / GB:.1f} GB a rank in host memory "
         f"{describe(best.config.parallel)} would fit, but this version keeps it on the GPU"
@@ -149,7 +154,7 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
     Sizes that divide nothing they must are left out before a configuration is made: of 161,051
     combinations on 1,024 ranks some hundreds are left.
     """
-    memory_saved = MemoryConfig(recompute="full", attention="fused")
+    memory_saved = dataclasses.replace(config.memory, recompute="full", attention="fused")
     model, ranks = config.model, _divisors(gpus)
     kv_heads = _divisors(model.num_key_value_heads)
     experts = _divisors(model.num_experts) if model.num_experts else [1]
@@ -178,7 +183,8 @@ def _divisors(number: int) -> list[int]:
 def _with_room_for_cache(verdict: Verdict) -> Verdict:
     """The same layout with the KV cache that it has room for, where that is worth running."""
     config = verdict.config
-    room = verdict.gpu_gb * GB - (verdict.found.total - verdict.found.kv_cache)
+    without = dataclasses.replace(verdict.found, kv_cache=0)
+    room = verdict.gpu_gb * GB - phases.needed(config, without)
     worthwhile = CACHED_SEQUENCES * memory.kv_token_bytes(config) * config.max_sequence_tokens
     if verdict.fits or room < worthwhile:
         return verdict
@@ -219,4 +225,4 @@ def _largest(found: memory.Memory) -> str:
 
 
 def _total(verdict: Verdict) -> str:
-    return f"{verdict.found.total / GB:.1f} GB a rank"
+    return f"{verdict.needed / GB:.1f} GB a rank"

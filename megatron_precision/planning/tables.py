@@ -72,12 +72,8 @@ def _memory(found: Preflight) -> Iterator[str]:
     yield f"  {'allocated at most':<38}" + "".join(
         f"{totals[phase] / GB:>10.2f}      " for phase in phases.PHASES
     )
-    yield f"  {'all parts at once: what has to fit':<38}{rank.total / GB:>10.2f}"
-    yield from _wrapped(
-        "Nothing sleeps and nothing is offloaded in this version: `kept` parts stay on the GPU, "
-        "and of `freed` ones the allocator keeps the memory.",
-        "  ",
-    )
+    yield f"  {'what has to fit':<38}{phases.needed(config, rank) / GB:>10.2f}"
+    yield from _wrapped(phases.says(config), "  ")
     copy = phases.dump_copy_bytes(config, rank, found.moved.weights)
     if copy:
         yield f"  {'host memory, for dumps':<38}{copy / GB:>10.2f}"
