@@ -92,7 +92,7 @@ def run_config(case: str, precision: str) -> RunConfig:
             rollouts_per_prompt=ROLLOUTS,
             micro_batch_size=16,
         ),
-        memory=MemoryConfig("none", "fused"),
+        memory=MemoryConfig("none", attention="fused"),
     )
 
 

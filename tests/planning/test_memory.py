@@ -128,7 +128,7 @@ def test_scores_grow_with_the_square_of_the_length_and_fused_attention_does_not(
         changed = dataclasses.replace(
             config,
             rollout=rollout,
-            memory=MemoryConfig("full", attention),
+            memory=MemoryConfig("full", attention=attention),
             train=dataclasses.replace(config.train, micro_batch_size=1, micro_batch_tokens=0),
         )
         return memory.layer_activations(changed)

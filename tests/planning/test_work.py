@@ -76,9 +76,9 @@ def test_passes_are_counted_where_the_run_makes_them() -> None:
     every = dataclasses.replace(config.train, mismatch_every=4)
     forward = done().training_flops / 3
     assert done(train=every).old_logprobs_flops == pytest.approx(forward * 15 / 16 / 4)
-    assert done(memory=MemoryConfig("none", "fused")).recomputed_flops == 0
+    assert done(memory=MemoryConfig("none", attention="fused")).recomputed_flops == 0
     attention = done().training_flops - 45_056_000 * 6 * work.active_weights(config.model)
-    scores = done(memory=MemoryConfig("none", "scores")).training_flops
+    scores = done(memory=MemoryConfig("none", attention="scores")).training_flops
     assert scores - done().training_flops == pytest.approx(attention)
     cached = dataclasses.replace(config.rollout, prefix_caching=True)
     assert done(rollout=cached).prefill_flops == done().prefill_flops / 16
