@@ -88,9 +88,9 @@ def _widen(args: argparse.Namespace, size: int) -> None:
         gpu_gb = args.gpu_gb or sized.default.gpu_gb
         known = sorted(s.gpus for s in sized.layouts if s.gpu_gb == gpu_gb)
         room = [gpus for gpus in known if gpus <= size]
-        args.gpus = room[-1] if room else known[0] if known else None
+        args.gpus = room[-1] if room else size
         if args.gpus == size:
-            return
+            return  # or no layout is that small, and `recipes` says what would do
     args.overrides = [f"parallel.world_size={size}", *args.overrides]
 
 

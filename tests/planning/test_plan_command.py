@@ -94,6 +94,15 @@ def test_a_thousand_gpus_are_the_largest_layout_widened(
     assert sizes == [4, 4, 8, 8]
 
 
+def test_a_job_smaller_than_every_layout_is_told_what_it_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["plan", "moe.grpo_seq_mis", "--nodes", "1"]) == 2
+    text = capsys.readouterr().err
+    assert "does not fit 8 GPUs of 80 GB" in text
+    assert "8 GPUs of 141 GB with" in text
+
+
 def test_no_line_is_wider_than_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["dense14b.dapo"], ["moe.grpo_seq_mis", "--world", "1024"]):
         assert cli.main(["plan", *words]) == 0
