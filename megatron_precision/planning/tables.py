@@ -81,7 +81,7 @@ def _memory(found: Preflight) -> Iterator[str]:
         held = memory.trainer_elements(config, number)
         yield (
             f"  stage {number:<3} {held.dense:>15,} dense {held.expert:>15,} expert parameters "
-            f"{other.total / GB:>9.2f} GB"
+            f"{phases.needed(config, other) / GB:>9.2f} GB"
         )
 
 
