@@ -90,7 +90,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     if args.mismatch_every is not None:
         overrides.append(f"train.mismatch_every={args.mismatch_every}")
     try:
-        config, found = recipes.examine(_chosen_model(args), args.precision, args.algo, overrides)
+        config, found = recipes.examine(chosen(args), args.precision, args.algo, overrides)
     except UserError as wrong:
         wrong = recipes.with_all_problems(wrong, args.precision, args.algo, overrides)
         raise UserError([*wrong.problems, *problems]) from None
@@ -112,7 +112,7 @@ def gpu_gb(args: argparse.Namespace) -> int:
     return args.gpu_gb or 80
 
 
-def _chosen(args: argparse.Namespace) -> RunConfig:
+def _recipe_or_file(args: argparse.Namespace) -> RunConfig:
     """The configuration before it is changed, by name or from a file."""
     import recipes
 
@@ -133,11 +133,11 @@ def _chosen(args: argparse.Namespace) -> RunConfig:
     return recipes.recipe(args.recipe, args.gpus, None if one_layout else args.gpu_gb)
 
 
-def _chosen_model(args: argparse.Namespace) -> RunConfig:
+def chosen(args: argparse.Namespace) -> RunConfig:
     """The configuration before it is changed, with the model of `--model`."""
     from megatron_precision import inputs
 
-    config = _chosen(args)
+    config = _recipe_or_file(args)
     return config if args.model is None else inputs.with_checkpoint(config, args.model)
 
 

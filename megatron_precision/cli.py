@@ -18,7 +18,6 @@ from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.offline import command as mismatch
 from megatron_precision.planning import command as planning
-from megatron_precision.planning import search
 from megatron_precision.replay import command as replay
 from megatron_precision.sync_bench import command as sync_bench
 
@@ -174,33 +173,6 @@ def _perfectible(args: argparse.Namespace) -> int:
     return rank.run(work, args.set_file.with_name(args.set_file.name + ".job"))
 
 
-def _plan(args: argparse.Namespace) -> int:
-    import recipes
-    from recipes.layouts import SIZES
-
-    if not args.all_sizes:
-        return planning.run(arguments.resolve(args), arguments.gpu_gb(args), args.json)
-    sized = recipes.SIZED.get(args.recipe or "")
-    if sized is None:
-        raise UserError(
-            Problem(
-                "no table of sizes", "--all-sizes", str(args.recipe),
-                "one of " + ", ".join(recipes.SIZED),
-            )
-        )  # fmt: skip
-    rows: list[tuple[str, search.Verdict | None, str]] = []
-    for size in dict.fromkeys((*SIZES, *sized.layouts)):
-        args.gpus, args.gpu_gb = size.gpus, size.gpu_gb
-        try:
-            verdict = search.judge(arguments.resolve(args), size.gpu_gb)
-            why = "" if verdict.fits else str(search.refusal(verdict))
-            rows.append((str(size), verdict, why))
-        except UserError as wrong:
-            rows.append((str(size), None, str(wrong)))
-    planning.print_sizes(rows, args.json)
-    return 0
-
-
 def _doctor(args: argparse.Namespace) -> int:
     from megatron_precision import doctor
 
@@ -246,10 +218,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     report.set_defaults(run=_report)
 
-    plan = commands.add_parser("plan", help="memory of a recipe's ranks, and whether it fits")
-    arguments.add_recipe_arguments(plan)
-    planning.add_arguments(plan)
-    plan.set_defaults(run=_plan, judged=True)
+    planning.add(commands)
     sync_bench.add(commands)
     mismatch.add(commands)
     replay.add(commands)

@@ -20,6 +20,7 @@ from megatron_precision.rewards.scorers import SCORERS
 from megatron_precision.rl import limits
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.weights.architectures import ARCHITECTURES
+from megatron_precision.weights.vllm_layout import padded_vocab_rows
 
 # Tokens in one KV cache block of vLLM's CPU build, the largest of the platforms we run on.
 KV_BLOCK_TOKENS = 128
@@ -29,22 +30,53 @@ BYTES_PER_ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 def problems(config: RunConfig) -> list[Problem]:
     """Everything about a configuration that cannot run, in the order of its sections."""
     found = [*_names(config), *_minimums(config), *_ranges(config)]
-    # Divisibility has no meaning while a size is zero or negative.
-    if not {problem.where for problem in found}.intersection(_AT_LEAST_ONE):
-        found += [
-            *_trainer_layout(config),
-            *_expert_layout(config),
-            *_rollout_layout(config),
-            *_batches(config),
-            *_lengths(config),
-        ]
+    impossible = {problem.where for problem in found}.intersection(_AT_LEAST_ONE)
     return [
         *found,
+        *_layout_of_the_rest(config, impossible),
         *_task(config),
         *_sampling(config),
         *limits.problems(config),
         *_loss_scale(config),
     ]
+
+
+def layout_problems(config: RunConfig) -> list[Problem]:
+    """What of a configuration does not divide, or does not go together, over its ranks.
+
+    Args:
+        config: all its sizes are 1 or more where they must be.
+    """
+    return [
+        *_trainer_layout(config),
+        *_expert_layout(config),
+        *_rollout_layout(config),
+        *_batches(config),
+        *_lengths(config),
+    ]
+
+
+def _layout_of_the_rest(config: RunConfig, impossible: set[str]) -> list[Problem]:
+    """Layout problems that have nothing to do with a size of zero or less.
+
+    Such a size is taken as 1, and what then is said of it is left out.
+    """
+    for path in impossible:
+        section, name = path.split(".")
+        mended: Any = {name: 1}
+        part = dataclasses.replace(getattr(config, section), **mended)
+        config = dataclasses.replace(config, **{section: part})
+    names = "|".join(path.rpartition(".")[2] for path in impossible)
+    named = re.compile(rf"\b({names})\b" if names else r"(?!)")
+
+    def sizes(problem: Problem) -> str:
+        text = f"{problem.where} {problem.expected}"
+        return text.replace(_DATA_PARALLEL_SIZE, "world_size tp_size pp_size")
+
+    return [problem for problem in layout_problems(config) if not named.search(sizes(problem))]
+
+
+_DATA_PARALLEL_SIZE = "the data-parallel size"
 
 
 def check(config: RunConfig) -> RunConfig:
@@ -213,7 +245,7 @@ def _short(numbers: list[int]) -> str:
 
 def _trainer_layout(config: RunConfig) -> Iterator[Problem]:
     # Two sizes are not here because they always fit: the hidden size is never split by tensor
-    # parallelism, and Megatron and vLLM both pad the vocabulary to a multiple of TP.
+    # parallelism, and Megatron pads the vocabulary to a multiple of TP.
     layout, model = config.parallel, config.model
     grid = layout.tp_size * layout.pp_size
     yield from _divides(
@@ -358,7 +390,16 @@ def _rollout_layout(config: RunConfig) -> Iterator[Problem]:
         config, "the number of attention heads", "model.num_attention_heads", by
     )
     yield from _field_divides(config, "the MLP", f"model.{mlp}", by)
-    heads, size = model.num_key_value_heads, config.parallel.rollout_tp_size
+    # vLLM pads to a multiple of 64 whatever the size, and then asserts that it divides.
+    rows, size = padded_vocab_rows(model), config.parallel.rollout_tp_size
+    if rows % size:
+        yield Problem(
+            what="the padded vocabulary does not divide",
+            where=f"model.vocab_size by {by}",
+            got=f"{rows} / {size} ({model.vocab_size} rows, padded by vLLM to a multiple of 64)",
+            expected=f"a divisor of {rows}",
+        )
+    heads = model.num_key_value_heads
     if heads % size and size % heads:
         yield Problem(
             what="the number of KV heads does not divide",
@@ -377,15 +418,19 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
         return  # the world is too small for its layout, which is reported already
     # Every rank then has the same number of sequences, hence of micro-batches: with expert
     # parallelism over data-parallel ranks an odd one out would wait in an all-to-all for ever.
-    for what, where, sequences in (
+    batches = [
         (
             "a mini-batch",
             "train.prompts_per_mini_batch * train.rollouts_per_prompt",
             train.prompts_per_mini_batch * train.rollouts_per_prompt,
-        ),
-        ("a warm-start batch", "warm_start.batch_size", config.warm_start.batch_size),
-    ):
-        yield from _divides(what, where, sequences, "the data-parallel size", dp_size)
+        )
+    ]
+    if config.start.kind == "warm_start":
+        batches.append(
+            ("a warm-start batch", "warm_start.batch_size", config.warm_start.batch_size)
+        )
+    for what, where, sequences in batches:
+        yield from _divides(what, where, sequences, _DATA_PARALLEL_SIZE, dp_size)
 
 
 def _lengths(config: RunConfig) -> Iterator[Problem]:

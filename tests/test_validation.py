@@ -70,6 +70,7 @@ def test_all_problems_of_a_layout_are_listed_at_once() -> None:
         "parallel.world_size by parallel.rollout_tp_size",
         "model.num_attention_heads by parallel.rollout_tp_size",
         "model.intermediate_size by parallel.rollout_tp_size",
+        "model.vocab_size by parallel.rollout_tp_size",
         "model.num_key_value_heads by parallel.rollout_tp_size",
         "train.prompts_per_iteration by train.prompts_per_mini_batch",
         "rollout.top_p",
@@ -169,6 +170,40 @@ def test_one_mistake_is_one_problem(changes: list[str], expected: str) -> None:
 )
 def test_one_mistake_of_an_moe_is_one_problem(changes: list[str], expected: str) -> None:
     assert where("sanity.tiny_moe", *changes) == [expected]
+
+
+def test_an_impossible_size_hides_no_other_problem_and_makes_none() -> None:
+    # TP 3 divides neither the 8 heads nor the rest; a world of 0 says nothing of the other sizes.
+    changes = ["parallel.world_size=0", "parallel.tp_size=3", "parallel.pp_size=3"]
+    assert where("sanity.tiny_dense", *changes) == [
+        "parallel.world_size",
+        "model.num_attention_heads by parallel.tp_size",
+        "model.num_key_value_heads by parallel.tp_size",
+        "model.num_hidden_layers by parallel.pp_size",
+    ]
+    assert where("sanity.tiny_dense", "parallel.tp_size=0") == ["parallel.tp_size"]
+    assert where("sanity.tiny_dense", "model.head_dim=-1") == ["model.head_dim"]
+
+
+def test_a_vocabulary_that_vllm_pads_to_64_must_divide_over_its_ranks() -> None:
+    """vLLM asserts it (`divide` in vocab_parallel_embedding.py): 64 rows over 6 ranks."""
+    changes = [
+        "parallel.world_size=6",
+        "parallel.tp_size=1",
+        "parallel.rollout_tp_size=6",
+        "model.num_attention_heads=12",
+        "model.num_key_value_heads=6",
+        "train.prompts_per_iteration=48",
+        "train.prompts_per_mini_batch=12",
+        "warm_start.batch_size=36",
+    ]
+    assert where("sanity.tiny_dense", *changes) == ["model.vocab_size by parallel.rollout_tp_size"]
+
+
+def test_a_start_from_a_checkpoint_has_no_warm_start_batch_to_divide() -> None:
+    config = overrides.apply(recipes.build("dense14b.dapo"), ["parallel.world_size=512"])
+    assert config.warm_start.batch_size % config.parallel.dp_size
+    assert validation.problems(config) == []
 
 
 def test_moe_with_tensor_parallelism_runs_with_sequence_parallelism() -> None:

@@ -1,116 +1,174 @@
-"""`python -m megatron_precision plan`: the memory of a recipe's ranks, and whether it fits."""
+"""`python -m megatron_precision plan`: what a run needs and takes, before anything is started."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from typing import Any
 
+from megatron_precision import arguments, validation
 from megatron_precision.config import RunConfig
-from megatron_precision.errors import UserError
-from megatron_precision.planning import memory, search
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.planning import job, preflight, search, tables
 from megatron_precision.planning.search import GB, Verdict
 
-_COLUMNS = (
-    "parameters", "gradients", "optimizer", "activations", "logits", "engine_weights", "kv_cache",
-    "engine_workspace", "sync_buffers", "reserve",
-)  # fmt: skip
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own arguments, beside those that choose a configuration."""
-    parser.add_argument(
+def add(commands: Any) -> None:
+    """Add the command to the parsers of commands."""
+    plan = commands.add_parser(
+        "plan", help="preflight: conflicts, memory, sync, time and cost of a run; no GPU needed"
+    )
+    arguments.add_recipe_arguments(plan)
+    job.add_arguments(plan)
+    plan.add_argument(
         "--all-sizes", action="store_true", help="a table of every size that the recipe is for"
     )
-    parser.add_argument("--json", action="store_true", help="print the raw figures")
+    plan.add_argument("--json", action="store_true", help="print the raw figures")
+    # `resolve` leaves the verdict on memory to this command.
+    plan.set_defaults(run=_run, judged=True)
 
 
-def run(config: RunConfig, gpu_gb: int, as_json: bool) -> int:
-    """Print one configuration's memory by pipeline stage.
-
-    Raises:
-        UserError: where it does not fit, after the figures are printed.
-    """
+def _run(args: argparse.Namespace) -> int:
+    if args.all_sizes:
+        return _all_sizes(args)
+    config = _resolve(args)
+    gpu_gb = arguments.gpu_gb(args)
     verdict = search.judge(config, gpu_gb)
-    stages = [memory.of_stage(config, stage) for stage in range(config.parallel.pp_size)]
-    if as_json:
-        print(json.dumps(_figures(verdict), indent=2))
+    found = preflight.of_run(
+        verdict,
+        args.gpus_per_node,
+        job.rates(args, config, gpu_gb),
+        job.lengths(args, config),
+        job.sampled_per_kept(args, config),
+    )
+    if args.json:
+        print(json.dumps(found.values(), indent=2))
     else:
-        _print_stages(config, stages)
-        held = memory.kv_sequences(config)
-        tokens = config.max_sequence_tokens
-        print(f"\nthe KV cache of an engine holds {held:.1f} sequences of {tokens:,} tokens")
+        print("\n".join(tables.lines(found)), end="\n\n")
     if not verdict.fits:
         raise UserError(search.refusal(verdict))
-    if not as_json:
-        print(f"fits: {verdict.found.total / GB:.1f} of {gpu_gb} GB on the fullest rank")
+    if not args.json:
+        print(f"fits: {verdict.needed / GB:.1f} of {gpu_gb} GB on the fullest rank")
     return 0
 
 
-def print_sizes(verdicts: list[tuple[str, Verdict | None, str]], as_json: bool) -> None:
-    """A row a size, as Markdown.
+def _resolve(args: argparse.Namespace) -> RunConfig:
+    """The configuration for the job that the options name.
 
-    Args:
-        verdicts: (size, verdict, refusal): no verdict where the recipe has no layout.
+    Raises:
+        UserError: lists everything that is wrong with either, and what would fit instead.
     """
-    if as_json:
-        rows = [
-            {"size": size, **(_figures(verdict) if verdict else {"refused": why})}
-            for size, verdict, why in verdicts
+    problems = list(job.problems(args))
+    size = None if problems else job.world(args)
+    if size is not None:
+        _widen(args, size)
+        problems += job.node_problems(size, args.gpus_per_node)
+    try:
+        config = arguments.resolve(args)
+    except UserError as wrong:
+        raise UserError([*problems, *wrong.problems, *_instead(args, wrong)]) from None
+    if size is None:
+        problems += job.node_problems(config.parallel.world_size, args.gpus_per_node)
+    problems += job.length_problems(args, config)
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def _widen(args: argparse.Namespace, size: int) -> None:
+    """Take the recipe's layout for so many GPUs, or its largest that such a job has room for.
+
+    The layout's own sizes stay, and data parallelism and engine replicas fill the world.
+    """
+    import recipes
+
+    args.gpus = None
+    sized = recipes.SIZED.get(args.recipe or "")
+    if sized is not None:
+        gpu_gb = args.gpu_gb or sized.default.gpu_gb
+        known = sorted(s.gpus for s in sized.layouts if s.gpu_gb == gpu_gb)
+        room = [gpus for gpus in known if gpus <= size]
+        args.gpus = room[-1] if room else size
+        if args.gpus == size:
+            return  # or no layout is that small, and `recipes` says what would do
+    args.overrides = [f"parallel.world_size={size}", *args.overrides]
+
+
+def _instead(args: argparse.Namespace, wrong: UserError) -> list[Problem]:
+    """The nearest layout that is valid and fits, where the layout alone is wrong."""
+    import recipes
+
+    try:
+        base = arguments.chosen(args)
+    except UserError:
+        return []
+    config, _ = recipes.examine(base, args.precision, args.algo, args.overrides)
+    layout = _of_layout(config)
+    if not layout or {problem.what for problem in wrong.problems} - layout:
+        return []
+    gpu_gb = arguments.gpu_gb(args)
+    found = search.nearest(config, gpu_gb)
+    if found is None:
+        return [
+            Problem(
+                what=f"no layout of {config.parallel.world_size} GPUs divides and fits",
+                where="parallel.*",
+                got=f"{config.parallel.world_size} GPUs of {gpu_gb} GB",
+                expected=search.other_sizes(config, gpu_gb) or "a smaller model, or larger GPUs",
+            )
         ]
-        print(json.dumps(rows, indent=2))
-        return
-    titles = [name.replace("_", " ") for name in _COLUMNS]
-    print("| GPUs | layout | " + " | ".join(titles) + " | total, GB a rank | |")
-    print("|---" * (len(_COLUMNS) + 4) + "|")
-    refusals = []
-    for size, verdict, why in verdicts:
-        if verdict is None:
-            print(f"| {size} | - |" + " - |" * (len(_COLUMNS) + 1) + " does not fit |")
-        else:
-            values = [f"{getattr(verdict.found, name) / GB:.1f}" for name in _COLUMNS]
-            total = f"{verdict.found.total / GB:.1f}"
-            fits = "fits" if verdict.fits else "does not fit"
-            layout = _short(verdict.config)
-            print(f"| {size} | {layout} | " + " | ".join(values) + f" | {total} | {fits} |")
-        if why:
-            refusals.append(why)
-    for why in refusals:
-        print(f"\n{why}")
-
-
-def _print_stages(config: RunConfig, stages: list[memory.Memory]) -> None:
-    print(
-        f"{config.recipe}, {config.precision}, {config.parallel.world_size} GPUs: {_short(config)}"
-    )
-    for number, found in enumerate(stages):
-        held = memory.trainer_elements(config, number)
-        print(
-            f"\nstage {number}: {held.dense:,} dense and {held.expert:,} expert parameters a rank; "
-            f"{memory.engine_elements(config):,} in the engine"
+    return [
+        Problem(
+            what="no such layout; the nearest that divides and fits",
+            where="parallel.*",
+            got=search.describe(config.parallel),
+            expected=f"for example {search.describe(found.config.parallel)}",
+            remedy=f"--set {search.changes(found.config, config)} "
+            f"({found.needed / GB:.1f} of {gpu_gb} GB a rank)",
         )
-        for part in dataclasses.fields(found):
-            print(f"  {part.name.replace('_', ' '):<18}{getattr(found, part.name) / GB:8.2f} GB")
-        print(f"  {'total':<18}{found.total / GB:8.2f} GB")
+    ]
 
 
-def _short(config: RunConfig) -> str:
-    layout = config.parallel
-    sizes = {"TP": layout.tp_size, "PP": layout.pp_size, "EP": layout.ep_size}
-    sizes |= {"ETP": layout.etp_size, "DP": layout.dp_size}
-    words = [f"{name} {size}" for name, size in sizes.items() if size > 1]
-    return " ".join([*words, f"rollout TP {layout.rollout_tp_size}"])
+def _of_layout(config: RunConfig) -> set[str]:
+    """What is wrong with the layout, where all sizes are possible ones."""
+    if any(problem.what == "value out of range" for problem in validation.problems(config)):
+        return set()
+    return {problem.what for problem in validation.layout_problems(config)}
 
 
-def _figures(verdict: Verdict) -> dict[str, Any]:
-    config, found = verdict.config, verdict.found
-    return {
-        "recipe": config.recipe,
-        "precision": config.precision,
-        "gpu_gb": verdict.gpu_gb,
-        "parallel": dataclasses.asdict(config.parallel),
-        "bytes": dataclasses.asdict(found) | {"total": found.total},
-        "kv_sequences": round(memory.kv_sequences(config), 2),
-        "fits": verdict.fits,
-    }
+def _all_sizes(args: argparse.Namespace) -> int:
+    import recipes
+    from recipes.layouts import SIZES
+
+    problems = list(job.problems(args))
+    sized = recipes.SIZED.get(args.recipe or "")
+    if sized is None:
+        known = "one of " + ", ".join(recipes.SIZED)
+        problems.append(Problem("no table of sizes", "--all-sizes", str(args.recipe), known))
+    if job.world(args) is not None:
+        problems.append(
+            Problem(
+                "a size, and all of them", "--all-sizes", "--nodes or --world",
+                "one or the other",
+            )
+        )  # fmt: skip
+    if problems or sized is None:
+        raise UserError(problems)
+    rows: list[tuple[str, Verdict | None, str]] = []
+    for size in dict.fromkeys((*SIZES, *sized.layouts)):
+        args.gpus, args.gpu_gb = size.gpus, size.gpu_gb
+        try:
+            verdict = search.judge(arguments.resolve(args), size.gpu_gb)
+            why = "" if verdict.fits else str(search.refusal(verdict))
+            rows.append((str(size), verdict, why))
+        except UserError as wrong:
+            rows.append((str(size), None, str(wrong)))
+    if args.json:
+        values = [
+            {"size": size, **(preflight.figures(verdict) if verdict else {"refused": why})}
+            for size, verdict, why in rows
+        ]
+        print(json.dumps(values, indent=2))
+    else:
+        print("\n".join(tables.sizes(rows)))
+    return 0

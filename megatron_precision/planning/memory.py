@@ -11,10 +11,11 @@ Bytes throughout; a GB of a GPU is 1e9 bytes, as on its data sheet. This module 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config import ModelConfig, RunConfig
 from megatron_precision.validation import BYTES_PER_ELEMENT
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
@@ -79,8 +80,13 @@ class Memory:
 
 
 def of_run(config: RunConfig) -> Memory:
-    """Memory of the fullest rank of a valid configuration."""
-    return max((of_stage(config, s) for s in range(config.parallel.pp_size)), key=lambda m: m.total)
+    """Memory of the fullest rank of a valid configuration.
+
+    No stage between the first and the last has more than the first: it has as many layers, no
+    embedding, and fewer micro-batches under way.
+    """
+    ends = {0, config.parallel.pp_size - 1}
+    return max((of_stage(config, stage) for stage in ends), key=lambda m: m.total)
 
 
 def of_stage(config: RunConfig, stage: int) -> Memory:
@@ -112,28 +118,49 @@ def trainer_elements(config: RunConfig, stage: int) -> Elements:
     """Parameters of a trainer's rank, the padded rows of its vocabulary included."""
     model, layout = config.model, config.parallel
     first, last = stage == 0, stage == layout.pp_size - 1
-    rows = padded_vocab_size(model.vocab_size, layout.tp_size) // layout.tp_size
-    one = dataclasses.replace(model, num_hidden_layers=1)
+    parts = _trainer_parts(model, layout.tp_size, layout.etp_size)
     layers = model.num_hidden_layers // layout.pp_size
-    dense = expert = 0
-    for name, shape in megatron_parameters(one, rows, layout.tp_size, layout.etp_size):
+    dense = parts.layer * layers + parts.embedding * first + parts.head * last
+    if model.tie_word_embeddings and last and not first:
+        dense += parts.embedding  # the last stage has a copy of its own
+    return Elements(dense, parts.experts * layers // layout.ep_size)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parameters of one tensor-parallel rank: a layer's, all its experts', and both ends."""
+
+    layer: int
+    experts: int
+    embedding: int
+    head: int
+
+
+@functools.lru_cache(maxsize=256)
+def _trainer_parts(model: ModelConfig, tp_size: int, etp_size: int) -> _Parts:
+    rows = padded_vocab_size(model.vocab_size, tp_size) // tp_size
+    one = dataclasses.replace(model, num_hidden_layers=1)
+    layer = experts = embedding = head = 0
+    for name, shape in megatron_parameters(one, rows, tp_size, etp_size):
         size = math.prod(shape)
         if ".experts." in name:
-            expert += size * layers
+            experts += size
         elif name.startswith("decoder.layers."):
-            dense += size * layers
-        elif (name.startswith("embedding.") and first) or (
-            not name.startswith("embedding.") and last
-        ):
-            dense += size
-    if model.tie_word_embeddings and last and not first:
-        dense += rows * model.hidden_size  # the last stage has a copy of its own
-    return Elements(dense, expert // layout.ep_size)
+            layer += size
+        elif name.startswith("embedding."):
+            embedding += size
+        else:
+            head += size
+    return _Parts(layer, experts, embedding, head)
 
 
 def engine_elements(config: RunConfig) -> int:
     """Parameters of an engine's rank, the padded rows of its vocabulary included."""
-    model, tp = config.model, config.parallel.rollout_tp_size
+    return _engine_parts(config.model, config.parallel.rollout_tp_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _engine_parts(model: ModelConfig, tp: int) -> int:
     one = dataclasses.replace(model, num_hidden_layers=1)
     return sum(
         math.prod(shape) * (model.num_hidden_layers if ".layers." in name else 1)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_precision import validation
-from megatron_precision.config import MemoryConfig, ParallelConfig, RunConfig
+from megatron_precision.config import ParallelConfig, RunConfig
 from megatron_precision.errors import Problem
-from megatron_precision.planning import memory
+from megatron_precision.planning import memory, phases
 
 GB = 10**9
 # A cache of fewer sequences of the full length decodes too few at once to be worth suggesting.
@@ -40,9 +40,14 @@ class Verdict:
     found: memory.Memory
 
     @property
+    def needed(self) -> int:
+        """Bytes that the fullest rank needs, the reserve included."""
+        return phases.needed(self.config, self.found)
+
+    @property
     def fits(self) -> bool:
-        """Whether the fullest rank, the reserve included, has no more than the GPU."""
-        return self.found.total <= self.gpu_gb * GB
+        """Whether the fullest rank needs no more than the GPU has."""
+        return self.needed <= self.gpu_gb * GB
 
 
 def judge(config: RunConfig, gpu_gb: int) -> Verdict:
@@ -60,16 +65,14 @@ def nearest(config: RunConfig, gpu_gb: int, gpus: int | None = None) -> Verdict 
     Returns:
         None where no layout of so many GPUs fits.
     """
-    wanted = config.parallel
     verdicts = (
         _with_room_for_cache(judge(candidate, gpu_gb))
-        for candidate in _candidates(config, gpus or wanted.world_size)
-        if not validation.problems(candidate)
+        for candidate in _candidates(config, gpus or config.parallel.world_size)
     )
     fitting = [verdict for verdict in verdicts if verdict.fits]
     return min(
         fitting,
-        key=lambda v: (*_distance(v.config, config), v.found.total),
+        key=lambda v: (*_distance(v.config, config), v.needed),
         default=None,
     )
 
@@ -81,7 +84,7 @@ def refusal(verdict: Verdict) -> Problem:
     return Problem(
         what=f"{config.recipe} does not fit {gpus} GPUs of {gpu_gb} GB",
         where=describe(config.parallel),
-        got=f"{verdict.found.total / GB:.1f} GB on the fullest rank, {_largest(verdict.found)}",
+        got=f"{verdict.needed / GB:.1f} GB on the fullest rank, {_largest(verdict.found)}",
         expected=f"at most {gpu_gb} GB a rank",
         remedy=_remedy(verdict),
     )
@@ -94,11 +97,22 @@ def describe(layout: ParallelConfig) -> str:
     return " ".join(f"parallel.{n}={s}" for n, s in sizes if s > 1 or n == "rollout_tp_size")
 
 
+def other_sizes(config: RunConfig, gpu_gb: int) -> str:
+    """The powers of two next to a job's size that have a layout, each with the nearest."""
+    below = 1 << (config.parallel.world_size.bit_length() - 1)
+    found = (nearest(config, gpu_gb, gpus) for gpus in (below, 2 * below))
+    return "; ".join(
+        f"{v.config.parallel.world_size} GPUs with {describe(v.config.parallel)} ({_total(v)})"
+        for v in found
+        if v is not None
+    )
+
+
 def _remedy(verdict: Verdict) -> str:
     config, gpu_gb, gpus = verdict.config, verdict.gpu_gb, verdict.config.parallel.world_size
     same = nearest(config, gpu_gb)
     if same is not None:
-        return f"nearest that fits: --set {_changes(same.config, config)} ({_total(same)})"
+        return f"nearest that fits: --set {changes(same.config, config)} ({_total(same)})"
     found = []
     for size_gpus, size_gb in (
         *((gpus, gb) for gb in _LARGER_CARDS if gb > gpu_gb),
@@ -122,16 +136,12 @@ def _offloaded(config: RunConfig, gpu_gb: int) -> str:
     """Whether the optimizer in host memory would do; this version keeps it on the GPU."""
     fitting = [
         v
-        for v in (
-            judge(c, gpu_gb)
-            for c in _candidates(config, config.parallel.world_size)
-            if not validation.problems(c)
-        )
-        if v.found.total - v.found.optimizer <= gpu_gb * GB
+        for v in (judge(c, gpu_gb) for c in _candidates(config, config.parallel.world_size))
+        if v.needed - v.found.optimizer <= gpu_gb * GB
     ]
     if not fitting:
         return ""
-    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.found.total))
+    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.needed))
     return (
         f"; with the optimizer's {best.found.optimizer / GB:.1f} GB a rank in host memory "
         f"{describe(best.config.parallel)} would fit, but this version keeps it on the GPU"
@@ -139,23 +149,42 @@ def _offloaded(config: RunConfig, gpu_gb: int) -> str:
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
-    """Every layout of so many ranks; what only costs memory is set to cost least."""
-    memory_saved = MemoryConfig(recompute="full", attention="fused")
-    experts = config.model.num_experts
-    sizes = [n for n in range(1, gpus + 1) if gpus % n == 0]
-    for tp, pp, ep, etp, rollout_tp in itertools.product(
-        sizes, sizes, sizes if experts else [1], sizes if experts else [1], sizes
-    ):
-        if tp * pp > gpus or ep * etp * pp > gpus:
-            continue
-        layout = ParallelConfig(gpus, tp, pp, ep, etp, tp > 1, rollout_tp)
-        yield dataclasses.replace(config, parallel=layout, memory=memory_saved)
+    """Every valid layout of so many ranks; what only costs memory is set to cost least.
+
+    Sizes that divide nothing they must are left out before a configuration is made: of 161,051
+    combinations on 1,024 ranks some hundreds are left.
+    """
+    memory_saved = dataclasses.replace(config.memory, recompute="full", attention="fused")
+    model, ranks = config.model, _divisors(gpus)
+    kv_heads = _divisors(model.num_key_value_heads)
+    experts = _divisors(model.num_experts) if model.num_experts else [1]
+    inner = _divisors(model.moe_intermediate_size) if model.num_experts else [1]
+    tps = [n for n in ranks if n in kv_heads]
+    pps = [n for n in ranks if model.num_hidden_layers % n == 0]
+    rollout_tps = [n for n in ranks if model.num_attention_heads % n == 0]
+    eps, etps = ([n for n in ranks if n in sizes] for sizes in (experts, inner))
+    trainers = [
+        (tp, pp, ep, etp)
+        for tp, pp, ep, etp in itertools.product(tps, pps, eps, etps)
+        if gpus % (tp * pp) == 0 and gpus % (ep * etp * pp) == 0
+    ]
+    for tp, pp, ep, etp in trainers:
+        for rollout_tp in rollout_tps:
+            layout = ParallelConfig(gpus, tp, pp, ep, etp, tp > 1, rollout_tp)
+            candidate = dataclasses.replace(config, parallel=layout, memory=memory_saved)
+            if not validation.layout_problems(candidate):
+                yield candidate
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _with_room_for_cache(verdict: Verdict) -> Verdict:
     """The same layout with the KV cache that it has room for, where that is worth running."""
     config = verdict.config
-    room = verdict.gpu_gb * GB - (verdict.found.total - verdict.found.kv_cache)
+    without = dataclasses.replace(verdict.found, kv_cache=0)
+    room = verdict.gpu_gb * GB - phases.needed(config, without)
     worthwhile = CACHED_SEQUENCES * memory.kv_token_bytes(config) * config.max_sequence_tokens
     if verdict.fits or room < worthwhile:
         return verdict
@@ -176,7 +205,8 @@ def _distance(one: RunConfig, other: RunConfig) -> tuple[int, float]:
     return changed, sum(factors)
 
 
-def _changes(to: RunConfig, config: RunConfig) -> str:
+def changes(to: RunConfig, config: RunConfig) -> str:
+    """What makes one configuration of another, in the words of `--set`."""
     found = []
     for section in ("parallel", "memory", "rollout"):
         for part in dataclasses.fields(getattr(to, section)):
@@ -195,4 +225,4 @@ def _largest(found: memory.Memory) -> str:
 
 
 def _total(verdict: Verdict) -> str:
-    return f"{verdict.found.total / GB:.1f} GB a rank"
+    return f"{verdict.needed / GB:.1f} GB a rank"

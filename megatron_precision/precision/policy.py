@@ -10,6 +10,7 @@ dtypes behind the names live in `precision/dtypes.py`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,7 @@ class PrecisionPolicy:
         return self.grads == "fp16"
 
 
+@functools.lru_cache(maxsize=64)
 def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy:
     """Build the policy that a user names.
 

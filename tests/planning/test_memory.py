@@ -128,7 +128,7 @@ def test_scores_grow_with_the_square_of_the_length_and_fused_attention_does_not(
         changed = dataclasses.replace(
             config,
             rollout=rollout,
-            memory=MemoryConfig("full", attention),
+            memory=MemoryConfig("full", attention=attention),
             train=dataclasses.replace(config.train, micro_batch_size=1, micro_batch_tokens=0),
         )
         return memory.layer_activations(changed)
@@ -159,3 +159,17 @@ def test_a_first_stage_has_most_micro_batches_under_way() -> None:
     fewer = [a.activations - b.activations for a, b in itertools.pairwise(found)]
     assert fewer == [kept] * 3
     assert [bool(stage.logits) for stage in found] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("recipe", ["dense14b.dapo", "moe.grpo_seq_mis"])
+def test_more_tensor_parallelism_never_needs_more_of_any_part(recipe: str) -> None:
+    config = recipes.build(recipe)
+    experts = config.model.num_experts > 0
+    found = []
+    for tp in (1, 2, 4):
+        layout = ParallelConfig(32, tp, 1, 8 if experts else 1, 1, tp > 1, tp)
+        found.append(memory.of_run(dataclasses.replace(config, parallel=layout)))
+    for less, more in itertools.pairwise(found):
+        assert more.total < less.total
+        for part in ("parameters", "gradients", "activations", "logits", "engine_weights"):
+            assert getattr(more, part) < getattr(less, part)

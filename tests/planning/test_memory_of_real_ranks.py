@@ -52,7 +52,7 @@ LAYOUTS = {
     "EP": (MOE, ParallelConfig(2, 1, 1, 2)),
 }
 PROMPT, RESPONSE = 24, 40
-FULL, NONE = MemoryConfig("full", "fused"), MemoryConfig("none", "fused")
+FULL, NONE = MemoryConfig("full", attention="fused"), MemoryConfig("none", attention="fused")
 # Megatron starts every parameter at a multiple of 64 elements, and pads a bucket.
 PADDING_ELEMENTS = 64
 
@@ -93,7 +93,7 @@ def cases() -> dict[str, Case]:
     for layout in LAYOUTS:
         found[f"{layout} none"] = case(layout, NONE)
         found[f"{layout} full"] = case(layout, FULL)
-    found["TP scores"] = case("TP", MemoryConfig("none", "scores"))
+    found["TP scores"] = case("TP", MemoryConfig("none", attention="scores"))
     found["EP fp32"] = case("EP", NONE, "fp32")
     return found
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import time
 
 import pytest
 
@@ -60,3 +62,22 @@ def test_a_size_that_nobody_made_a_layout_for_is_refused_with_one_that_fits() ->
     assert "8 GPUs of 80 GB" in problem.expected
     assert "parallel.world_size=64" in problem.remedy
     assert "never run" in problem.remedy
+
+
+def test_every_candidate_is_valid_and_no_valid_layout_is_left_out() -> None:
+    config = recipes.build("moe.grpo_seq_mis")
+    found = {candidate.parallel for candidate in search._candidates(config, 16)}
+    every = set()
+    for tp, pp, ep, etp, rollout_tp in itertools.product((1, 2, 4, 8, 16), repeat=5):
+        layout = ParallelConfig(16, tp, pp, ep, etp, tp > 1, rollout_tp)
+        if not validation.problems(dataclasses.replace(config, parallel=layout)):
+            every.add(layout)
+    assert found == every
+
+
+def test_a_search_over_a_thousand_ranks_takes_about_a_second() -> None:
+    config = recipes.build("moe.grpo_seq_mis")
+    wide = dataclasses.replace(config, parallel=ParallelConfig(1024, 1, rollout_tp_size=1))
+    begin = time.process_time()
+    assert search.nearest(wide, 80) is not None
+    assert time.process_time() - begin < 3
