@@ -129,9 +129,7 @@ def cpu_dtypes(cpuinfo: str) -> Iterator[Finding]:
         ("fp16", {"avx512_fp16", "amx_fp16"}),
     ):
         found = ", ".join(sorted(flags & native))
-        wide = (
-            f"products are taken in FP32 and rounded to {name.upper()}, as a tensor core does"
-        )
+        wide = f"products are taken in FP32 and rounded to {name.upper()}, as a tensor core does"
         yield Finding(name, "ok", f"native ({found})" if found else f"not native: {wide}")
 
 
