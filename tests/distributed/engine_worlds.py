@@ -142,6 +142,7 @@ def main_copies_world() -> dict[str, Any]:
     """Two replicas of an MoE model that trains in BF16, and rolls out in FP16 by main copies."""
     changed = dataclasses.replace(
         config("MoE bf16"),
+        model=dataclasses.replace(MOE, max_position_embeddings=512),
         precision="bf16/fp16",
         parallel=ParallelConfig(2, 1, rollout_tp_size=1),
         sync=SyncConfig("main_copies"),

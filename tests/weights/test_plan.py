@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layout_oracle import (
     DENSE,
@@ -34,6 +34,9 @@ from megatron_precision.weights.fit import misfits
 from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
 from megatron_precision.weights.plan import Cell, PlanError, Planner, RankPlan
 from megatron_precision.weights.regions import Piece, slabs
+
+# A busy machine draws slowly; the numbers that are drawn are few.
+BUSY = [HealthCheck.too_slow]
 
 
 @dataclass
@@ -280,7 +283,7 @@ def main_copies(draw: st.DrawFn) -> tuple[Planner, FlatRanges]:
 
 
 @given(main_copies())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=BUSY)
 def test_main_copies_in_flat_ranges(made: tuple[Planner, FlatRanges]) -> None:
     """A rank has the numbers of its ranges alone: whatever else is sent from it arrives as -1."""
     planner, ranges = made
@@ -296,7 +299,7 @@ def test_main_copies_in_flat_ranges(made: tuple[Planner, FlatRanges]) -> None:
 
 
 @given(planners())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=BUSY)
 def test_layouts_that_have_little_in_common(planner: Planner) -> None:
     world = World(planner)
     world.run()
