@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from megatron_precision.config import RunConfig
 from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.weights.boxes import overlap
 from megatron_precision.weights.families import (
     Family,
     RolloutLayout,
@@ -23,7 +24,6 @@ from megatron_precision.weights.families import (
     TrainerLayout,
     families,
 )
-from megatron_precision.weights.plan import overlap
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from megatron_precision.errors import Problem, UserError
 from megatron_precision.sync_bench import layouts, planned
+from megatron_precision.weights.plan import Planner, cell_elements_of
 
 
 def add(commands: Any) -> None:
@@ -39,29 +41,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_precision.weights.plan import cell_elements_of
-
-    layouts.refuse_numbers(
-        world=args.world,
-        ranks_per_node=args.ranks_per_node,
-        batch_mib=args.batch_mib,
-        nvlink=args.nvlink,
-        nic=args.nic,
-        layers=args.layers,
-        vocab_rows=args.vocab_rows,
-        rounds=args.rounds,
-    )
-    batch_bytes = args.batch_mib * 2**20
-    model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
-    planner = layouts.planner_of(
-        model,
-        args.train,
-        args.rollout,
-        args.world,
-        args.ranks_per_node,
-        args.apart,
-        cell_elements_of(batch_bytes),
-    )
+    planner, batch_bytes = _planner(args), args.batch_mib * 2**20
     if args.execute:
         from megatron_precision.sync_bench import job
 
@@ -70,3 +50,45 @@ def _run(args: argparse.Namespace) -> int:
     rates = planned.Rates(args.nvlink * 1e9, args.nic * 1e9)
     itemsize = 4 if args.wire == "fp32" else 2
     return planned.run(planner, itemsize, batch_bytes, rates, args.json)
+
+
+def _planner(args: argparse.Namespace) -> Planner:
+    """The layouts that the arguments ask for.
+
+    Raises:
+        UserError: lists every mistake, of numbers, model and sizes.
+    """
+    problems: list[Problem] = []
+    model = planner = None
+    with layouts.collecting(problems):
+        layouts.refuse_numbers(
+            world=args.world,
+            ranks_per_node=args.ranks_per_node,
+            batch_mib=args.batch_mib,
+            nvlink=args.nvlink,
+            nic=args.nic,
+            layers=args.layers,
+            vocab_rows=args.vocab_rows,
+            rounds=args.rounds,
+        )
+    wrong = {problem.where for problem in problems}
+    with layouts.collecting(problems):
+        model = layouts.in_small(layouts.model_of(args.model), args.layers, args.vocab_rows)
+    with layouts.collecting(problems):
+        if model is None or wrong & {"--world", "--layers", "--vocab-rows"}:
+            # Whether sizes divide what is not known cannot be said.
+            layouts.sizes_of(args.train, args.rollout)
+        else:
+            planner = layouts.planner_of(
+                model,
+                args.train,
+                args.rollout,
+                args.world,
+                args.ranks_per_node,
+                args.apart,
+                cell_elements_of(args.batch_mib * 2**20),
+            )
+    if problems:
+        raise UserError(problems)
+    assert planner is not None, "there is one unless there is a problem"
+    return planner

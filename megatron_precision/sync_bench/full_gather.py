@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_precision.weights.families import Box, TrainerLayout
+from megatron_precision.weights.boxes import Box, overlap
+from megatron_precision.weights.families import TrainerLayout
 from megatron_precision.weights.holdings import Holding, trainer_holdings
-from megatron_precision.weights.plan import Cell, Planner, common_slabs, overlap
+from megatron_precision.weights.plan import Cell, Planner, common_slabs
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transport import Held, view_of
 

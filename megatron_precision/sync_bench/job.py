@@ -17,7 +17,7 @@ import psutil
 from megatron_precision import rank
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.policy import DType
-from megatron_precision.sync_bench.planned import describe
+from megatron_precision.sync_bench.planned import describe, sized
 from megatron_precision.weights.holdings import engine_holdings, trainer_holdings
 from megatron_precision.weights.plan import Planner
 
@@ -143,17 +143,16 @@ def _work(bench: Bench) -> None:
 
 def lines(planner: Planner, found: Execution) -> Iterator[str]:
     """The figures for a person: medians over the rounds, of the slowest rank."""
-    gib, mib = 2**30, 2**20
     yield f"{found.ranks} processes on {found.device}"
-    yield f"up to {found.engine_bytes / gib:.2f} GiB of engine weights a process"
+    yield f"up to {sized(found.engine_bytes)} of engine weights a process"
     yield from describe(planner)
     yield ""
     yield f"{'':<14}{'median':>12}{'÷ copy':>10}{'received':>14}{'memory above weights':>24}"
     copy = statistics.median(found.seconds["memory copy"])
     for name, seconds in found.seconds.items():
         median = statistics.median(seconds)
-        received = f"{found.received[name] / gib:.3f} GiB" if name in found.received else ""
-        extra = f"{found.extra_bytes[name] / mib:.0f} MiB" if name in found.extra_bytes else ""
+        received = sized(found.received[name]) if name in found.received else ""
+        extra = sized(found.extra_bytes[name]) if name in found.extra_bytes else ""
         yield f"{name:<14}{1e3 * median:>9.1f} ms{median / copy:>10.2f}{received:>14}{extra:>24}"
     yield ""
     pairs = zip(found.seconds["full gather"], found.seconds["by plan"], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -85,10 +86,7 @@ def planner_of(
         UserError: lists every size that is unknown or does not divide.
     """
     problems: list[Problem] = []
-    t = _sizes("--train", train, TRAIN_SIZES, problems)
-    r = _sizes("--rollout", rollout, ROLLOUT_SIZES, problems)
-    if problems:
-        raise UserError(problems)
+    t, r = sizes_of(train, rollout)
     grid = math.lcm(t["tp"] * t["pp"], t["ep"] * t["etp"] * t["pp"])
     made = t["tp"] * t["pp"] * t["dp"], r["tp"] * r["dp"]
     size = world or (made[0] if "dp=" in train else grid)
@@ -122,6 +120,20 @@ def planner_of(
         ranks_per_node,
         cell_elements,
     )
+
+
+def sizes_of(train: str, rollout: str) -> tuple[dict[str, int], dict[str, int]]:
+    """The trainer's sizes and the engine's, as a user writes them; those not given are 1.
+
+    Raises:
+        UserError: lists every size that is unknown, out of range or given twice.
+    """
+    problems: list[Problem] = []
+    t = _sizes("--train", train, TRAIN_SIZES, problems)
+    r = _sizes("--rollout", rollout, ROLLOUT_SIZES, problems)
+    if problems:
+        raise UserError(problems)
+    return t, r
 
 
 def _sizes(
@@ -181,6 +193,15 @@ def _indivisible(
             "KV heads neither divide nor are divided", "--rollout tp", f"{kv_heads} and {r['tp']}",
             "a divisor or a multiple",
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Keep what one part of the arguments is refused for, so that the others are looked at too."""
+    try:
+        yield
+    except UserError as wrong:
+        problems += wrong.problems
 
 
 def refuse_numbers(**options: float | None) -> None:

@@ -51,7 +51,7 @@ def run(planner: Planner, itemsize: int, batch_bytes: int, rates: Rates, as_json
 def _table(planner: Planner, found: Traffic, batch_bytes: int, rates: Rates) -> Iterator[str]:
     ranks = len({*planner.trainer.world, *planner.rollout.world})
     unit, size = _unit(found.model_bytes)
-    yield f"{found.model_bytes / size:.2f} {unit} of weights, {ranks} rank{'s' * (ranks > 1)}"
+    yield f"{sized(found.model_bytes)} of weights, {ranks} rank{'s' * (ranks > 1)}"
     yield from describe(planner)
     if len(found.ranks) < ranks:
         yield f"(ranks of the first and the last node: {len(found.ranks)} of {ranks})"
@@ -79,9 +79,15 @@ def _table(planner: Planner, found: Traffic, batch_bytes: int, rates: Rates) -> 
     if entered_at:
         busiest = max(entered_at) * len(entered_at) / sum(entered_at)
         yield f"entering by the busiest NIC ÷ mean   {busiest:.3f}"
-    sent = [rank.sent for rank in found.ranks if rank.sent]
-    if sent:
-        yield f"sent by the busiest ÷ mean           {max(sent) * len(sent) / sum(sent):.3f}"
+    trainers = planner.trainer.world
+    sent = [rank.sent for rank in found.ranks if rank.rank in trainers]
+    handed_on = [rank.sent for rank in found.ranks if rank.rank not in trainers]
+    for who, sizes in (
+        ("sent by the busiest trainer", sent),
+        ("handed on by an engine", handed_on),
+    ):
+        if any(sizes):
+            yield f"{who + ' ÷ mean':<37}{max(sizes) * len(sizes) / sum(sizes):.3f}"
     yield f"buffers                              {2 * batch_bytes / 2**20:.0f} MiB a rank"
     slowest = max(rates.seconds(rank) for rank in found.ranks)
     yield (
@@ -107,6 +113,12 @@ def _sizes(sizes: dict[str, int]) -> str:
 
 def _span(ranks: range) -> str:
     return str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def sized(count: int) -> str:
+    """Bytes for a person."""
+    unit, size = _unit(count)
+    return f"{count / size:.2f} {unit}"
 
 
 def _unit(most: int) -> tuple[str, int]:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from megatron_precision.config import ModelConfig
 from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.boxes import Box
 from megatron_precision.weights.megatron_layout import (
     ShardCoordinates,
     megatron_parameters,
@@ -26,14 +27,6 @@ from megatron_precision.weights.megatron_layout import (
 )
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.vllm_layout import vllm_parameters, vllm_pieces
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box of a tensor: its first element and its size, per dimension."""
-
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -64,6 +57,11 @@ class Family:
     def name(self, at: Instance) -> str:
         """The Hugging Face name of one."""
         return self.template.format(layer=at.layer, expert=at.expert)
+
+    def count(self, model: ModelConfig) -> int:
+        """How many."""
+        layers = model.num_hidden_layers if "{layer}" in self.template else 1
+        return layers * (model.num_experts if "{expert}" in self.template else 1)
 
     def instances(self, model: ModelConfig) -> Iterator[Instance]:
         """All of them, by layer and expert."""

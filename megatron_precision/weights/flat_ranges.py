@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_precision.weights.families import Box
+from megatron_precision.weights.boxes import Box
 from megatron_precision.weights.regions import Piece
 
 # Rows and columns `[begin, end)` of a piece, counted from its own first.

@@ -1,7 +1,7 @@
 """The plan of a weight sync: every byte once, from the nearest rank that has it.
 
 A pure function of both layouts. Every rank computes its own part alone, and the parts fit: who
-sends a cell to whom depends on the layouts and the cell's number, and on nothing else.
+sends a cell to whom depends on the layouts and the cell's turn, and on nothing else.
 
 Cells
     A tensor is cut where either side cuts it, and where a cut leaves a box that is no box in a
@@ -13,7 +13,8 @@ Routes, for a rank that needs a cell
     3. otherwise the cell crosses the network to *one* of the node's ranks that need it, from the
        replicas in turn, and fans out from there inside the node.
 So a byte that several ranks of a node need crosses the network once, and no rank receives a byte
-that it does not need, or receives one twice.
+that it does not need, or receives one twice. Cells of one size follow each other in turns, so that
+replicas send as many bytes, but for what is left over where their number does not divide.
 
 Neither torch nor an engine is needed.
 """
@@ -29,8 +30,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_precision.config import ModelConfig
+from megatron_precision.weights.boxes import Box, not_once, overlap
 from megatron_precision.weights.families import (
-    Box,
     Family,
     Group,
     RolloutLayout,
@@ -39,7 +40,7 @@ from megatron_precision.weights.families import (
     families,
 )
 from megatron_precision.weights.flat_ranges import FlatRanges
-from megatron_precision.weights.regions import Piece, slabs
+from megatron_precision.weights.regions import Piece, round_up, slabs
 
 # A cell of more elements is cut further, so that messages fit into bounded buffers.
 CELL_ELEMENTS = 2**24
@@ -98,6 +99,21 @@ class RankPlan:
     direct: Exchange = field(default_factory=Exchange)
     fan_out: Exchange = field(default_factory=Exchange)
 
+    @property
+    def needed(self) -> list[Cell]:
+        """The cells that arrive in this rank's engine."""
+        return [
+            *self.copies,
+            *(cell for cells in self.direct.receives.values() for cell in cells),
+            *(cell for cells in self.fan_out.receives.values() for cell in cells),
+        ]
+
+    @property
+    def held(self) -> list[Cell]:
+        """The cells that are read from this rank's trainer, each once."""
+        sent = (cell for cells in self.direct.sends.values() for cell in cells)
+        return list(dict.fromkeys((*self.copies, *sent)))
+
     def split(self, count: int, group: Callable[[str], int]) -> list[RankPlan]:
         """The plan in so many parts, each with the cells of its group's tensors."""
         parts = [RankPlan(self.rank) for _ in range(count)]
@@ -115,12 +131,19 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class _FamilyCell:
-    """A cell of a family, its number there, and the shard of each side that it lies in."""
+    """A cell of a family, and the shard of each side that it lies in.
 
-    number: int
+    Attributes:
+        first_turn: of the family's first tensor.
+        turns: from one tensor to the next: the cells that a source sends to a target, of each
+            tensor in order, have turns without gaps.
+    """
+
     box: Box
     source: Shard
     target: Shard
+    first_turn: int
+    turns: int
 
 
 @dataclass(frozen=True)
@@ -185,35 +208,50 @@ class Planner:
             PlanError: names what either side does not cover, or covers twice, and both layouts.
         """
         have, need = self.trainer.shards(self.model), self.rollout.shards(self.model)
-        found, problems = [], []
+        found, problems, turn = [], [], 0
         for family in families(self.model):
             sources, targets = have.get(family.template, []), need.get(family.template, [])
+            whole = Box((0,) * len(family.shape), family.shape)
             for side, shards in (("trainer", sources), ("engine", targets)):
-                if problem := _uncovered(family, shards):
-                    problems.append(f"the {side} {problem}")
-            found.append((family, self._family_cells(sources, targets)))
+                if wrong := not_once(whole, [shard.box for shard in shards]):
+                    problems.append(f"the {side} holds {wrong} of {family.template}")
+            cells = []
+            for source, target in itertools.product(sources, targets):
+                boxes = list(self._boxes(source, target))
+                ends = [(box, source, target, turn + n) for n, box in enumerate(boxes)]
+                cells += [_FamilyCell(*end, len(boxes)) for end in ends]
+                turn += len(boxes) * family.count(self.model)
+            for target in targets:
+                made = [cell.box for cell in cells if cell.target is target]
+                if wrong := not_once(target.box, made):
+                    problems.append(
+                        f"the plan covers {wrong} of {family.template} where an engine has "
+                        f"{target.box.shape} of it from {target.box.start}"
+                    )
+            found.append((family, cells))
         if problems:
-            layouts = f"{self.trainer}\n  {self.rollout}"
-            raise PlanError("no plan:\n  " + "\n  ".join(problems) + f"\nfor\n  {layouts}")
+            raise PlanError("no plan:\n  " + "\n  ".join(problems) + f"\nfor\n{self.layouts}")
         return found
 
-    def _family_cells(self, sources: list[Shard], targets: list[Shard]) -> list[_FamilyCell]:
-        found: list[_FamilyCell] = []
-        for source, target in itertools.product(sources, targets):
-            shared = overlap(source.box, target.box)
-            if shared is None:
-                continue
-            begin, end = shared.start[0], shared.start[0] + shared.shape[0]
-            step = max(1, self.cell_elements // math.prod(shared.shape[1:]))
-            step -= step % max(n for n in _units(source.piece, target.piece) if n <= step)
-            for a, b in common_slabs(source.piece, target.piece, begin, end):
-                for first in range(a, b, step):
-                    for x, y in common_slabs(
-                        source.piece, target.piece, first, min(b, first + step)
-                    ):
-                        box = Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
-                        found.append(_FamilyCell(len(found), box, source, target))
-        return found
+    @property
+    def layouts(self) -> str:
+        """Both, for messages."""
+        return f"  {self.trainer}\n  {self.rollout}"
+
+    def _boxes(self, source: Shard, target: Shard) -> Iterator[Box]:
+        """What two shards share, cut into cells of about one size."""
+        shared = overlap(source.box, target.box)
+        if shared is None:
+            return
+        begin, rows = shared.start[0], shared.shape[0]
+        most = max(1, self.cell_elements // math.prod(shared.shape[1:]))
+        step = -(-rows // -(-rows // most))
+        unit = max(n for n in _units(source.piece, target.piece) if n <= most)
+        step = min(round_up(step, unit), most - most % unit)
+        for a, b in common_slabs(source.piece, target.piece, begin, begin + rows):
+            for first in range(a, b, step):
+                for x, y in common_slabs(source.piece, target.piece, first, min(b, first + step)):
+                    yield Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
 
     def rank_plan(self, rank: int) -> RankPlan:
         """The part of one rank.
@@ -222,10 +260,8 @@ class Planner:
             PlanError: see `cells`.
         """
         plan, node = RankPlan(rank), self.node(rank)
-        experts = max(1, self.model.num_experts)
         for family, cells in self.cells:
-            for at in family.instances(self.model):
-                first_turn = (at.layer or 0) * experts + (at.expert or 0)
+            for number, at in enumerate(family.instances(self.model)):
                 name = ""
                 for cell in cells:
                     holders = self._nodes(
@@ -238,8 +274,7 @@ class Planner:
                     if not wanted and rank not in holders.get(node, ()):
                         continue
                     name = name or family.name(at)
-                    # Turns go on from tensor to tensor, so that no rank is always the first.
-                    turn = first_turn + cell.number
+                    turn = cell.first_turn + number * cell.turns
                     for box, there in self._held(name, cell, holders):
                         whole = Cell(name, box.start, box.shape)
                         route = _Route(whole, turn, there, needers)
@@ -294,7 +329,7 @@ class _Route:
     """Who sends a cell to whom.
 
     Attributes:
-        turn: number of the cell, by which replicas take turns.
+        turn: by which replicas take turns.
         holders, needers: node → its ranks.
     """
 
@@ -344,17 +379,6 @@ class _Route:
         return members[turn // len(nodes) % len(members)]
 
 
-def overlap(a: Box, b: Box) -> Box | None:
-    """The box that two boxes share, if any."""
-    start = tuple(map(max, a.start, b.start))
-    end = tuple(
-        min(x + n, y + m) for x, n, y, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
-    )
-    if any(low >= high for low, high in zip(start, end, strict=True)):
-        return None
-    return Box(start, tuple(high - low for low, high in zip(start, end, strict=True)))
-
-
 def common_slabs(first: Piece, second: Piece, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows `[begin, end)` of the tensor, cut so that each run is one box in either piece."""
     for a, b in slabs(first.row_sizes, begin - first.start[0], end - first.start[0]):
@@ -369,16 +393,6 @@ def _units(*pieces: Piece) -> Iterator[int]:
     for piece in pieces:
         for number in range(1, len(piece.row_sizes)):
             yield math.prod(piece.row_sizes[number:])
-
-
-def _uncovered(family: Family, shards: list[Shard]) -> str:
-    """What is wrong with the boxes of one side, or nothing."""
-    if any(overlap(a.box, b.box) for a, b in itertools.combinations(shards, 2)):
-        return f"holds elements of {family.template} twice on one rank, or in unlike boxes"
-    covered = sum(math.prod(shard.box.shape) for shard in shards)
-    if covered != math.prod(family.shape):
-        return f"holds {covered} of {math.prod(family.shape)} elements of {family.template}"
-    return ""
 
 
 @functools.lru_cache(maxsize=4)

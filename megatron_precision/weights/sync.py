@@ -11,6 +11,7 @@ import os
 import time
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from megatron_precision.actor.actor import Actor
@@ -89,7 +90,11 @@ class WeightSync:
         self.bind()
 
     def bind(self) -> None:
-        """Bind the plan to the tensors as they are now; again after either side was offloaded."""
+        """Bind the plan to the tensors as they are now; the plan itself is kept.
+
+        Raises:
+            PlanError: where a layout is another than was planned for.
+        """
         firsts: dict[str, int] = {}
         if self._planner.ranges is None:
             sources = self._actor.held_pieces()
@@ -104,14 +109,30 @@ class WeightSync:
             batch_bytes=self._config.sync.batch_mib * 2**20,
             firsts=firsts,
         )
+        self._bound_to = self._addresses()
+
+    def _addresses(self) -> list[tuple[int, torch.Size]]:
+        """Where this rank's tensors are: offloading and waking move them."""
+        found = list(self._actor.model.module.parameters())
+        if self._planner.ranges is not None:
+            copies = (self._actor.optimizer.main_copy(parameter) for parameter in found)
+            found += [copy.values for copy in copies if copy is not None]
+        engine = self.transfer.engine
+        found += [p.live for p in engine.parameters if not p.staged] if engine else []
+        return [(tensor.data_ptr(), tensor.shape) for tensor in found]
 
     def push(self, weight_version: int) -> SyncResult:
         """Give the engine the trainer's weights under a new version.
 
+        Where tensors have moved since the last one, the plan is bound to them again first.
+
         Raises:
             WeightSyncError: naming every region that differs, on any rank.
+            PlanError: where a layout is another than was planned for.
         """
         begin = time.perf_counter()
+        if self._addresses() != self._bound_to:
+            self.bind()
         self._engine.update_weights(weight_version)
         return self.prove(weight_version, begin)
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig
+from megatron_precision.weights.boxes import Box, overlap
 from megatron_precision.weights.families import (
-    Box,
     Family,
     Group,
     Instance,
@@ -23,7 +23,7 @@ from megatron_precision.weights.families import (
     families,
 )
 from megatron_precision.weights.messages import batches
-from megatron_precision.weights.plan import Cell, Planner, RankPlan, overlap
+from megatron_precision.weights.plan import Cell, Planner, RankPlan
 
 # Above this many ranks, only those of the first and the last node are planned for the report.
 ALL_RANKS = 64
@@ -97,8 +97,7 @@ def traffic(planner: Planner, itemsize: int, batch_bytes: int) -> Traffic:
         for node, size in entered.items()
     }
     elements = sum(
-        math.prod(family.shape) * sum(1 for _ in family.instances(planner.model))
-        for family in families(planner.model)
+        math.prod(family.shape) * family.count(planner.model) for family in families(planner.model)
     )
     return Traffic(found, network, elements * itemsize)
 

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_precision.weights.checksums import checksum, columns_of
+from megatron_precision.weights.fit import misfits
 from megatron_precision.weights.megatron_layout import ShardCoordinates
 from megatron_precision.weights.messages import BATCH_BYTES
-from megatron_precision.weights.plan import Cell, Planner, rank_groups
+from megatron_precision.weights.plan import Cell, PlanError, Planner, rank_groups
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transport import Held, Transport, Views, view_of
 from megatron_precision.weights.verify import RegionProof
@@ -26,6 +27,8 @@ from megatron_precision.weights.vllm_layout import vllm_pieces
 
 # Staged parameters begin at multiples of this, as the allocator would align them.
 _ALIGNMENT = 64
+# Tensors that a message names.
+_SHOWN = 10
 
 
 class Parameter(Protocol):
@@ -100,7 +103,7 @@ class Transfer:
         firsts: by parameter of which a range of elements is held, flat, its first element.
 
     Raises:
-        PlanError: where either side is laid out otherwise than planned.
+        PlanError: names what either side has otherwise than planned, and both layouts.
         EngineLayoutError: for a kernel whose layout is not known.
     """
 
@@ -128,6 +131,13 @@ class Transfer:
         ]
         sources = list(sources)
         groups = rank_groups(planner, dist.get_rank())
+        if wrong := misfits(groups, sources, targets):
+            more = [f"... and {len(wrong) - _SHOWN} more"] * (len(wrong) > _SHOWN)
+            lines = "\n  ".join([*wrong[:_SHOWN], *more])
+            raise PlanError(
+                "these layouts are not the ones that were planned for:\n  "
+                f"{lines}\nplanned for\n{planner.layouts}"
+            )
         self.transport = Transport(
             groups,
             sources,

@@ -1,9 +1,10 @@
 """A rank's plan carried out on live tensors: local copies, and few packed messages.
 
-Binding a plan to tensors finds the strided view of every cell once; a run then packs, sends and
-unpacks with grouped copies, and converts dtypes on the way. Messages travel in batches. A large
-cell is a message of its own, and an end whose view of it is one run of the wire's dtype sends or
-receives in place. Buffers are two batches large at most, whatever the model's size.
+Binding a plan to tensors finds the strided view of every cell once, and its place in a buffer; a
+run then packs, sends and unpacks with grouped copies, and converts dtypes on the way. Messages
+travel in batches. A large cell is a message of its own, and an end whose view of it is one run of
+the wire's dtype sends or receives in place. Buffers are two batches large at most, whatever the
+model's size.
 
 Ranks meet in turns: in turn `t` a rank sends to the rank `t` after it and receives from the rank
 `t` before it. Both ends know all batches of a turn, so none is announced, and a turn without any
@@ -13,8 +14,9 @@ costs nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,16 +62,53 @@ class _Batch:
         """Elements that need a buffer at this end."""
         return sum(m.numel for m in self.messages if m.in_place(wire) is None)
 
-    def placed(self, buffer: torch.Tensor) -> Iterator[tuple[_Message, torch.Tensor, bool]]:
-        """Each message with the memory that it leaves from or arrives in; whether in place."""
+
+@dataclass(frozen=True)
+class _End:
+    """A batch bound to a buffer.
+
+    Attributes:
+        operations: one a message.
+        views, slices: of the cells that go through the buffer, there and in it.
+    """
+
+    operations: list[dist.P2POp]
+    views: list[torch.Tensor]
+    slices: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, batch: _Batch | None, way: Callable[..., Any], buffer: torch.Tensor) -> _End:
+        """Nothing where there is no batch."""
+        end = cls([], [], [])
         begin = 0
-        for message in self.messages:
-            there = message.in_place(buffer.dtype)
-            if there is not None:
-                yield message, there, True
-                continue
-            yield message, buffer[begin : begin + message.numel], False
-            begin += message.numel
+        for message in batch.messages if batch else ():
+            memory = message.in_place(buffer.dtype)
+            if memory is None:
+                memory = buffer[begin : begin + message.numel]
+                begin += message.numel
+                end.views.extend(message.views)
+                end.slices.extend(message.slices(memory))
+            assert batch is not None
+            end.operations.append(dist.P2POp(way, memory, batch.peer))
+        return end
+
+
+@dataclass(frozen=True)
+class _Step:
+    """At most a batch to one rank and one from another, under way together."""
+
+    receive: _End
+    send: _End
+
+    def run(self) -> None:
+        """Pack, send and receive, unpack: a few launches, whatever the number of cells."""
+        if self.send.views:
+            torch._foreach_copy_(self.send.slices, self.send.views)
+        # Together: with NCCL, ends that each wait for their first operation wait forever.
+        for work in dist.batch_isend_irecv([*self.receive.operations, *self.send.operations]):
+            work.wait()
+        if self.receive.views:
+            torch._foreach_copy_(self.receive.views, self.receive.slices)
 
 
 @dataclass(frozen=True)
@@ -82,16 +121,26 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Group:
-    """A part of the plan, bound to tensors: local copies, then rounds of turns.
+    """A part of the plan, bound to tensors: local copies, then messages in turns.
 
     Attributes:
+        copy_from, copy_to: views of the cells that the rank has and needs.
         through_wire: a copy at once would round otherwise than what comes from another rank.
+        turns: of both rounds.
     """
 
     copy_from: list[torch.Tensor]
     copy_to: list[torch.Tensor]
     through_wire: bool
-    rounds: list[list[_Turn]]
+    turns: list[_Turn]
+
+    def steps(self, received: torch.Tensor, sent: torch.Tensor) -> list[_Step]:
+        """The turns bound to the buffers."""
+        return [
+            _Step(_End.of(here, dist.irecv, received), _End.of(there, dist.isend, sent))
+            for turn in self.turns
+            for here, there in itertools.zip_longest(turn.receives, turn.sends)
+        ]
 
 
 class Transport:
@@ -129,10 +178,11 @@ class Transport:
         self._wire = wire
         limit = batch_bytes // wire.itemsize
         self._groups = [_bind(plan, have, need, wire, world_size, limit) for plan in groups]
-        turns = [turn for group in self._groups for turns in group.rounds for turn in turns]
+        turns = [turn for group in self._groups for turn in group.turns]
         sends = [batch for turn in turns for batch in turn.sends]
         receives = [batch for turn in turns for batch in turn.receives]
         self._out, self._in = _buffer(sends, wire), _buffer(receives, wire)
+        self._steps = [group.steps(self._in, self._out) for group in self._groups]
         received = sum(message.numel for batch in receives for message in batch.messages)
         copied = sum(view.numel() for group in self._groups for view in group.copy_to)
         self.received_bytes = received * wire.itemsize
@@ -153,28 +203,8 @@ class Transport:
             else:
                 for target, source in zip(part.copy_to, part.copy_from, strict=True):
                     target.copy_(source.to(self._wire))
-        for turns in part.rounds:
-            for turn in turns:
-                self._run_turn(turn)
-
-    def _run_turn(self, turn: _Turn) -> None:
-        for received, sent in itertools.zip_longest(turn.receives, turn.sends):
-            operations, arrived = [], []
-            if received:
-                for message, memory, in_place in received.placed(self._in):
-                    operations.append(dist.P2POp(dist.irecv, memory, received.peer))
-                    if not in_place:
-                        arrived.append((message, memory))
-            if sent:
-                for message, memory, in_place in sent.placed(self._out):
-                    if not in_place:
-                        torch._foreach_copy_(message.slices(memory), message.views)
-                    operations.append(dist.P2POp(dist.isend, memory, sent.peer))
-            # Together: with NCCL, ends that each wait for their first operation wait forever.
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-            for message, memory in arrived:
-                torch._foreach_copy_(message.views, message.slices(memory))
+        for step in self._steps[group]:
+            step.run()
 
 
 class Views:
@@ -240,13 +270,14 @@ def _bind(
     copy_to = [
         need.of(cell).view(view.shape) for cell, view in zip(plan.copies, copy_from, strict=True)
     ]
-    rounds = [
-        list(_turns(plan.rank, world_size, exchange, source, need, limit))
+    turns = [
+        turn
         for exchange, source in ((plan.direct, have), (plan.fan_out, need))
+        for turn in _turns(plan.rank, world_size, exchange, source, need, limit)
     ]
     ends = zip(copy_from, copy_to, strict=True)
     through_wire = any(wire not in (source.dtype, target.dtype) for source, target in ends)
-    return _Group(copy_from, copy_to, through_wire, rounds)
+    return _Group(copy_from, copy_to, through_wire, turns)
 
 
 def _turns(

@@ -38,14 +38,8 @@ class RegionProof:
         self, plan: RankPlan, sources: Views, *, wire: torch.dtype, engine: torch.dtype
     ) -> None:
         self._plan, self._wire, self._engine = plan, wire, engine
-        # A cell that goes to several places is summed once.
-        sent = (cell for cells in plan.direct.sends.values() for cell in cells)
-        self._held = {cell: sources.of(cell) for cell in (*plan.copies, *sent)}
-        self.needed = [
-            *plan.copies,
-            *(c for cells in plan.direct.receives.values() for c in cells),
-            *(c for cells in plan.fan_out.receives.values() for c in cells),
-        ]
+        self._held = {cell: sources.of(cell) for cell in plan.held}
+        self.needed = plan.needed
 
     @torch.no_grad()
     def expected(self) -> dict[Cell, int]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from safetensors.torch import load_file
 
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import RunConfig
@@ -30,10 +32,12 @@ from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
 from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
+from megatron_precision.weights.plan import rank_groups
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSyncError
 from megatron_precision.weights.transfer import Proof
 from megatron_precision.weights.vllm_layout import vllm_pieces
+from tools.checkpoint_convert.convert import export_checkpoint
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -70,13 +74,29 @@ def train_on_nothing(session: Session) -> None:
     session.actor.load({n: t.flatten().roll(1).view(t.shape) for n, t in tensors.items()})
 
 
-def push_of_other_weights(session: Session, prompts: list[list[int]]) -> dict[str, Any]:
+def exported(session: Session, folder: Path) -> dict[str, torch.Tensor]:
+    """The trainer's weights as Megatron saves them and the converter exports them."""
+    megatron, back = folder / "saved", folder / "exported"
+    if dist.get_rank() == 0:
+        megatron.mkdir()
+    dist.barrier()
+    dist_checkpointing.save(session.actor.model.module.sharded_state_dict(), str(megatron))
+    if dist.get_rank() == 0:
+        export_checkpoint(megatron, back, config=folder / "model")
+    dist.barrier()
+    return {n: t for file in back.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+def push_of_other_weights(
+    session: Session, prompts: list[list[int]], folder: str
+) -> dict[str, Any]:
     """New trainer weights, pushed; what the engine then scores, and the weights themselves."""
     train_on_nothing(session)
     before = session.engine.score(prompts)
     result = session.sync.push(7)
     return {
         "tensors": full_tensors(session.actor, session.config.model),
+        "exported": exported(session, Path(folder)),
         "prompts": prompts,
         "before": before,
         "scores": session.engine.score(prompts),
@@ -198,23 +218,37 @@ def put(owner: Any, name: str, value: Any) -> Iterator[None]:
             setattr(owner, name, kept)
 
 
+def first_bit_flipped(tensor: torch.Tensor) -> None:
+    """Padding follows the vocabulary's rows; the first element is never padding."""
+    bits = tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32).view(-1)
+    bits[0] ^= 1
+
+
 def flipped_bits(session: Session) -> dict[str, str]:
-    """One bit of each live kernel tensor flipped, and what a proof without a push says."""
+    """One bit of what each kernel reads flipped, and what a proof without a push says.
+
+    An opaque packed copy cannot be reached: vLLM packs it anew, with the bit flipped.
+    """
+    weights = session.sync.transfer.engine
     found = {}
-    for parameter in session.sync.transfer.engine.parameters:
-        if parameter.kernel == "packed linear":
-            continue  # the kernel's copy cannot be reached: see `damaged_staging`
-        live = parameter.live
-        # Padding follows the vocabulary's rows; the first element is never padding.
-        bits = live.view(torch.int16 if live.dtype.itemsize == 2 else torch.int32).view(-1)
-        bits[0] ^= 1
-        found[parameter.name] = error_of(WeightSyncError, lambda: session.sync.prove(8))
-        bits[0] ^= 1
+    for parameter in weights.parameters:
+        name = parameter.name
+        if parameter.kernel != "packed linear":
+            first_bit_flipped(parameter.live)
+            found[name] = error_of(WeightSyncError, lambda: session.sync.prove(8))
+            first_bit_flipped(parameter.live)
+            continue
+        true = weights.reads(name)[0].clone(memory_format=torch.contiguous_format)
+        changed = true.clone()
+        first_bit_flipped(changed)
+        weights.load({name: changed})
+        found[name] = error_of(WeightSyncError, lambda: session.sync.prove(8))
+        weights.load({name: true})
     return found
 
 
 def damaged_staging(session: Session) -> dict[str, str]:
-    """One element of each staged parameter changed on its way into the kernel."""
+    """One bit of each staged parameter flipped on its way into the kernel."""
     weights = session.sync.transfer.engine
     load = type(weights).load
     found = {}
@@ -222,7 +256,7 @@ def damaged_staging(session: Session) -> dict[str, str]:
 
         def changed(staged: Tensors, name: str = name) -> None:
             if name in staged:
-                staged[name].view(-1)[0] += 1
+                first_bit_flipped(staged[name])
             load(weights, staged)
 
         with put(weights, "load", changed):
@@ -230,24 +264,62 @@ def damaged_staging(session: Session) -> dict[str, str]:
     return found
 
 
-def damaged_routes(session: Session) -> dict[str, tuple[list[str], str]]:
-    """Copies dropped, misdirected and duplicated, and a message corrupted: (tensors, complaint)."""
+@dataclasses.dataclass
+class Pieces:
+    """Pieces on one way: their tensors, and where each goes and comes from."""
+
+    names: list[str]
+    to: list[torch.Tensor]
+    source: list[torch.Tensor]
+
+
+def local_copies(session: Session) -> Pieces:
+    """Those of the first group of layers."""
     transfer = session.sync.transfer
     group = transfer.transport._groups[1]
-    names = [cell.hf_name for cell in transfer._proofs[1].needed]
-    first, second = next(
+    names = [cell.hf_name for cell in transfer._proofs[1]._plan.copies]
+    return Pieces(names, group.copy_to, group.copy_from)
+
+
+def arriving(session: Session) -> tuple[list[Any], int] | None:
+    """The steps of a group, and which of them is the first with a packed message for this rank."""
+    for steps in session.sync.transfer.transport._steps:
+        for number, step in enumerate(steps):
+            if step.receive.views:
+                return steps, number
+    return None
+
+
+def arriving_message(session: Session) -> Pieces:
+    """The pieces of the first packed message from the other rank; of some ranks, none."""
+    transfer = session.sync.transfer
+    for proof, steps in zip(transfer._proofs, transfer.transport._steps, strict=True):
+        for step in steps:
+            if step.receive.views:
+                (cells,) = proof._plan.direct.receives.values()
+                assert len(cells) == len(step.receive.views)
+                names = [cell.hf_name for cell in cells]
+                return Pieces(names, step.receive.views, step.receive.slices)
+    return Pieces([], [], [])
+
+
+def damaged_routes(session: Session, pieces: Pieces) -> dict[str, tuple[list[str], str]]:
+    """Pieces dropped, misdirected and duplicated: (their tensors, complaint)."""
+    pairs = [
         (a, b)
-        for a, one in enumerate(group.copy_to)
-        for b, other in enumerate(group.copy_to)
+        for a, one in enumerate(pieces.to)
+        for b, other in enumerate(pieces.to)
         if a < b and one.shape == other.shape and one.ndim > 1
-    )
+    ]
+    first, second = pairs[0] if pairs else (-1, -1)
     found = {}
 
-    def broken(kind: str, copies: list[int], which: str, change: Callable[[Any], Any]) -> None:
-        kept = list(getattr(group, which))
-        getattr(group, which)[:] = change(kept)
-        found[kind] = [names[n] for n in copies], complaint(session)
-        getattr(group, which)[:] = kept
+    def broken(kind: str, whose: list[int], ends: list[Any], change: Callable[[Any], Any]) -> None:
+        kept = list(ends)
+        if pairs:
+            ends[:] = change(kept)
+        found[kind] = [pieces.names[n] for n in whose if pairs], complaint(session)
+        ends[:] = kept
 
     def nowhere(views: list[torch.Tensor]) -> list[torch.Tensor]:
         return [v.clone() if n == first else v for n, v in enumerate(views)]
@@ -259,29 +331,31 @@ def damaged_routes(session: Session) -> dict[str, tuple[list[str], str]]:
     def doubled(views: list[torch.Tensor]) -> list[torch.Tensor]:
         return [views[second] if n == first else v for n, v in enumerate(views)]
 
-    broken("dropped", [first], "copy_to", nowhere)
-    broken("misdirected", [first, second], "copy_to", swapped)
-    broken("duplicated", [first], "copy_from", doubled)
+    broken("dropped", [first], pieces.to, nowhere)
+    broken("misdirected", [first, second], pieces.to, swapped)
+    broken("duplicated", [first], pieces.source, doubled)
     return found
 
 
 def corrupted_message(session: Session) -> tuple[list[str], str]:
-    """The first element of a message changed when it has arrived: (its tensors, complaint)."""
-    transfer = session.sync.transfer
-    transport = transfer.transport
-    run_turn = type(transport)._run_turn
-    received: list[torch.Tensor] = []
+    """One bit of a message flipped when it has arrived: (its tensor, complaint)."""
+    there = arriving(session)
+    if there is None:
+        return [], complaint(session)
+    steps, number = there
+    step = steps[number]
 
-    def corrupted(turn: Any) -> None:
-        run_turn(transport, turn)
-        if turn.receives and not received:
-            received.append(turn.receives[0].messages[0].views[0])
-            received[0].view(-1)[0] += 1
+    def corrupted() -> None:
+        unpacked = step.receive.views[0]
+        step.run()
+        damaged = unpacked.clone(memory_format=torch.contiguous_format)
+        first_bit_flipped(damaged)
+        unpacked.copy_(damaged)
 
-    with put(transport, "_run_turn", corrupted):
-        message = complaint(session)
-    cells = [c for cells in transfer._proofs[0]._plan.direct.receives.values() for c in cells]
-    return [cell.hf_name for cell in cells[:1]], message
+    steps[number] = SimpleNamespace(run=corrupted, receive=step.receive)
+    message = complaint(session)
+    steps[number] = step
+    return arriving_message(session).names[:1], message
 
 
 def lost_pushes(session: Session, prompts: list[list[int]]) -> dict[str, str]:
@@ -319,12 +393,12 @@ def damaged_pushes(session: Session, prompts: list[list[int]], moe: bool) -> dic
         "staged": [p.name for p in parameters if p.staged],
         "flipped": flipped_bits(session),
         "staging": damaged_staging(session),
-        "routes": damaged_routes(session),
+        "copies": damaged_routes(session, local_copies(session)),
+        "messages": damaged_routes(session, arriving_message(session)),
+        "message": corrupted_message(session),
     }
     if moe:
         found["not repacked"] = without_repacking(session)
-    else:
-        found["message"] = corrupted_message(session)
     found["intact again"] = complaint(session)
     found |= lost_pushes(session, prompts)
     session.sync.push(10)
@@ -361,11 +435,48 @@ def experiments(
         "recorded": recorded_logprobs(session, config),
         "disagreement": disagreement(session, config),
         "audit": audited(session, wrong),
-        "push": push_of_other_weights(session, prompts),
+        "push": push_of_other_weights(session, prompts, folder),
         "damaged": damaged_pushes(session, prompts, config.model.num_experts > 0),
     }
     found["dtypes again"] = session.check()
+    worker = session.engine.llm.model_executor.driver_worker.worker
+    found["backend"] = (
+        session.engine.llm.vllm_config.weight_transfer_config.backend,
+        type(worker.weight_transfer_engine).__name__,
+    )
+    found["moved"] = moved(session, prompts)
     return found
+
+
+def moved(session: Session, prompts: list[list[int]]) -> dict[str, Any]:
+    """Scores before all tensors of both sides moved, and of pushes after it; plans made for it."""
+    actor, model = session.actor, session.config.model
+    true = {name: t.clone() for name, t in full_tensors(actor, model).items()}
+    session.sync.push(20)
+    found: dict[str, Any] = {"before": session.engine.score(prompts)}
+    plans = rank_groups.cache_info().misses
+    for parameter in actor.model.module.parameters():
+        parameter.data = parameter.data.clone()
+    for held in session.sync.transfer.engine.parameters:
+        if not held.staged:
+            getattr(held.layer, held.attribute).data = held.live.clone()
+    train_on_nothing(session)
+    session.sync.push(21)
+    found["other weights"] = session.engine.score(prompts)
+    actor.load(true)
+    session.sync.push(22)
+    found["after"] = session.engine.score(prompts)
+    found["plans"] = rank_groups.cache_info().misses - plans
+    return found
+
+
+def flips_alone(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, Any]:
+    """Only the flipped bits, for another dtype."""
+    session = open_session(config, tensors, folder)
+    train_on_nothing(session)
+    session.sync.push(1)
+    parameters = session.sync.transfer.engine.parameters
+    return {"parameters": [p.name for p in parameters], "flipped": flipped_bits(session)}
 
 
 def fresh_scores(
@@ -437,7 +548,41 @@ def synced_main_copies(
         "bytes": result.bytes,
         "received": result.received_bytes,
         "damaged": complaint_of_main_copies(session),
+        "prefixes": cached_prefixes(session),
     }
+
+
+def cached_prefixes(session: Session) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+    """What is sampled after a prompt of two blocks: before pushes, after one, and after another.
+
+    Once with prefix caches as the push has left them, once with none; and after a push that keeps
+    the caches.
+    """
+    engine = session.engine
+    block = engine.llm.vllm_config.cache_config.block_size
+    prompt = tuple(3 + n % 50 for n in range(2 * block + 1))
+
+    def sampled() -> tuple[tuple[int, ...], tuple[float, ...]]:
+        engine.submit([Request(0, 0, prompt, 7)], Sampling(1.0, 1, True))
+        finished: list[Rollout] = []
+        while engine.unfinished:
+            finished += engine.step()
+        return finished[0].tokens, finished[0].rollout_logprobs
+
+    def without_cache() -> tuple[tuple[int, ...], tuple[float, ...]]:
+        assert engine.llm.reset_prefix_cache()
+        return sampled()
+
+    found = {"before": sampled()}
+    train_on_nothing(session)
+    session.sync.push(4)
+    found |= {"pushed": sampled(), "pushed, no cache": without_cache()}
+    train_on_nothing(session)
+    with put(engine.llm, "reset_prefix_cache", lambda: True):
+        session.sync.push(5)
+        found["caches kept"] = sampled()
+    found["caches kept, no cache"] = without_cache()
+    return found
 
 
 def complaint_of_main_copies(session: Session) -> str:

@@ -105,7 +105,12 @@ def fresh_world(world: str) -> list[list[float]]:
     push = engine_world(world)["push"]
     with tempfile.TemporaryDirectory() as folder:
         found: list[list[float]] = run_distributed(
-            "engine_bodies.fresh_scores", 2, config(world), push["tensors"], push["prompts"], folder
+            "engine_bodies.fresh_scores",
+            2,
+            config(world),
+            push["exported"],
+            push["prompts"],
+            folder,
         )
     return found
 
@@ -123,14 +128,29 @@ def mismatch_world(world: str) -> dict[str, torch.Tensor]:
     return found
 
 
+def flips_world(world: str) -> dict[str, Any]:
+    """The results of `engine_bodies.flips_alone` on two ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = run_distributed(
+            "engine_bodies.flips_alone", 2, config(world), weights(world.split()[0]), folder
+        )
+    return found
+
+
+@functools.cache
 def main_copies_world() -> dict[str, Any]:
     """Two replicas of an MoE model that trains in BF16, and rolls out in FP16 by main copies."""
     changed = dataclasses.replace(
         config("MoE bf16"),
+        model=dataclasses.replace(MOE, max_position_embeddings=512),
         precision="bf16/fp16",
         parallel=ParallelConfig(2, 1, rollout_tp_size=1),
         sync=SyncConfig("main_copies"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
+        # Room for a prompt of two blocks of vLLM's KV cache on the CPU.
+        rollout=RolloutConfig(
+            kv_cache_mib=32, max_response_tokens=384, prefix_caching=True, record_routing=False
+        ),
     )
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = run_distributed(

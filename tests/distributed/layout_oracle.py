@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -82,8 +83,9 @@ def megatron_shapes(model: ModelConfig, layout: Layout, pp_rank: int) -> Shapes:
     return shapes
 
 
+@functools.lru_cache(maxsize=4)
 def numbered(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Hugging Face tensors in which no two elements of the model are equal."""
+    """Hugging Face tensors in which no two elements of the model are equal; to be read only."""
     tensors, offset = {}, 1
     for name, shape in hf_shapes(model).items():
         count = torch.Size(shape).numel()
@@ -140,6 +142,18 @@ MODELS = {
         moe_intermediate_size=8,
     ),
 }  # fmt: skip
+# Of worlds that are no power of two: vLLM pads this vocabulary to 3 × 64 rows.
+_THREES = ModelConfig(
+    vocab_size=150, hidden_size=5, intermediate_size=24, num_hidden_layers=6,
+    num_attention_heads=12, num_key_value_heads=6, head_dim=2,
+)  # fmt: skip
+THREES = {
+    "dense of threes": _THREES,
+    "MoE of threes": dataclasses.replace(
+        _THREES, model_type="qwen3_moe", num_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=12,
+    ),
+}  # fmt: skip
 
 
 @dataclass
@@ -150,10 +164,17 @@ class Held:
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     pieces: list[Piece] = field(default_factory=list)
 
+    @functools.cached_property
+    def _by_tensor(self) -> dict[str, list[Piece]]:
+        found: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            found.setdefault(piece.hf_name, []).append(piece)
+        return found
+
     def view(self, cell: Cell, of: dict[str, torch.Tensor]) -> torch.Tensor:
         """The strided view of a cell in the one piece that holds it."""
-        for piece in self.pieces:
-            if piece.hf_name == cell.hf_name and piece.holds(cell.start, cell.shape):
+        for piece in self._by_tensor.get(cell.hf_name, ()):
+            if piece.holds(cell.start, cell.shape):
                 return of[piece.parameter].view(piece.view)[piece.within(cell.start, cell.shape)]
         raise AssertionError(f"{cell} is not held")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,7 +10,10 @@ import torch.distributed as dist
 from layout_oracle import Held, engine_rank, numbered, trainer_rank
 
 from megatron_precision.sync_bench import full_gather, measure
-from megatron_precision.weights.plan import Planner, rank_groups
+from megatron_precision.weights.families import RolloutLayout
+from megatron_precision.weights.holdings import engine_coordinates
+from megatron_precision.weights.plan import PlanError, Planner, rank_groups
+from megatron_precision.weights.transfer import Transfer
 from megatron_precision.weights.transport import Transport
 
 
@@ -68,6 +72,23 @@ def lossy_gather(planner: Planner) -> str:
     try:
         measure.run(planner, torch.float32, 4096, 1, torch.device("cpu"))
     except measure.SyncDiffersError as error:
+        return str(error)
+    finally:
+        dist.destroy_process_group()
+    return ""
+
+
+def other_layout(planner: Planner, live: RolloutLayout) -> str:
+    """What binding a plan says of engines that are laid out otherwise."""
+    dist.init_process_group("gloo")
+    rank, cpu = dist.get_rank(), torch.device("cpu")
+    there = dataclasses.replace(planner, rollout=live)
+    sources, _ = measure._trainer(planner, rank, torch.float32, cpu)
+    engine = measure._engine(there, rank, torch.float32, cpu)
+    at = engine_coordinates(planner.model, live, rank)
+    try:
+        Transfer(planner, sources, engine, at, wire=torch.float32, dtype=torch.float32)
+    except PlanError as error:
         return str(error)
     finally:
         dist.destroy_process_group()

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_precision.cli import main
 from megatron_precision.sync_bench.layouts import model_of, planner_of
+from megatron_precision.sync_bench.planned import sized
 from megatron_precision.weights.traffic import traffic
 
 SHARED = ["sync-bench", "--model", "qwen3-14b"]
@@ -61,6 +62,39 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert values["seconds"]["0"] == pytest.approx(busier / 450e9)
 
 
+def test_trainers_and_engines_that_are_apart_are_two_means(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A trainer on a node of its own, and two engines of one rank on another: one hands on."""
+    words = [*SHARED, "--layers", "1", "--train", "tp=1", "--rollout", "tp=1,dp=2", "--apart"]
+    assert main([*words, "--ranks-per-node", "1", "--batch-mib", "1"]) == 0
+    shown = capsys.readouterr().out
+    # Two nodes of one rank: the trainer sends everything twice, and nothing is handed on.
+    assert "sent by the busiest trainer ÷ mean   1.000" in shown
+    assert "handed on" not in shown
+    assert main([*words, "--train", "tp=1,dp=2", "--ranks-per-node", "2"]) == 0
+    shown = capsys.readouterr().out
+    # Each engine takes half of it from the network, and gives it to the other.
+    assert "sent by the busiest trainer ÷ mean   1.0" in shown
+    assert "handed on by an engine ÷ mean        1.0" in shown
+
+
+def test_a_small_model_is_not_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 512,
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["sync-bench", "--model", str(tmp_path), "--train", "tp=2", "--rollout", "tp=1,dp=2"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "KiB of weights" in shown
+    assert "GiB" not in shown
+    assert sized(0) == "0.00 KiB"
+    assert sized(3 * 2**20) == "3.00 MiB"
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -71,6 +105,15 @@ def test_it_prints_a_table_or_json(capsys: pytest.CaptureFixture[str]) -> None:
         ([*SHARED[1:], "--layers", "41", "--vocab-rows", "999999"], ["2 problems", "40", "151936"]),
         ([*SHARED[1:], "--execute"], ["do not fit into this machine's memory", "--layers"]),
         (["--model", "qwen3-14"], ["unknown model", "did you mean qwen3-14b?"]),
+        # Numbers, model and sizes at once.
+        (
+            ["--model", "qwen3-14", "--nic", "nan", "--layers", "0", "--train", "tq=2"],
+            ["4 problems", "--nic", "--layers", "did you mean qwen3-14b?", "tq=2"],
+        ),
+        (
+            [*SHARED[1:], "--nvlink", "inf", "--rollout", "tp=3"],
+            ["--nvlink", "attention heads do not divide", "rows of the vocabulary do not divide"],
+        ),
         ([*SHARED[1:], "--train", "tq=2,tp=0"], ["2 problems", "tq=2", "tp=0"]),
         (
             [*SHARED[1:], "--train", "tp=16,pp=3,ep=2", "--rollout", "tp=3", "--world", "16"],

@@ -49,6 +49,17 @@ def test_a_gather_that_leaves_a_weight_out_is_no_comparison() -> None:
     assert "down_proj" in message
 
 
+def test_engines_of_another_layout_are_refused_with_both_layouts() -> None:
+    """Each holds twice as much as was planned for: half of it would stay as it was."""
+    planner = Planner(MODELS["dense"], TrainerLayout(2), RolloutLayout(2, 2), 2)
+    message = run_distributed("transport_bodies.other_layout", 2, planner, RolloutLayout(2, 1))
+    assert "model.layers.0.self_attn.o_proj.weight: the plan covers 96 of 192 elements" in message
+    assert "... and 20 more" in message  # 4 x 7 divided tensors of layers, embedding and head
+    assert "TrainerLayout(size=2, tp=1" in message
+    assert "RolloutLayout(size=2, tp=2" in message
+    assert run_distributed("transport_bodies.other_layout", 2, planner, planner.rollout) == ""
+
+
 def test_a_layout_that_was_not_planned_for_is_refused() -> None:
     model = MODELS["dense"]
     plan = Planner(model, TrainerLayout(1), RolloutLayout(1)).rank_plan(0)
