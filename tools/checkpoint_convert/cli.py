@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from typing import cast as typed
 
 from megatron_precision.config import ParallelConfig
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.errors import Problem, UserError, unknown_name
 from tools.checkpoint_convert.arguments import program, refuse_arguments
 from tools.checkpoint_convert.signals import Stopped, stoppable
 
@@ -40,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         a mistake or a damaged checkpoint, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of
         the output went away.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     with stoppable():
         try:
+            args = _parse(words)
             refuse_arguments(args)
             code = int(args.run(args))
             sys.stdout.flush()
@@ -64,7 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + stopped.number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise UserError(unknown_name("command", "COMMAND", words[0], commands))
+    return parser.parse_args(words)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog=program(),
         description="Hugging Face checkpoints to Megatron's torch_dist format and back.",
@@ -117,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--dtype", choices=DTYPES, required=True)
     _add_config(audit)
     audit.set_defaults(run=_audit)
-    return parser
+    return parser, list(commands.choices)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
