@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         the output went away.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace()
     with stoppable():
         try:
             args = _parse(words)
@@ -55,14 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as wrong:
-            where, got = str(wrong.filename or "a file"), str(wrong.strerror or wrong).lower()
-            problem = Problem("a file cannot be used", where, got, "a usable file or folder")
-            print(UserError(problem), file=sys.stderr)
+            print(UserError(_file_problem(wrong, args)), file=sys.stderr)
             return 2
         except Stopped as stopped:
             word = "terminated" if stopped.number == signal.SIGTERM else "interrupted"
             print(word, file=sys.stderr)
             return 128 + stopped.number
+
+
+def _file_problem(wrong: OSError, args: argparse.Namespace) -> Problem:
+    """What the system says of a file; of a write it does not say which."""
+    got = str(wrong.strerror or wrong).lower()
+    if wrong.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Problem(
+            "no room for the output", str(args.target), got, "room for all of it",
+            "nothing is left of it: make room, and run it again",
+        )  # fmt: skip
+    where = str(wrong.filename or getattr(args, "target", "a file"))
+    return Problem("a file cannot be used", where, got, "a usable file or folder")
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
