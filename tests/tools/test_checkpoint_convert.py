@@ -16,6 +16,8 @@ import torch
 import transformers
 from harness import run_distributed
 from hf_folders import MODELS, plant, save, tensors_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import DENSE
 
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
@@ -24,6 +26,7 @@ from megatron_precision.weights.megatron_layout import megatron_parameters, mega
 from tools.checkpoint_convert import (
     casting,
     convert,
+    cutting,
     manifest,
     safetensors_folder,
     source,
@@ -331,6 +334,33 @@ def test_the_runs_of_a_piece_are_its_view(kind: str) -> None:
             parts = [run.within(half, piece.shape[0]) for run in runs]
             rows = [ids[p.slot_row : p.slot_row + p.rows] for p in parts if p is not None]
             assert torch.equal(torch.cat(rows), expected[half:])
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_parts_of_any_blocks_fill_a_slot_once(data: st.DataObject) -> None:
+    """`shards` of a slot that comes in blocks of any size: each element in one box, at its place,
+    and no box of a divided tensor reaches over two ranks."""
+    model = MODELS[data.draw(st.sampled_from(sorted(MODELS)))]
+    slot = data.draw(st.sampled_from(megatron_checkpoint.slots(model)))
+    size = data.draw(st.sampled_from([1, 2]))
+    whole = torch.arange(math.prod(slot.shape)).view(slot.shape)
+    cuts = data.draw(st.sets(st.integers(1, max(1, slot.shape[0] - 1)), max_size=5))
+    ends = sorted({cut for cut in cuts if cut < slot.shape[0]} | {slot.shape[0]})
+    filled = torch.full(slot.shape, -1)
+    for begin, end in itertools.pairwise([0, *ends]):
+        for start, box in cutting.shards(slot, begin, whole[begin:end], size):
+            at = tuple(slice(a, a + n) for a, n in zip(start, box.shape, strict=True))
+            assert bool((filled[at] == -1).all())
+            filled[at] = box
+            if slot.key.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                assert box.shape[1] == slot.shape[1] // size
+            runs = {"linear_qkv.weight": size, "linear_fc1.weight": 2 * size}
+            for name, count in runs.items():
+                if slot.key.endswith(name):
+                    rows = slot.shape[0] // count
+                    assert start[0] // rows == (start[0] + box.shape[0] - 1) // rows
+    assert torch.equal(filled, whole)
 
 
 def _ends(runs: list[megatron_checkpoint.RowRun]) -> list[int]:

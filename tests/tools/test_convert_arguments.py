@@ -43,6 +43,13 @@ sys.exit(code)
         assert told + "    expected: 1 or more" in done.stderr
 
 
+def test_a_misspelt_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["imprt", "a", "b"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: unknown command 'imprt'\n")
+    assert "remedy:   did you mean import" in error
+
+
 def test_the_usage_names_what_was_called(tmp_path: Path) -> None:
     script = tmp_path / "megatron-precision-convert"
     script.write_text("from tools.checkpoint_convert.cli import main\nmain()\n", encoding="utf-8")

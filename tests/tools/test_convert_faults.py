@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -226,6 +228,29 @@ def test_an_output_that_exists_and_a_full_disk_are_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
 
 
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_disk_that_fills_in_the_middle_leaves_nothing(command: str, tmp_path: Path) -> None:
+    """The room was there when it was looked at. A limit of the process ends the write for us."""
+    hf, megatron, out = save(DENSE, tmp_path / "hf"), tmp_path / "megatron", tmp_path / "out"
+    convert.import_checkpoint(hf, megatron)
+    source_folder = hf if command == "import" else megatron
+    said = tmp_path / "said"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            with open(said, "w", encoding="ascii") as sys.stderr:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+                code = main([command, str(source_folder), str(out)])
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    error = said.read_text()
+    assert error.startswith("error: no room for the output\n")
+    assert f"where:    {out}\n" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "megatron", "said"]
+
+
 @pytest.mark.parametrize("side", ["megatron", "back"])
 def test_a_flipped_bit_is_found_and_its_tensor_named(
     side: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -350,7 +375,9 @@ def test_files_beside_the_tensors_are_carried_and_watched(
     assert main(["verify", str(hf), str(back)]) == 2
     error = capsys.readouterr().err
     assert "tokenizer.json" in error
-    assert manifest.FILE in error
+    assert "change it there, and convert again" in error
+    # Nobody is told to throw the hashes of all tensors away.
+    assert "delete" not in error
 
 
 def test_verify_names_what_differs_in_the_configuration(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hf_folders import MODELS, save, tensors_of
 from oracle import DENSE
+from safetensors.torch import load_file, save_file
 
 from tools.checkpoint_convert import convert, manifest
 from tools.checkpoint_convert.cli import main
@@ -83,6 +84,49 @@ def test_tensors_of_a_shard_that_is_missing_are_not_missed_one_by_one(
     assert error.startswith("error: the index names a shard that is not there\n")
     assert shard.name in error
     assert "missing tensor" not in error
+
+
+def test_a_tensor_that_is_in_no_shard_is_missing_whatever_the_index_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that the index lists, one that it does not, and one that it lists and nobody has."""
+    hf = save(DENSE, tmp_path / "hf")
+    index = hf / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    lost, unlisted = "model.embed_tokens.weight", "model.norm.weight"
+    assert listed[lost] != listed[unlisted]
+    for name in (lost, unlisted):
+        tensors = load_file(hf / listed[name])
+        del tensors[name]
+        save_file(tensors, hf / listed[name], {"format": "pt"})
+    listed["model.stranger"] = listed.pop(unlisted)
+    edit(index, weight_map=listed)
+    assert main(["import", str(hf), str(tmp_path / "out")]) == 2
+    error = message(capsys)
+    assert error.startswith("error: 3 problems")
+    for name in (lost, unlisted):
+        assert f"a missing tensor\n    where:    {hf}: {name}\n" in error
+    assert "the index is wrong" in error
+    assert f"model.stranger in {listed['model.stranger']}" in error
+
+
+def test_a_quantised_tensor_is_not_called_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    file = sorted(hf.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    names = sorted(tensors)[:2]
+    for name in names:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, file, {"format": "pt"})
+    assert main(["import", str(hf), str(tmp_path / "out")]) == 2
+    error = message(capsys)
+    assert error.startswith("error: 2 problems")
+    for name in names:
+        assert f"a dtype that is not converted\n    where:    {file}: {name}\n" in error
+    assert "got:      F8_E4M3\n    expected: F64, F32, F16, BF16" in error
+    assert "copy it again" not in error
 
 
 def test_a_long_list_of_tensors_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,9 +46,9 @@ def zeros(folder: Path, vocab_size: int) -> Path:
 
 
 def until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150  # workers that load torch on a busy machine
     while not holds():
-        assert time.monotonic() < end, "waited for a minute"
+        assert time.monotonic() < end, "waited in vain"
         time.sleep(0.001)
 
 
@@ -59,12 +59,16 @@ def test_a_conversion_that_is_stopped_anywhere_leaves_nothing(
     number: signal.Signals, line: str, tmp_path: Path
 ) -> None:
     hf, out, said = zeros(tmp_path / "hf", 400_000), tmp_path / "out", tmp_path / "said"
-    began = time.monotonic()
-    assert main(["import", str(hf), str(out)]) == 0
-    whole_s = time.monotonic() - began
-    out.rename(tmp_path / "whole")
-    chance, stopped = random.Random(0), 0
-    for _ in range(12):
+    (tmp_path / "whole").mkdir()
+    for name in ("first", "timed"):  # the first loads torch, which the children need not
+        began = time.monotonic()
+        assert main(["import", str(hf), str(out)]) == 0
+        longest_s = time.monotonic() - began
+        out.rename(tmp_path / "whole" / name)
+    chance, stopped, tried = random.Random(0), 0, 0
+    while stopped < 8:
+        tried += 1
+        assert tried < 60, f"{stopped} conversions of {tried} were stopped before they were whole"
         child = os.fork()
         if child == 0:
             code = 99
@@ -74,19 +78,20 @@ def test_a_conversion_that_is_stopped_anywhere_leaves_nothing(
             finally:
                 os._exit(code)
         until((tmp_path / ".out.lock").exists)
-        time.sleep(chance.random() * whole_s)
+        time.sleep(chance.random() * longest_s)
         os.kill(child, number)
         os.kill(child, number)  # a second one does not disturb the first's cleaning up
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code != 0:
             assert (code, said.read_text()) == (128 + number, line)
             stopped += 1
+        else:  # the machine is faster than it was
+            longest_s *= 0.8
         # It may have been whole when the signal came.
         assert {path.name for path in tmp_path.iterdir()} - {"out"} == {"hf", "whole", "said"}
         if out.exists():
             assert (out / "conversion_manifest.json").exists()
-            out.rename(tmp_path / "whole" / f"{_}")
-    assert stopped > 3
+            out.rename(tmp_path / "whole" / f"{tried}")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from megatron_precision.errors import UserError
 from megatron_precision.weights.architectures import hf_shapes
@@ -115,6 +117,11 @@ def test_transformers_5_writes_the_same_in_other_fields() -> None:
         (QWEN3_30B_A3B, "mlp_only_layers", [0]),
         (QWEN3_30B_A3B, "decoder_sparse_step", 2),
         (QWEN3_30B_A3B, "shared_expert_intermediate_size", 1024),
+        (QWEN3_30B_A3B, "num_experts_per_tok", 129),
+        (QWEN3_14B, "num_key_value_heads", 7),
+        (QWEN3_14B, "head_dim", None),
+        (QWEN3_30B_A3B, "num_key_value_heads", None),
+        (LLAMA_3_2_3B, "rope_parameters", {"rope_theta": 10000.0}),
     ],
 )
 def test_a_field_that_is_not_implemented_is_an_error_that_names_it(
@@ -129,7 +136,8 @@ def test_all_that_is_missing_is_named_at_once() -> None:
     config = {k: v for k, v in QWEN3_30B_A3B.items() if k not in ("hidden_size", "num_experts")}
     with pytest.raises(UserError) as caught:
         model_from_hf(config)
-    assert {problem.got for problem in caught.value.problems} == {"hidden_size", "num_experts"}
+    places = {problem.where for problem in caught.value.problems}
+    assert places == {"config.json: hidden_size", "config.json: num_experts"}
 
 
 @pytest.mark.parametrize("config", [QWEN3_14B, QWEN3_30B_A3B, R1_DISTILL_QWEN_1_5B, LLAMA_3_2_3B])
@@ -151,3 +159,31 @@ def test_what_is_left_out_is_what_transformers_takes_it_to_be(
         assert model.norm_topk_prob == taken["norm_topk_prob"] == theirs.norm_topk_prob
     path.write_text(json.dumps(config))
     assert defaults_taken(path) == {}
+
+
+@pytest.mark.parametrize("config", [QWEN3_14B, QWEN3_30B_A3B, R1_DISTILL_QWEN_1_5B, LLAMA_3_2_3B])
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("how", ["left out", "null"])
+def test_a_size_is_derived_where_transformers_derives_it_and_asked_for_elsewhere(
+    config: dict[str, Any], name: str, how: str
+) -> None:
+    heads = config["num_attention_heads"]
+    fields = config | {"hidden_size": 96 * heads, name: None}
+    if how == "left out":
+        del fields[name]
+    small = {"num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    try:
+        kind = type(transformers.AutoConfig.for_model(config["model_type"]))
+        with torch.device("meta"):  # some derive the width of heads only as they build
+            made = transformers.AutoModelForCausalLM.from_config(kind(**fields | small))
+        attention = made.model.layers[0].self_attn
+        theirs = {
+            "num_key_value_heads": made.config.num_key_value_heads, "head_dim": attention.head_dim
+        }[name]  # fmt: skip
+    except (TypeError, ValueError, StrictDataclassError):  # transformers refuses it
+        theirs = None
+    if theirs == {"num_key_value_heads": heads, "head_dim": 96}[name]:
+        assert getattr(model_from_hf(fields), name) == theirs
+    else:
+        with pytest.raises(UserError, match=name):
+            model_from_hf(fields)

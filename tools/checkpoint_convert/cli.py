@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from typing import cast as typed
 
 from megatron_precision.config import ParallelConfig
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.errors import Problem, UserError, unknown_name
 from tools.checkpoint_convert.arguments import program, refuse_arguments
 from tools.checkpoint_convert.signals import Stopped, stoppable
 
@@ -40,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         a mistake or a damaged checkpoint, 130 for Ctrl-C, 143 for SIGTERM, 141 where the reader of
         the output went away.
     """
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = argparse.Namespace()
     with stoppable():
         try:
+            args = _parse(words)
             refuse_arguments(args)
             code = int(args.run(args))
             sys.stdout.flush()
@@ -54,9 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except OSError as wrong:
-            where, got = str(wrong.filename or "a file"), str(wrong.strerror or wrong).lower()
-            problem = Problem("a file cannot be used", where, got, "a usable file or folder")
-            print(UserError(problem), file=sys.stderr)
+            print(UserError(_file_problem(wrong, args)), file=sys.stderr)
             return 2
         except Stopped as stopped:
             word = "terminated" if stopped.number == signal.SIGTERM else "interrupted"
@@ -64,7 +65,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 128 + stopped.number
 
 
-def _parser() -> argparse.ArgumentParser:
+def _file_problem(wrong: OSError, args: argparse.Namespace) -> Problem:
+    """What the system says of a file; of a write it does not say which."""
+    got = str(wrong.strerror or wrong).lower()
+    if wrong.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return Problem(
+            "no room for the output", str(args.target), got, "room for all of it",
+            "nothing is left of it: make room, and run it again",
+        )  # fmt: skip
+    where = str(wrong.filename or getattr(args, "target", "a file"))
+    return Problem("a file cannot be used", where, got, "a usable file or folder")
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    parser, commands = _parser()
+    if words and not words[0].startswith("-") and words[0] not in commands:
+        raise UserError(unknown_name("command", "COMMAND", words[0], commands))
+    return parser.parse_args(words)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the names of its commands."""
     parser = argparse.ArgumentParser(
         prog=program(),
         description="Hugging Face checkpoints to Megatron's torch_dist format and back.",
@@ -117,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument("--dtype", choices=DTYPES, required=True)
     _add_config(audit)
     audit.set_defaults(run=_audit)
-    return parser
+    return parser, list(commands.choices)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -58,7 +58,10 @@ def refuse_layout(model: ModelConfig, layout: ParallelConfig) -> None:
         sizes.append(("tp", layout.tp_size, "the MLP", model.intermediate_size))
     problems += [
         Problem(
-            f"{what} do not divide", f"--{option}", f"{count} / {size}", f"a divisor of {count}"
+            f"--{option} does not divide {what}",
+            f"--{option}",
+            f"{count} / {size}",
+            f"a divisor of {count}",
         )
         for option, size, what, count in sizes
         if size >= 1 and count % size

@@ -57,8 +57,7 @@ def compare_logits(first: Path, second: Path, config: Path | None = None) -> Log
         raise UserError(problems)
     hf, megatron = sorted((first, second), key=is_megatron)
     tokens, from_text = _tokens(open_source(hf))
-    # transformers first: once the CPU platform has patched torch's factories for Megatron, loading
-    # a model leaves its rotary frequencies uninitialised.
+    # transformers first, with nothing of torch replaced: it is the independent side.
     theirs = _hf_logprobs(hf, tokens)
     ours = _megatron_logprobs(megatron, open_source(megatron, config).model, tokens)
     gap = (ours - theirs).abs()

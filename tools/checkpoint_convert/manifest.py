@@ -20,6 +20,10 @@ from tools.checkpoint_convert.folders import COPY_AGAIN
 
 FILE = "conversion_manifest.json"
 VERSION = 1
+_RESTORE = (
+    f"{COPY_AGAIN}; a change that is wanted belongs into the folder that was converted: "
+    "change it there, and convert again"
+)
 # Their contents are hashed tensor by tensor.
 _TENSOR_FILES = (".distcp", ".safetensors")
 
@@ -59,7 +63,7 @@ def read(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.exists():
         return None
-    remedy = "copy it again; or delete it, and the folder is taken as it is"
+    remedy = f"{COPY_AGAIN}; a folder without it is read, but nothing in it is checked"
     values = read_object(path, "the manifest", remedy)
     if got := _malformed(values):
         raise UserError(
@@ -97,10 +101,7 @@ def _file_problems(folder: Path, found: Manifest) -> Iterator[Problem]:
         if not path.is_file():
             yield Problem("a file is missing", str(path), "no file", expected, COPY_AGAIN)
         elif (got := f"sha256 {_hash(path)}") != expected:
-            yield Problem(
-                "a file is not as it was written", str(path), got, expected,
-                f"restore it; or delete {FILE}, and the folder is taken as it is",
-            )  # fmt: skip
+            yield Problem("a file is not as it was written", str(path), got, expected, _RESTORE)
 
 
 def made(tensors: dict[str, str], folder: Path) -> Manifest:

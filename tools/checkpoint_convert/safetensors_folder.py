@@ -23,7 +23,12 @@ from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_config import read_model, read_object
 from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.safetensors_header import DTYPES, DamagedHeader, read_header
+from tools.checkpoint_convert.safetensors_header import (
+    DTYPES,
+    DamagedHeader,
+    OtherDtype,
+    read_header,
+)
 from tools.checkpoint_convert.source import (
     Scratch,
     TensorInfo,
@@ -68,19 +73,22 @@ class SafetensorsFolder:
         self.path = self.sidecar = path
         self.model = read_model(path / "config.json")
         self.manifest = manifest.read(path)
-        found, listed, problems = _read_headers(path)
-        damaged = bool(problems)
+        found, listed, whole, problems = _read_headers(path)
         names = found.keys() | listed.keys()
         shown, wrong = counted(
             self.model, _numbers(_LAYER, names), _numbers(_EXPERT, names), path / "config.json"
         )
         problems += wrong
         expected = hf_shapes(shown)
+        problems += _misplaced(
+            path, found, {n: f for n, f in listed.items() if f in whole}, expected
+        )
         if self.model.tie_word_embeddings:
             problems += _untied_head(path, found)
         found = {name: at for name, at in found.items() if not _COMPUTED.fullmatch(name)}
-        if damaged:  # what a shard that is lost would hold is not missed name by name
-            expected = {name: shape for name, shape in expected.items() if name in found}
+        if problems:  # what a shard that is lost would hold is not missed name by name
+            lost = {n for n in expected if (listed[n] not in whole if n in listed else not listed)}
+            expected = {n: s for n, s in expected.items() if n in found or n not in lost}
         problems += _differences(path, expected, {name: info for name, (info, _) in found.items()})
         if problems:
             raise UserError(problems)
@@ -189,9 +197,9 @@ def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
     """
     kinds = {str(dtype).removeprefix("torch.") for dtype in dtypes}
     values = json.loads(config.read_text(encoding="utf-8"))
-    field = "dtype" if "dtype" in values else "torch_dtype"
-    if len(kinds) == 1 and values.get(field) not in kinds:
-        values[field] = kinds.pop()
+    fields = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
+    if len(kinds) == 1 and any(values.get(field) not in kinds for field in fields):
+        values |= dict.fromkeys(fields, *kinds)
         config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
@@ -211,11 +219,11 @@ def _numbers(pattern: re.Pattern[str], names: Iterable[str]) -> int:
 
 def _read_headers(
     folder: Path,
-) -> tuple[dict[str, tuple[TensorInfo, _Place]], dict[str, str], list[Problem]]:
-    """Where each tensor lies, where the index says so, and what is wrong with either."""
+) -> tuple[dict[str, tuple[TensorInfo, _Place]], dict[str, str], set[str], list[Problem]]:
+    """Where each tensor lies, where the index says so, the shards read, and what is wrong."""
     files, listed, problems = _files(folder)
     found: dict[str, tuple[TensorInfo, _Place]] = {}
-    whole = set()
+    whole: set[str] = set()
     for file in files:
         try:
             entries = read_header(file)
@@ -227,22 +235,35 @@ def _read_headers(
                 )
             )  # fmt: skip
             continue
+        except OtherDtype as wrong:
+            problems += [
+                Problem(
+                    "a dtype that is not converted", f"{file}: {name}", dtype, ", ".join(DTYPES),
+                    "convert the checkpoint that it was quantised from",
+                )
+                for name, dtype in wrong.dtypes.items()
+            ]  # fmt: skip
+            continue
         whole.add(file.name)
         for name, dtype, shape, begin in entries:
             if name in found:
                 two = f"{found[name][1].file.name} and {file.name}"
                 problems.append(Problem("a tensor twice", f"{folder}: {name}", two, "one"))
             found[name] = (TensorInfo(shape, dtype), _Place(file, begin))
+    return found, listed, whole, problems
+
+
+def _misplaced(
+    folder: Path, found: Mapping[str, Any], listed: Mapping[str, str], expected: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """What the index says of shards that were read, and is not so; missing tensors apart."""
     for name, file_name in listed.items():
         place = found.get(name)
-        if (place is None or place[1].file.name != file_name) and file_name in whole:
-            problems.append(
-                Problem(
-                    "the index is wrong", f"{folder}/{INDEX}", f"{name} in {file_name}",
-                    "the shard that holds it",
-                )
+        if place[1].file.name != file_name if place else name not in expected:
+            yield Problem(
+                "the index is wrong", f"{folder}/{INDEX}", f"{name} in {file_name}",
+                "the shard that holds it",
             )  # fmt: skip
-    return found, listed, problems
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[Problem]]:

@@ -25,11 +25,20 @@ class DamagedHeader(ValueError):
     """What is wrong with a file, in words for its owner."""
 
 
+class OtherDtype(ValueError):
+    """Tensors of a whole file that have a dtype which is not converted."""
+
+    def __init__(self, dtypes: dict[str, str]) -> None:
+        super().__init__(str(dtypes))
+        self.dtypes = dtypes
+
+
 def read_header(file: Path) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
     """(name, dtype, shape, first byte in the file) of each tensor, in the file's order.
 
     Raises:
         DamagedHeader: where it is none, or does not account for every byte of the file.
+        OtherDtype: where tensors are quantised, integers, or of another dtype than `DTYPES` has.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -48,6 +57,9 @@ def read_header(file: Path) -> list[tuple[str, torch.dtype, tuple[int, ...], int
         raise DamagedHeader("a header that is no JSON object")
     header.pop("__metadata__", None)
     spans = sorted((_span(name, entry), name) for name, entry in header.items())
+    others = {n: e["dtype"] for n, e in header.items() if e["dtype"] not in DTYPES}
+    if others:
+        raise OtherDtype(others)
     first, last = 8 + length, 0
     found = []
     for (begin, end), name in spans:
@@ -73,6 +85,6 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
         numbers = [None]
     if not all(type(number) is int and number >= 0 for number in numbers):
         raise DamagedHeader(f"{name}: without dtype, shape and data_offsets")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise DamagedHeader(f"{name}: dtype {dtype} is not a floating-point one")
+    if not isinstance(dtype, str):
+        raise DamagedHeader(f"{name}: dtype {dtype!r}, which is no text")
     return begin, end
