@@ -1,4 +1,5 @@
-"""Rates of 16-bit matrix products on this CPU: PyTorch's own, and by FP32 (platform/wide_products.py).
+"""Rates of 16-bit matrix products on this CPU: PyTorch's own, and by way of FP32.
+
 
     .venv/bin/python scripts/bench_products.py --out docs/benchmarks/raw/products.json
 
