@@ -1,6 +1,5 @@
 """Rates of 16-bit matrix products on this CPU: PyTorch's own, and by way of FP32.
 
-
     .venv/bin/python scripts/bench_products.py --out docs/benchmarks/raw/products.json
 
 One thread; processor time, so that others' work on the machine counts little; the best of ten.
