@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megatron_precision import inputs, launching, rank, run_folder, validation
 from megatron_precision.errors import Problem, UserError
@@ -24,9 +24,8 @@ from megatron_precision.overrides import apply, config_from_file
 from megatron_precision.precision.policy import DTYPES, DType
 
 if TYPE_CHECKING:
-    from megatron_precision.offline.comparison import Comparison
+    from megatron_precision.offline.comparison import Comparison, Side
 
-Side = Literal["sample", "score"]
 PART = "mismatch-part"  # what this command's own jobs run
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 COMPARISON = "comparison.json"

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_precision.config import (
     ParallelConfig,
@@ -24,11 +25,11 @@ from megatron_precision.config import (
     fingerprint,
     to_dict,
 )
-from megatron_precision.offline.command import Side
 from megatron_precision.offline.samples import is_made_from
 from megatron_precision.precision.policy import DType
 from megatron_precision.weights.hf_config import read_model
 
+Side = Literal["sample", "score"]
 SET = "prompts"
 # Longer prompts are left out, unless `--set task.max_prompt_tokens` says otherwise.
 _PROMPT_TOKENS = 512

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from megatron_precision.config import RunConfig
-from megatron_precision.observe.metrics import finite
 from megatron_precision.replay import findings
-from megatron_precision.replay.command import layout_words
 from megatron_precision.replay.dump import Dump
 from megatron_precision.replay.findings import Bucket, Pair, PointError, Scored, WorstToken
+from megatron_precision.replay.layout import layout_words
 
-FIGURES = "replay.json"
-PICTURE = "replay.png"
-LOGPROBS = "logprobs.safetensors"
 _DISTANCES = (("rollout", "fp32"), ("trainer", "fp32"), ("replay", "fp32"))
 
 
@@ -113,22 +104,6 @@ class Replay:
     def pair(self, a: str, b: str) -> Pair | None:
         """Two sides' comparison; None where one of them is not known."""
         return next((pair for pair in self.pairs if (pair.a, pair.b) == (a, b)), None)
-
-    def write(self, out: Path) -> None:
-        """Write figures, picture and log-probs; the folder is made."""
-        from megatron_precision.replay.picture import draw
-
-        out.mkdir(parents=True, exist_ok=True)
-        values = {
-            part.name: getattr(self, part.name)
-            for part in dataclasses.fields(self)
-            if part.name != "logprobs"
-        }
-        text = json.dumps(finite(_plain(values)), indent=1, allow_nan=False)
-        (out / FIGURES).write_text(text + "\n", encoding="utf-8")
-        logprobs = {name: np.ascontiguousarray(array) for name, array in self.logprobs.items()}
-        save_file(logprobs, out / LOGPROBS)
-        draw(self).savefig(out / PICTURE, dpi=150)
 
     def lines(self) -> Iterator[str]:
         """The table for a person."""
@@ -229,15 +204,3 @@ def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:
     for row in rows:
         means = "".join(f"{mean:>20.3g}" for mean in row.abs_mean.values())
         yield f"  {row.low:>8g} to {row.high:<10g}{row.tokens:>11,}{means}"
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, at any depth."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    assert value is None or isinstance(value, str | int | float), type(value)
-    return value if not isinstance(value, float) or math.isfinite(value) else finite(value)
