@@ -94,6 +94,30 @@ def classes(cells: Sequence[Cell]) -> Figure:
         return figure
 
 
+def routing(cells: Sequence[Cell]) -> Figure:
+    """Of an MoE model: tokens routed otherwise by layer, and what a flip costs a token."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 3.3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for cell in cells:
+            assert cell.router is not None
+            label, colour = NAMES[cell.train], COLOURS[cell.train]
+            shares = [share or np.nan for share in cell.router["by_layer"]]
+            left.plot(range(len(shares)), shares, "o-", color=colour, label=label, markersize=3.5)
+            names = [f"≤ {c.high:g}" if c.high else "0" for c in cell.by_router_flips]
+            values = [c.abs_mean for c in cell.by_router_flips]
+            right.plot(names, values, "o-", color=colour, label=label, markersize=3.5)
+        for axis in (left, right):
+            axis.set_yscale("log")
+            axis.legend()
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.set_xlabel("layer")
+        left.set_ylabel("share of tokens at other experts")
+        right.set_xlabel("layers that route the token otherwise")
+        right.set_ylabel("mean |Δ log-prob| (nats)")
+        return figure
+
+
 def _steps(found: Sequence[Class], name: str) -> tuple[list[float], list[float]]:
     kept = [c for c in found if getattr(c, name) > 0]
     return [c.high for c in kept], [getattr(c, name) for c in kept]

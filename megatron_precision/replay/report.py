@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_precision.config import RunConfig
 from megatron_precision.replay import findings
@@ -25,6 +26,9 @@ class Replay:
         facts: what was replayed, and how.
         pairs: sides against each other, over all response tokens that both scored.
         by_position, by_probability: of the token within its response; of the token in FP32.
+        by_router_flips: of the layers that route the position which predicts the token otherwise
+            than the engine did; empty where that is not known.
+        engine_flips: share of tokens that each layer routes otherwise; None where not known.
         worst: tokens at which the trainer is farthest from the engine; where the run has no
             log-probs of the trainer, the replay.
         free, forced: errors of the activations by point.
@@ -35,6 +39,8 @@ class Replay:
     pairs: list[Pair]
     by_position: list[Bucket]
     by_probability: list[Bucket]
+    by_router_flips: list[Bucket]
+    engine_flips: list[float] | None
     worst: list[WorstToken]
     free: list[PointError]
     forced: list[PointError]
@@ -92,6 +98,16 @@ class Replay:
             by_probability=findings.buckets(
                 probability, findings.PROBABILITY_EDGES, sides, shown, scored_by_all
             ),
+            by_router_flips=(
+                []
+                if scored.flipped_layers is None
+                else findings.buckets(
+                    _at_predicted(scored.flipped_layers),
+                    findings.flip_edges(config.model.num_hidden_layers),
+                    sides, shown, scored_by_all,
+                )
+            ),
+            engine_flips=scored.engine_flips,
             worst=findings.worst_tokens(
                 ours, "rollout", sides, scored_by_all, arrays.tokens, arrays.lengths,
                 {token: dump.text(token) for token in ids},
@@ -118,7 +134,11 @@ class Replay:
         yield from self._pair_lines()
         yield ""
         yield from self.sentences()
-        for title, rows in (("position", self.by_position), ("probability", self.by_probability)):
+        for title, rows in (
+            ("position", self.by_position),
+            ("probability", self.by_probability),
+            ("router flips", self.by_router_flips),
+        ):
             yield ""
             yield from _bucket_lines(title, rows)
         if self.forced:
@@ -156,6 +176,13 @@ class Replay:
         if routed:
             share, name = max(routed)
             yield f"Routers: at {name} {share:.2%} of the tokens go to other experts than in FP32."
+        if self.engine_flips:
+            share, number = max((share, n) for n, share in enumerate(self.engine_flips))
+            name = findings.layer_name(number)
+            yield (
+                f"Engine: at {name} {share:.2%} of the tokens go to other experts than the "
+                "engine's."
+            )
 
     def _pair_lines(self) -> Iterator[str]:
         yield f"{'':<20}{'tokens':>9}{'mean |d|':>12}{'max |d|':>12}{'k3':>12}{'same bits':>11}"
@@ -193,6 +220,13 @@ class Replay:
             place = f"seq {worst.sequence}, {worst.position}"
             context = f"{worst.before}⟦{worst.text}⟧{worst.after}".replace("\n", "⏎")
             yield f"{place:<16}{worst.difference:>9.4f}{values}  {context}"
+
+
+def _at_predicted(values: NDArray[np.int32]) -> NDArray[np.float64]:
+    """[S, L], of each token what the position before it has, which predicts it."""
+    found = np.zeros(values.shape)
+    found[:, 1:] = values[:, :-1]
+    return found
 
 
 def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:

@@ -94,6 +94,23 @@ def test_the_router_that_flips_most_is_named() -> None:
     assert "Routers: at layer 1 1.25% of the tokens go to other experts than in FP32." in text
 
 
+def test_tokens_are_told_apart_by_the_engine_s_routing() -> None:
+    values = np.array([[0, HALF, HALF]], np.float32)
+    exact = np.array([[0, HALF, QUARTER]], np.float32)
+    # The prompt's token, which predicts the first of the response, goes elsewhere in two layers.
+    flipped = np.array([[2, 0, 1]], np.int32)
+    scored = Scored(values, exact, [], [], [0.25, 0.5], flipped)
+    found = Replay.of(dump(old_known=True), CONFIG, "", scored)
+    assert [(b.low, b.high, b.tokens) for b in found.by_router_flips] == [(0, 1, 1), (2, 3, 1)]
+    # The second token's trainer and engine differ by ln 2, the first one's not at all.
+    means = [b.abs_mean["trainer - rollout"] for b in found.by_router_flips]
+    np.testing.assert_allclose(means, [float(np.log(2)), 0.0], rtol=1e-6)
+    text = "\n".join(found.lines())
+    assert "Engine: at layer 1 50.00% of the tokens go to other experts than the engine's." in text
+    assert "by router flips" in text
+    assert replay(dump(old_known=True)).by_router_flips == []
+
+
 def test_an_engine_farther_from_fp32_is_said_so() -> None:
     found = dump(old_known=True)
     off = dataclasses.replace(
