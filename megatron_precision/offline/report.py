@@ -189,14 +189,17 @@ def _headlines(found: Found) -> list[tuple[str, str]]:
 
 
 def _flip_rows(found: Found) -> list[tuple[str, ...]]:
-    """Tokens of each cell of an MoE model by the number of layers that routed them otherwise."""
+    """Tokens of an MoE model, both sides in one dtype, by the layers that route them otherwise."""
     rows = []
-    for (train, rollout), cell_ in found.cells.items():
+    for dtype in found.comparison.train:
+        cell_ = found.cells.get((dtype, dtype))
+        if cell_ is None:
+            continue
         for part in cell_.by_router_flips:
             low, high = int(part.low) + 1, int(part.high)
             rows.append(
                 (
-                    f"{NAMES[train]} \\ {NAMES[rollout]}",
+                    NAMES[dtype],
                     str(high) if low == high else f"{low}–{high}",
                     f"{part.tokens:,}",
                     f"{part.abs_mean:.3g}",
