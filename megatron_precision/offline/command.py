@@ -150,7 +150,7 @@ def _devices() -> int:
 
 
 def _line(comparison: Comparison, side: Side, dtype: DType) -> tuple[int, list[str]]:
-    folder = comparison.out / "parts" / f"{side}-{dtype}"
+    folder = comparison.part_folder(side, dtype)
     words = [PART, "--config", str(folder / run_folder.CONFIG)]
     return comparison.config.parallel.world_size, [*words, "--side", side, "--dtype", dtype]
 
@@ -161,15 +161,19 @@ def _run_parts(comparison: Comparison) -> int:
     with _bar(comparison.out / PROGRESS, len(parts)) as begin:
         for side, dtype in parts:
             begin(f"{NAMES[side]} in {dtype}")
-            folder = comparison.out / "parts" / f"{side}-{dtype}"
+            folder = comparison.part_folder(side, dtype)
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.write_config(comparison.of(dtype), folder)
             _write_comparison(comparison, folder)
             extra = ("--side", side, "--dtype", dtype)
             ranks = comparison.config.parallel.world_size
+            began_s = time.monotonic()
             code = launching.run_job(launching.Job(PART, extra, ranks, folder))
             if code:
                 return code
+            comparison.took_file(side, dtype).write_text(
+                json.dumps(time.monotonic() - began_s), encoding="ascii"
+            )
     (comparison.out / PROGRESS).unlink(missing_ok=True)
     return 0
 

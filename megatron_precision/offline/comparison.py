@@ -10,6 +10,7 @@ again. This module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,25 @@ class Comparison:
     def score_file(self, train: DType, rollout: DType) -> Path:
         """Where a trainer's log-probs of an engine's responses are."""
         return self.out / f"score-{train}-of-{rollout}.npz"
+
+    def part_folder(self, side: Side, dtype: DType) -> Path:
+        """Where a part's job has its configuration and its log."""
+        return self.out / "parts" / f"{side}-{dtype}"
+
+    def took_file(self, side: Side, dtype: DType) -> Path:
+        """Seconds that a part took, its start included."""
+        return self.part_folder(side, dtype) / "took_s.json"
+
+    def took_s(self) -> dict[str, float]:
+        """Seconds of every part, by its name."""
+        jobs: list[tuple[Side, DType]] = [("sample", r) for r in self.rollout]
+        jobs += [("score", t) for t in self.train]
+        paths = {f"{side}-{dtype}": self.took_file(side, dtype) for side, dtype in jobs}
+        return {
+            name: float(json.loads(path.read_text(encoding="ascii")))
+            for name, path in paths.items()
+            if path.is_file()
+        }
 
     def sampled_from(self, rollout: DType) -> str:
         """Names all that the responses depend on."""

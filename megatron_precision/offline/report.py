@@ -144,6 +144,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "max_response_tokens": comparison.config.rollout.max_response_tokens,
         "num_prompts": comparison.num_prompts,
         "rollouts": comparison.rollouts,
+        "took_s": comparison.took_s(),
         "samples": {
             rollout: {
                 "responses": len(s.responses),
@@ -234,6 +235,10 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         ("16-bit products", str(platform.get("wide_products", "native"))),
         ("Versions", ", ".join(f"{k} {v}" for k, v in some.facts["versions"].items())),
     ]  # fmt: skip
+    if took := comparison.took_s():
+        rows.append(
+            ("Took", f"{sum(took.values()) / 60:.1f} minutes, {len(took)} jobs one after the other")
+        )
     for rollout, s in found.samples.items():
         rows.append(
             (f"vLLM in {NAMES[rollout]}",

@@ -64,6 +64,8 @@ def test_a_checkpoint_is_sampled_scored_and_reported_and_goes_on_where_it_was(
     )
     page = (tmp_path / "out/report.html").read_text()
     assert "accumulated in FP32" in page  # the shim is named
+    assert report["took_s"].keys() == {"sample-fp32", "score-fp16", "score-fp32"}
+    assert all(seconds > 1 for seconds in report["took_s"].values())
     # Again: nothing is sampled, and a dtype more costs its own parts alone.
     before = (tmp_path / "out/sample-fp32.npz").stat().st_mtime_ns
     (tmp_path / "out/score-fp16-of-fp32.npz").unlink()
