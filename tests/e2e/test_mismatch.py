@@ -79,7 +79,8 @@ def test_a_checkpoint_is_sampled_scored_and_reported_and_goes_on_where_it_was(
 def test_of_an_moe_checkpoint_tokens_are_told_apart_by_their_routing(tmp_path: Path) -> None:
     environment = real_jobs.environment(E2E)
     subprocess.run([*START, str(tmp_path), "sanity.tiny_moe"], check=True, env=environment)
-    shown = mismatch(tmp_path, "--train", "bf16,fp32", "--rollout", "bf16", "--num-prompts", "12")
+    words = ["--train", "bf16,fp32", "--rollout", "bf16", "--num-prompts", "12", "--rollouts", "8"]
+    shown = mismatch(tmp_path, *words)
     assert "engine's experts replayed" in shown
     report = json.loads((tmp_path / "out/report.json").read_text())
     bf16, fp32 = report["cells"]
