@@ -78,6 +78,10 @@ class ParallelConfig:
         return self.world_size // self.rollout_tp_size
 
 
+# What a response earns that reached its limit before an end token.
+Truncated = Literal["wrong", "graded"]
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """Where prompts come from and how an answer is scored.
@@ -90,7 +94,9 @@ class TaskConfig:
         `MODULE:FUNCTION`; it runs in `scorer_workers` processes a replica of the engine, with
         a limit of time for each response.
 
-    Prompts of more than `max_prompt_tokens` are dropped and counted.
+    Prompts of more than `max_prompt_tokens` are dropped and counted. A truncated response of a
+    training rollout has the reward 0 whatever it says, as in the code of the paper's authors, or
+    is graded as it stands; in an evaluation it always is.
     """
 
     name: Literal["arithmetic", "chat"] = "arithmetic"
@@ -103,6 +109,7 @@ class TaskConfig:
     scorer: str = "math"
     scorer_workers: int = 2
     scorer_time_limit_s: float = 10.0
+    truncated: Truncated = "wrong"
 
 
 @dataclass(frozen=True)

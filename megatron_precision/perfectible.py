@@ -122,6 +122,7 @@ def run(config: RunConfig, out: Path) -> None:
             iteration=0,
             temperature=config.rollout.temperature,
             logprobs=False,
+            truncated=config.task.truncated,
         )
         found = dict(zip((p.id for p in part), _counted(sampled, samples), strict=True))
         counts |= found
@@ -184,6 +185,7 @@ def _made_from(config: RunConfig) -> str:
             "model": dataclasses.asdict(config.model),
             "checkpoint": config.start.checkpoint,
             "task": [config.task.train_sets, config.task.scorer, config.task.max_prompt_tokens],
+            "truncated": config.task.truncated,
             "sampling": [config.rollout.temperature, config.rollout.max_response_tokens],
             "samples": config.perfectible.samples_per_question,
             "dtype": config.policy.rollout_params,

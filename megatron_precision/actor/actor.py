@@ -240,7 +240,7 @@ class Actor:
             part = batch.select(micro.rows, micro.width)
             if self.routing is not None:
                 assert part.routed_experts is None or torch.is_tensor(part.routed_experts)
-                self.routing.micro_batch(part.routed_experts)
+                self.routing.micro_batch(part.routed_experts, micro.rows)
             positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
             output = model(part.tokens, positions, attention_mask=None)
             # One micro-batch is watched; a stage without the loss learns of its end here alone.

@@ -69,6 +69,8 @@ class Routing:
         self.replay, self.recompute, self.shard = replay, recompute, shard
         self.counting = False
         self.experts: torch.Tensor | None = None
+        self._rows: torch.Tensor | None = None
+        self._flipped_layers: torch.Tensor | None = None
         # Rows: flipped tokens, sum of overlaps, known tokens.
         self._counts = torch.zeros(3, num_layers, dtype=torch.float64)
         self._layers = []
@@ -92,13 +94,25 @@ class Routing:
         for layer in self._layers:
             layer.waiting.clear()
 
-    def micro_batch(self, experts: torch.Tensor | None) -> None:
+    def micro_batch(self, experts: torch.Tensor | None, rows: torch.Tensor | None = None) -> None:
         """The forward pass of another micro-batch begins.
 
         Args:
             experts: [b, w, layers, k] uint8, the engine's; None where it recorded none.
+            rows: [b] its sequences' places in the batch, for `recorded`.
         """
-        self.experts = experts
+        self.experts, self._rows = experts, rows
+
+    def record(self, sequences: int, tokens: int) -> None:
+        """Keep, from now on, in how many layers each token of a batch [S, L] is flipped."""
+        self._flipped_layers = torch.zeros(sequences, tokens, dtype=torch.int32)
+
+    def take_recorded(self) -> torch.Tensor:
+        """[S, L] int32 flipped layers of each token, of the whole job; nothing more is kept."""
+        assert self._flipped_layers is not None
+        found, self._flipped_layers = self._flipped_layers, None
+        dist.all_reduce(found)
+        return found
 
     def take_flips(self) -> RouterFlips | None:
         """What was counted since the last call, over the whole job; None if nothing was."""
@@ -119,11 +133,18 @@ class Routing:
         self, layer: int, own: torch.Tensor, engine: torch.Tensor, known: torch.Tensor
     ) -> None:
         """Add one router's choices [tokens, k] to the counts."""
-        common = (own[:, :, None] == engine[:, None, :]).any(-1).sum(-1)[known]
+        common = (own[:, :, None] == engine[:, None, :]).any(-1).sum(-1)
         top_k = own.shape[1]
-        self._counts[0, layer] += float((common < top_k).sum())
-        self._counts[1, layer] += float(common.sum()) / top_k
+        flipped = (common < top_k) & known
+        self._counts[0, layer] += float(flipped.sum())
+        self._counts[1, layer] += float(common[known].sum()) / top_k
         self._counts[2, layer] += float(known.sum())
+        if self._flipped_layers is not None and self._rows is not None:
+            here = flipped.view(-1, len(self._rows)).t()
+            begin = self.shard[0] * here.shape[1]
+            end = min(begin + here.shape[1], self._flipped_layers.shape[1])
+            if begin < end:  # a micro-batch may be padded beyond the batch
+                self._flipped_layers[self._rows, begin:end] += here[:, : end - begin].cpu()
 
 
 class _LayerRouting:

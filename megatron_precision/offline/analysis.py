@@ -12,16 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from megatron_precision.offline.samples import Floats, Ints
+from megatron_precision.offline.samples import Floats, Ints, Scores
 
 # Upper ends of the classes of mu(y_t), and of the positions in a response.
 PROBABILITIES = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
+# Upper ends of the classes of flipped layers.
+FLIPS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 POSITIONS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 @dataclass(frozen=True)
 class Class:
-    """Tokens of one class of positions or probabilities.
+    """Tokens of one class of positions, probabilities or router flips.
 
     Attributes:
         low, high: its ends, the lower one left out.
@@ -54,6 +56,10 @@ class Cell:
         slope_error: its standard error.
         equal_share: share of tokens whose log-probs are equal in FP32.
         by_position, by_probability: the classes.
+        by_router_flips: by the number of layers whose router sent the predicting position to other
+            experts than the engine's; none for a dense model.
+        router: `RouterFlips` by name: share of (token, layer) and by layer; None where dense.
+        replayed: `statistics` with the engine's experts in every router (R3); None where dense.
     """
 
     train: str
@@ -66,24 +72,27 @@ class Cell:
     equal_share: float
     by_position: list[Class]
     by_probability: list[Class]
+    by_router_flips: list[Class] = dataclasses.field(default_factory=list)
+    router: dict[str, Any] | None = None
+    replayed: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
 
 
-def cell(
-    train: str, rollout: str, train_logprobs: Floats, rollout_logprobs: Floats, lengths: Ints
-) -> Cell:
+def cell(train: str, rollout: str, scores: Scores, rollout_logprobs: Floats, lengths: Ints) -> Cell:
     """Compare the two sides.
 
     Args:
-        train_logprobs, rollout_logprobs: [N], response after response.
+        scores: the trainer's side, [N] each, response after response.
+        rollout_logprobs: [N] the engine's.
         lengths: [S] tokens of each response; their sum is N.
 
     Raises:
         ValueError: for lengths that do not fit, and log-probs that are not finite.
     """
+    train_logprobs, flips = scores.train_logprobs, scores.router_flips
     if not int(lengths.sum()) == len(train_logprobs) == len(rollout_logprobs):
         raise ValueError(
             f"{int(lengths.sum())} tokens, {len(train_logprobs)} train_logprobs and "
@@ -104,6 +113,19 @@ def cell(
         by_position=_classes(positions(lengths), POSITIONS, train_logprobs, rollout_logprobs),
         by_probability=_classes(
             np.exp(rollout_logprobs), PROBABILITIES, train_logprobs, rollout_logprobs
+        ),
+        by_router_flips=(
+            []
+            if flips is None
+            else _classes(
+                flips.astype(np.float64), FLIPS, train_logprobs, rollout_logprobs, lowest=-1.0
+            )
+        ),
+        router=scores.facts.get("router"),
+        replayed=(
+            None
+            if scores.replayed_logprobs is None
+            else _statistics(scores.replayed_logprobs, rollout_logprobs, lengths)
         ),
     )
 
@@ -138,11 +160,15 @@ def slope_through_origin(x: Floats, y: Floats) -> tuple[float, float]:
 
 
 def _classes(
-    by: Floats, ends: tuple[float, ...], train_logprobs: Floats, rollout_logprobs: Floats
+    by: Floats,
+    ends: tuple[float, ...],
+    train_logprobs: Floats,
+    rollout_logprobs: Floats,
+    lowest: float = 0.0,
 ) -> list[Class]:
     d = train_logprobs - rollout_logprobs
     prob = np.abs(np.exp(train_logprobs) - np.exp(rollout_logprobs))
-    found, low = [], 0.0
+    found, low = [], lowest
     for high in ends:
         # The last class takes what rounding put above its end.
         chosen = (by > low) & ((by <= high) if high != ends[-1] else True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from megatron_precision import inputs, launching, rank, run_folder, validation
 from megatron_precision.errors import Problem, UserError
@@ -24,9 +24,8 @@ from megatron_precision.overrides import apply, config_from_file
 from megatron_precision.precision.policy import DTYPES, DType
 
 if TYPE_CHECKING:
-    from megatron_precision.offline.comparison import Comparison
+    from megatron_precision.offline.comparison import Comparison, Side
 
-Side = Literal["sample", "score"]
 PART = "mismatch-part"  # what this command's own jobs run
 QUESTIONS = Path(__file__).with_name("questions.jsonl")
 COMPARISON = "comparison.json"
@@ -151,7 +150,7 @@ def _devices() -> int:
 
 
 def _line(comparison: Comparison, side: Side, dtype: DType) -> tuple[int, list[str]]:
-    folder = comparison.out / "parts" / f"{side}-{dtype}"
+    folder = comparison.part_folder(side, dtype)
     words = [PART, "--config", str(folder / run_folder.CONFIG)]
     return comparison.config.parallel.world_size, [*words, "--side", side, "--dtype", dtype]
 
@@ -162,15 +161,19 @@ def _run_parts(comparison: Comparison) -> int:
     with _bar(comparison.out / PROGRESS, len(parts)) as begin:
         for side, dtype in parts:
             begin(f"{NAMES[side]} in {dtype}")
-            folder = comparison.out / "parts" / f"{side}-{dtype}"
+            folder = comparison.part_folder(side, dtype)
             folder.mkdir(parents=True, exist_ok=True)
             run_folder.write_config(comparison.of(dtype), folder)
             _write_comparison(comparison, folder)
             extra = ("--side", side, "--dtype", dtype)
             ranks = comparison.config.parallel.world_size
+            began_s = time.monotonic()
             code = launching.run_job(launching.Job(PART, extra, ranks, folder))
             if code:
                 return code
+            comparison.took_file(side, dtype).write_text(
+                json.dumps(time.monotonic() - began_s), encoding="ascii"
+            )
     (comparison.out / PROGRESS).unlink(missing_ok=True)
     return 0
 

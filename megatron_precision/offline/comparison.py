@@ -10,9 +10,11 @@ again. This module imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_precision.config import (
     ParallelConfig,
@@ -24,11 +26,11 @@ from megatron_precision.config import (
     fingerprint,
     to_dict,
 )
-from megatron_precision.offline.command import Side
 from megatron_precision.offline.samples import is_made_from
 from megatron_precision.precision.policy import DType
 from megatron_precision.weights.hf_config import read_model
 
+Side = Literal["sample", "score"]
 SET = "prompts"
 # Longer prompts are left out, unless `--set task.max_prompt_tokens` says otherwise.
 _PROMPT_TOKENS = 512
@@ -65,6 +67,25 @@ class Comparison:
     def score_file(self, train: DType, rollout: DType) -> Path:
         """Where a trainer's log-probs of an engine's responses are."""
         return self.out / f"score-{train}-of-{rollout}.npz"
+
+    def part_folder(self, side: Side, dtype: DType) -> Path:
+        """Where a part's job has its configuration and its log."""
+        return self.out / "parts" / f"{side}-{dtype}"
+
+    def took_file(self, side: Side, dtype: DType) -> Path:
+        """Seconds that a part took, its start included."""
+        return self.part_folder(side, dtype) / "took_s.json"
+
+    def took_s(self) -> dict[str, float]:
+        """Seconds of every part, by its name."""
+        jobs: list[tuple[Side, DType]] = [("sample", r) for r in self.rollout]
+        jobs += [("score", t) for t in self.train]
+        paths = {f"{side}-{dtype}": self.took_file(side, dtype) for side, dtype in jobs}
+        return {
+            name: float(json.loads(path.read_text(encoding="ascii")))
+            for name, path in paths.items()
+            if path.is_file()
+        }
 
     def sampled_from(self, rollout: DType) -> str:
         """Names all that the responses depend on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from megatron_precision.actor import parallel
 from megatron_precision.actor.actor import Actor
@@ -20,6 +22,7 @@ from megatron_precision.data.tasks import chat_task
 from megatron_precision.offline.comparison import Comparison
 from megatron_precision.offline.samples import (
     Samples,
+    Scores,
     read_samples,
     write_samples,
     write_scores,
@@ -116,10 +119,16 @@ def sample(comparison: Comparison, dtype: DType, progress: Progress) -> None:
         rollout_logprobs=np.array([x for r in rollouts for x in r.rollout_logprobs]),
         truncated=np.array([rollout.truncated for rollout in rollouts]),
         facts=_facts(seconds, tokens),
+        routed_experts=_experts(rollouts),
     )
     if dist.get_rank() == 0:
         write_samples(comparison.sample_file(dtype), samples, comparison.sampled_from(dtype))
     dist.barrier()
+
+
+def _experts(rollouts: Sequence[Rollout]) -> list[NDArray[np.uint8]] | None:
+    found = [r.routed_experts for r in rollouts if r.routed_experts is not None]
+    return found if len(found) == len(rollouts) else None
 
 
 def _ungraded(_rollout: Rollout) -> Future[Grade]:
@@ -148,24 +157,46 @@ def score(comparison: Comparison, dtype: DType, progress: Progress) -> None:
     for number, rollout in enumerate(waiting):
         samples = read_samples(comparison.sample_file(rollout))
         begin_s = time.perf_counter()
-        logprobs = _score(
+        scores = _scores(
             actor,
             samples,
             config.parallel.dp_size,
             lambda share, number=number: progress((number + share) / len(waiting)),  # type: ignore[misc]
         )
-        facts = _facts(time.perf_counter() - begin_s, len(logprobs))
+        facts = _facts(time.perf_counter() - begin_s, len(scores.train_logprobs)) | scores.facts
         if dist.get_rank() == 0:
             made_from = comparison.scored_from(dtype, rollout)
-            write_scores(comparison.score_file(dtype, rollout), logprobs, facts, made_from)
+            path = comparison.score_file(dtype, rollout)
+            write_scores(path, dataclasses.replace(scores, facts=facts), made_from)
         dist.barrier()
 
 
-def _score(
-    actor: Actor, samples: Samples, dp_size: int, progress: Progress
-) -> np.ndarray[Any, Any]:
-    """[N] the trainer's log-probs of the responses' tokens, at the rollouts' temperature."""
+def _scores(actor: Actor, samples: Samples, dp_size: int, progress: Progress) -> Scores:
+    """The trainer's side of some samples; of an MoE model with and without the engine's experts."""
     batch = _batch(samples)
+    routing = actor.routing
+    if routing is None or batch.routed_experts is None:
+        return Scores(_logprobs(actor, batch, dp_size, progress), {})
+    routing.replay = False
+    routing.record(*batch.tokens.shape)
+    own = _logprobs(actor, batch, dp_size, lambda share: progress(share / 2))
+    # The position before a token predicts it.
+    flipped = torch.nn.functional.pad(routing.take_recorded()[:, :-1], (1, 0))
+    differ = actor.router_flips()
+    assert differ is not None
+    routing.replay = True
+    replayed = _logprobs(actor, batch, dp_size, lambda share: progress((1 + share) / 2))
+    actor.router_flips()  # they are those of other activations
+    return Scores(
+        own,
+        {"router": dataclasses.asdict(differ)},
+        flipped[batch.response_mask].numpy().astype(np.int64),
+        replayed,
+    )
+
+
+def _logprobs(actor: Actor, batch: Batch, dp_size: int, progress: Progress) -> NDArray[np.float64]:
+    """[N] the trainer's log-probs of the responses' tokens, at the rollouts' temperature."""
     order = torch.argsort(batch.lengths, descending=True, stable=True)
     lots = list(order.split(_LOT * dp_size))
     if len(lots) > 1 and len(lots[-1]) < dp_size:  # every data-parallel rank has work in a lot
@@ -174,15 +205,15 @@ def _score(
     for number, rows in enumerate(lots):
         found += actor.logprobs(batch, [rows])
         progress((number + 1) / len(lots))
-    return found[batch.response_mask].double().numpy()
+    values: NDArray[np.float64] = found[batch.response_mask].double().numpy()
+    return values
 
 
 def _batch(samples: Samples) -> Batch:
     flat = iter(samples.rollout_logprobs.tolist())
     logprobs = [[next(flat) for _ in response] for response in samples.responses]
-    return make_batch(
-        samples.prompts, samples.responses, logprobs, torch.zeros(len(samples.prompts))
-    )
+    zeros = torch.zeros(len(samples.prompts))
+    return make_batch(samples.prompts, samples.responses, logprobs, zeros, samples.routed_experts)
 
 
 def _facts(seconds: float, tokens: int) -> dict[str, Any]:

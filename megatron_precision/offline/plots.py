@@ -46,9 +46,9 @@ def figure_five(diagonal: Mapping[str, Tokens]) -> Figure:
             axis.plot([0, 1], [0, 1], color="#999999", linewidth=0.7)
             axis.plot(mu, pi, ".", color=COLOURS[dtype], markersize=2, alpha=0.5)
             axis.set_aspect("equal")
-            axis.set_title(f"{NAMES[dtype]}: probability of sampled tokens")
-            axis.set_xlabel("vLLM, μ")
-            axis.set_ylabel("Megatron, π" if column == 0 else "")
+            axis.set_title(f"{NAMES[dtype]}: sampled tokens")
+            axis.set_xlabel("probability in vLLM, μ")
+            axis.set_ylabel("probability in Megatron, π" if column == 0 else "")
         axis = figure.add_subplot(grid[len(diagonal)])
         ratios = {
             dtype: sequence_log_ratios(t.train_logprobs - t.rollout_logprobs, t.lengths)
@@ -87,9 +87,34 @@ def classes(cells: Sequence[Cell]) -> Figure:
             axis.set_yscale("log")
             axis.legend()
         left.set_xscale("log", base=2)
+        left.xaxis.set_major_formatter("{x:g}")
         left.set_xlabel("position in the response (tokens)")
         left.set_ylabel("k3 KL (nats per token)")
         right.set_xlabel("μ of the sampled token")
+        right.set_ylabel("mean |Δ log-prob| (nats)")
+        return figure
+
+
+def routing(cells: Sequence[Cell]) -> Figure:
+    """Of an MoE model: tokens routed otherwise by layer, and what a flip costs a token."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10.6, 3.3), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for cell in cells:
+            assert cell.router is not None
+            label, colour = NAMES[cell.train], COLOURS[cell.train]
+            shares = [share or np.nan for share in cell.router["by_layer"]]
+            left.plot(range(len(shares)), shares, "o-", color=colour, label=label, markersize=3.5)
+            names = [f"≤ {c.high:g}" if c.high else "0" for c in cell.by_router_flips]
+            values = [c.abs_mean for c in cell.by_router_flips]
+            right.plot(names, values, "o-", color=colour, label=label, markersize=3.5)
+        for axis in (left, right):
+            axis.set_yscale("log")
+            axis.legend()
+        left.xaxis.get_major_locator().set_params(integer=True)
+        left.set_xlabel("layer")
+        left.set_ylabel("share of tokens at other experts")
+        right.set_xlabel("layers that route the token otherwise")
         right.set_ylabel("mean |Δ log-prob| (nats)")
         return figure
 

@@ -30,6 +30,14 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# Of an MoE model, besides.
+ROUTED: tuple[tuple[str, str, str], ...] = (
+    ("router.flip_share", "routed otherwise", "share of (token, layer) at other experts"),
+    ("replayed.k3_kl", "k3 KL, the engine's experts replayed", "nats a token; R3"),
+    ("replayed.abs_diff_mean", "mean |Δ log-prob|, the engine's experts replayed", "nats; R3"),
+)
+
+
 @dataclass(frozen=True)
 class Found:
     """A finished comparison."""
@@ -39,6 +47,12 @@ class Found:
     tokens: dict[tuple[str, str], Tokens]
     cells: dict[tuple[str, str], Cell]
     score_facts: dict[tuple[str, str], dict[str, Any]]
+
+    @property
+    def figures(self) -> tuple[tuple[str, str, str], ...]:
+        """What the matrices show."""
+        routed = all(cell.router is not None for cell in self.cells.values())
+        return (*FIGURES, *ROUTED) if routed else FIGURES
 
 
 def read(comparison: Comparison) -> Found:
@@ -50,10 +64,11 @@ def read(comparison: Comparison) -> Found:
     for train in comparison.train:
         for rollout in comparison.rollout:
             at = (train, rollout)
-            logprobs, facts[at] = read_scores(comparison.score_file(train, rollout))
+            scores = read_scores(comparison.score_file(train, rollout))
             engine = samples[rollout]
-            tokens[at] = Tokens(logprobs, engine.rollout_logprobs, engine.lengths)
-            cells[at] = cell(train, rollout, logprobs, engine.rollout_logprobs, engine.lengths)
+            facts[at] = {k: v for k, v in scores.facts.items() if k != "router"}  # in the cell
+            tokens[at] = Tokens(scores.train_logprobs, engine.rollout_logprobs, engine.lengths)
+            cells[at] = cell(train, rollout, scores, engine.rollout_logprobs, engine.lengths)
     return Found(comparison, samples, dict(tokens), cells, facts)
 
 
@@ -70,6 +85,9 @@ def write(comparison: Comparison) -> str:
     if shown:
         pictures["figure5"] = plots.figure_five({d: found.tokens[d, d] for d in shown})
         pictures["classes"] = plots.classes([found.cells[d, d] for d in diagonal])
+        routed = [found.cells[d, d] for d in diagonal if found.cells[d, d].router is not None]
+        if routed:
+            pictures["routing"] = plots.routing(routed)
     images = {
         name: _image(figure, comparison.out / f"{name}.png") for name, figure in pictures.items()
     }
@@ -82,10 +100,11 @@ def write(comparison: Comparison) -> str:
         css=CSS.read_text(encoding="utf-8"),
         title=f"Mismatch of {Path(comparison.config.start.checkpoint).name}",
         headlines=_headlines(found),
-        matrices=[_matrix(found, *figure) for figure in FIGURES],
+        matrices=[_matrix(found, *figure) for figure in found.figures],
         trains=[NAMES[t] for t in comparison.train],
         rollouts=[NAMES[r] for r in comparison.rollout],
         images=images,
+        flips=_flip_rows(found),
         facts=_facts(found),
     )
     (comparison.out / "report.html").write_text(page, encoding="utf-8")
@@ -102,7 +121,7 @@ def value(of: Cell, path: str) -> float:
 def text_matrices(found: Found) -> str:
     """The matrices as plain text: a row a trainer's dtype, a column an engine's."""
     lines = []
-    for path, name, unit in FIGURES:
+    for path, name, unit in found.figures:
         rollouts = found.comparison.rollout
         lines.append(f"\n{name} ({unit})")
         lines.append("  Megatron \\ vLLM" + "".join(f"{NAMES[r]:>12}" for r in rollouts))
@@ -125,6 +144,7 @@ def as_json(found: Found) -> dict[str, Any]:
         "max_response_tokens": comparison.config.rollout.max_response_tokens,
         "num_prompts": comparison.num_prompts,
         "rollouts": comparison.rollouts,
+        "took_s": comparison.took_s(),
         "samples": {
             rollout: {
                 "responses": len(s.responses),
@@ -169,6 +189,32 @@ def _headlines(found: Found) -> list[tuple[str, str]]:
     return rows
 
 
+def _flip_rows(found: Found) -> list[tuple[str, ...]]:
+    """Tokens of an MoE model, both sides in one dtype, by the layers that route them otherwise."""
+    rows = []
+    for dtype in found.comparison.train:
+        cell_ = found.cells.get((dtype, dtype))
+        if cell_ is None:
+            continue
+        for part in cell_.by_router_flips:
+            low, high = int(part.low) + 1, int(part.high)
+            rows.append(
+                (
+                    NAMES[dtype],
+                    str(high) if low == high else f"{low}–{high}",
+                    f"{part.tokens:,}",
+                    f"{part.abs_mean:.3g}",
+                    f"{part.k3:.3g}",
+                    f"{part.k3 * part.tokens / _k3_sum(cell_):.1%}",
+                )
+            )
+    return rows
+
+
+def _k3_sum(of: Cell) -> float:
+    return sum(part.k3 * part.tokens for part in of.by_router_flips) or 1.0
+
+
 def _facts(found: Found) -> list[tuple[str, str]]:
     comparison = found.comparison
     config = comparison.config
@@ -189,6 +235,10 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         ("16-bit products", str(platform.get("wide_products", "native"))),
         ("Versions", ", ".join(f"{k} {v}" for k, v in some.facts["versions"].items())),
     ]  # fmt: skip
+    if took := comparison.took_s():
+        rows.append(
+            ("Took", f"{sum(took.values()) / 60:.1f} minutes, {len(took)} jobs one after the other")
+        )
     for rollout, s in found.samples.items():
         rows.append(
             (f"vLLM in {NAMES[rollout]}",

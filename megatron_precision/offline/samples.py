@@ -30,6 +30,8 @@ class Samples:
         rollout_logprobs: [N] the engine's, after temperature.
         truncated: [S] the response reached its limit.
         facts: how it was sampled: dtype, seconds, tokens a second, platform, versions.
+        routed_experts: of each response [its prompt's and its own tokens, layers, k], the engine's
+            experts; None for a dense model.
     """
 
     prompts: list[list[int]]
@@ -37,6 +39,7 @@ class Samples:
     rollout_logprobs: Floats
     truncated: NDArray[np.bool_]
     facts: dict[str, Any]
+    routed_experts: list[NDArray[np.uint8]] | None = None
 
     @property
     def lengths(self) -> Ints:
@@ -44,8 +47,27 @@ class Samples:
         return np.array([len(response) for response in self.responses], dtype=np.int64)
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What a trainer makes of some samples' N tokens.
+
+    Attributes:
+        train_logprobs: [N] at the rollouts' temperature.
+        facts: how they were scored; of an MoE model `router`, too: how its routers differ.
+        router_flips: [N] layers that sent the position which predicts the token to other experts
+            than the engine's; None for a dense model, as the next one.
+        replayed_logprobs: [N] with the engine's experts in every router (R3).
+    """
+
+    train_logprobs: Floats
+    facts: dict[str, Any]
+    router_flips: Ints | None = None
+    replayed_logprobs: Floats | None = None
+
+
 def write_samples(path: Path, samples: Samples, made_from: str) -> None:
     """Write the archive, whole or not at all."""
+    experts = samples.routed_experts
     _write(
         path,
         made_from,
@@ -56,30 +78,46 @@ def write_samples(path: Path, samples: Samples, made_from: str) -> None:
         tokens=np.array([t for r in samples.responses for t in r], dtype=np.int64),
         rollout_logprobs=samples.rollout_logprobs.astype(np.float32),
         truncated=samples.truncated,
+        **({} if experts is None else {"routed_experts": np.concatenate(experts)}),
     )
 
 
 def read_samples(path: Path) -> Samples:
     """Read what `write_samples` wrote."""
     with np.load(path, allow_pickle=False) as found:
+        experts = None
+        if "routed_experts" in found:
+            ends = np.cumsum(found["prompt_lengths"] + found["lengths"])[:-1]
+            experts = np.split(found["routed_experts"], ends)
         return Samples(
             prompts=list(_cut(found["prompts"], found["prompt_lengths"])),
             responses=list(_cut(found["tokens"], found["lengths"])),
             rollout_logprobs=found["rollout_logprobs"].astype(np.float64),
             truncated=found["truncated"],
             facts=json.loads(str(found["facts"])),
+            routed_experts=experts,
         )
 
 
-def write_scores(path: Path, train_logprobs: Floats, facts: dict[str, Any], made_from: str) -> None:
-    """Write the trainer's log-probs [N] of the tokens of some samples, whole or not at all."""
-    _write(path, made_from, facts, train_logprobs=train_logprobs.astype(np.float32))
+def write_scores(path: Path, scores: Scores, made_from: str) -> None:
+    """Write the archive, whole or not at all."""
+    arrays: dict[str, Any] = {"train_logprobs": scores.train_logprobs.astype(np.float32)}
+    if scores.router_flips is not None and scores.replayed_logprobs is not None:
+        arrays["router_flips"] = scores.router_flips.astype(np.int32)
+        arrays["replayed_logprobs"] = scores.replayed_logprobs.astype(np.float32)
+    _write(path, made_from, scores.facts, **arrays)
 
 
-def read_scores(path: Path) -> tuple[Floats, dict[str, Any]]:
-    """Read what `write_scores` wrote: [N] FP64, and its facts."""
+def read_scores(path: Path) -> Scores:
+    """Read what `write_scores` wrote."""
     with np.load(path, allow_pickle=False) as found:
-        return found["train_logprobs"].astype(np.float64), json.loads(str(found["facts"]))
+        routed = "router_flips" in found
+        return Scores(
+            train_logprobs=found["train_logprobs"].astype(np.float64),
+            facts=json.loads(str(found["facts"])),
+            router_flips=found["router_flips"].astype(np.int64) if routed else None,
+            replayed_logprobs=found["replayed_logprobs"].astype(np.float64) if routed else None,
+        )
 
 
 def is_made_from(path: Path, made_from: str) -> bool:

@@ -58,12 +58,17 @@ class Scored:
         replay: [S, L] FP32 log-probs in the dtype and layout of the replay.
         fp32: [S, L] FP32, of the reference; the replay's own where that is FP32.
         free, forced: errors of the activations by point (`probe.py`); empty for an FP32 replay.
+        engine_flips: by layer, the share of tokens that the replay's router sends to other
+            experts than the engine's did; None where the engine's are not known.
+        flipped_layers: [S, L] int32, in how many layers a token is one of them.
     """
 
     replay: Floats
     fp32: Floats
     free: list[PointError]
     forced: list[PointError]
+    engine_flips: list[float] | None = None
+    flipped_layers: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,14 @@ def position_edges(longest: int) -> list[float]:
     edges = [0.0, 1.0]
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], float(longest)))
+    return edges
+
+
+def flip_edges(layers: int) -> list[float]:
+    """0, 1, 2, 3, 5, 9, ... beyond the number of layers: classes of flipped layers."""
+    edges = [0.0, 1.0]
+    while edges[-1] <= layers:
+        edges.append(2.0 if edges[-1] == 1 else 2 * edges[-1] - 1)
     return edges
 
 

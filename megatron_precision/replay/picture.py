@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_precision.observe.plots import STYLE
-
-if TYPE_CHECKING:
-    from megatron_precision.replay.report import Replay
+from megatron_precision.replay.report import Replay
 
 _COLOURS = ("#b5544a", "#35608d", "#7ea172")
 _ROUTER = "#8a6fa8"

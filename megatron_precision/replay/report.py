@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from numpy.typing import NDArray
 
 from megatron_precision.config import RunConfig
-from megatron_precision.observe.metrics import finite
 from megatron_precision.replay import findings
-from megatron_precision.replay.command import layout_words
 from megatron_precision.replay.dump import Dump
 from megatron_precision.replay.findings import Bucket, Pair, PointError, Scored, WorstToken
+from megatron_precision.replay.layout import layout_words
 
-FIGURES = "replay.json"
-PICTURE = "replay.png"
-LOGPROBS = "logprobs.safetensors"
 _DISTANCES = (("rollout", "fp32"), ("trainer", "fp32"), ("replay", "fp32"))
 
 
@@ -34,6 +26,9 @@ class Replay:
         facts: what was replayed, and how.
         pairs: sides against each other, over all response tokens that both scored.
         by_position, by_probability: of the token within its response; of the token in FP32.
+        by_router_flips: of the layers that route the position which predicts the token otherwise
+            than the engine did; empty where that is not known.
+        engine_flips: share of tokens that each layer routes otherwise; None where not known.
         worst: tokens at which the trainer is farthest from the engine; where the run has no
             log-probs of the trainer, the replay.
         free, forced: errors of the activations by point.
@@ -44,6 +39,8 @@ class Replay:
     pairs: list[Pair]
     by_position: list[Bucket]
     by_probability: list[Bucket]
+    by_router_flips: list[Bucket]
+    engine_flips: list[float] | None
     worst: list[WorstToken]
     free: list[PointError]
     forced: list[PointError]
@@ -101,6 +98,16 @@ class Replay:
             by_probability=findings.buckets(
                 probability, findings.PROBABILITY_EDGES, sides, shown, scored_by_all
             ),
+            by_router_flips=(
+                []
+                if scored.flipped_layers is None
+                else findings.buckets(
+                    _at_predicted(scored.flipped_layers),
+                    findings.flip_edges(config.model.num_hidden_layers),
+                    sides, shown, scored_by_all,
+                )
+            ),
+            engine_flips=scored.engine_flips,
             worst=findings.worst_tokens(
                 ours, "rollout", sides, scored_by_all, arrays.tokens, arrays.lengths,
                 {token: dump.text(token) for token in ids},
@@ -113,22 +120,6 @@ class Replay:
     def pair(self, a: str, b: str) -> Pair | None:
         """Two sides' comparison; None where one of them is not known."""
         return next((pair for pair in self.pairs if (pair.a, pair.b) == (a, b)), None)
-
-    def write(self, out: Path) -> None:
-        """Write figures, picture and log-probs; the folder is made."""
-        from megatron_precision.replay.picture import draw
-
-        out.mkdir(parents=True, exist_ok=True)
-        values = {
-            part.name: getattr(self, part.name)
-            for part in dataclasses.fields(self)
-            if part.name != "logprobs"
-        }
-        text = json.dumps(finite(_plain(values)), indent=1, allow_nan=False)
-        (out / FIGURES).write_text(text + "\n", encoding="utf-8")
-        logprobs = {name: np.ascontiguousarray(array) for name, array in self.logprobs.items()}
-        save_file(logprobs, out / LOGPROBS)
-        draw(self).savefig(out / PICTURE, dpi=150)
 
     def lines(self) -> Iterator[str]:
         """The table for a person."""
@@ -143,7 +134,11 @@ class Replay:
         yield from self._pair_lines()
         yield ""
         yield from self.sentences()
-        for title, rows in (("position", self.by_position), ("probability", self.by_probability)):
+        for title, rows in (
+            ("position", self.by_position),
+            ("probability", self.by_probability),
+            ("router flips", self.by_router_flips),
+        ):
             yield ""
             yield from _bucket_lines(title, rows)
         if self.forced:
@@ -181,6 +176,13 @@ class Replay:
         if routed:
             share, name = max(routed)
             yield f"Routers: at {name} {share:.2%} of the tokens go to other experts than in FP32."
+        if self.engine_flips:
+            share, number = max((share, n) for n, share in enumerate(self.engine_flips))
+            name = findings.layer_name(number)
+            yield (
+                f"Engine: at {name} {share:.2%} of the tokens go to other experts than the "
+                "engine's."
+            )
 
     def _pair_lines(self) -> Iterator[str]:
         yield f"{'':<20}{'tokens':>9}{'mean |d|':>12}{'max |d|':>12}{'k3':>12}{'same bits':>11}"
@@ -220,6 +222,13 @@ class Replay:
             yield f"{place:<16}{worst.difference:>9.4f}{values}  {context}"
 
 
+def _at_predicted(values: NDArray[np.int32]) -> NDArray[np.float64]:
+    """[S, L], of each token what the position before it has, which predicts it."""
+    found = np.zeros(values.shape)
+    found[:, 1:] = values[:, :-1]
+    return found
+
+
 def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:
     if not rows:
         return
@@ -229,15 +238,3 @@ def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:
     for row in rows:
         means = "".join(f"{mean:>20.3g}" for mean in row.abs_mean.values())
         yield f"  {row.low:>8g} to {row.high:<10g}{row.tokens:>11,}{means}"
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, at any depth."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
-    if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    assert value is None or isinstance(value, str | int | float), type(value)
-    return value if not isinstance(value, float) or math.isfinite(value) else finite(value)

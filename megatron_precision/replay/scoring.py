@@ -8,8 +8,9 @@ build a model, and the cost is memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from megatron_precision.actor import parallel
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import RunConfig
+from megatron_precision.config import UNKNOWN_EXPERT, RunConfig
 from megatron_precision.platform import startup
 from megatron_precision.replay.dump import Arrays
 from megatron_precision.replay.findings import Scored
@@ -42,8 +43,7 @@ def score(config: RunConfig, arrays: Arrays, tensors: Mapping[str, Any]) -> Scor
     batch = _batch(arrays)
     mini_batches = list(torch.arange(len(batch)).chunk(config.train.steps_per_iteration))
     if config.policy.params == "fp32":
-        found = _alone(subject, batch, mini_batches)
-        return Scored(found, found, [], [])
+        return _alone(subject, batch, mini_batches)
     reference = _actor(dataclasses.replace(config, precision="fp32"), tensors)
     return compare_passes(subject, reference, batch, mini_batches, config.model.num_hidden_layers)
 
@@ -54,13 +54,38 @@ def _actor(config: RunConfig, tensors: Mapping[str, Any]) -> Actor:
     return actor
 
 
-def _alone(actor: Actor, batch: Batch, mini_batches: list[torch.Tensor]) -> NDArray[np.float32]:
+def _alone(actor: Actor, batch: Batch, mini_batches: list[torch.Tensor]) -> Scored:
     logprobs = torch.zeros_like(batch.rollout_logprobs)
+    _record_flips(actor, batch)
     for rows in mini_batches:
         for micro in actor.plan(batch, rows):
-            actor.forward(batch, micro, logprobs)
+            with _flips_counted(actor):
+                actor.forward(batch, micro, logprobs)
     actor.share(logprobs)
-    return _array(logprobs)
+    found = _array(logprobs)
+    return Scored(found, found, [], [], *_engine_flips(actor, batch))
+
+
+def _record_flips(actor: Actor, batch: Batch) -> None:
+    if actor.routing is not None and batch.routed_experts is not None:
+        actor.routing.record(*batch.tokens.shape)
+
+
+@contextlib.contextmanager
+def _flips_counted(actor: Actor) -> Iterator[None]:
+    with contextlib.nullcontext() if actor.routing is None else actor.routing.counted():
+        yield
+
+
+def _engine_flips(
+    actor: Actor, batch: Batch
+) -> tuple[list[float], NDArray[np.int32]] | tuple[None, None]:
+    """How the counted passes' routers differ from the engine's, by layer and by token."""
+    if actor.routing is None or batch.routed_experts is None:
+        return None, None
+    flipped: NDArray[np.int32] = actor.routing.take_recorded().numpy()
+    found = actor.routing.take_flips()
+    return ([] if found is None else found.by_layer), flipped
 
 
 def compare_passes(
@@ -72,18 +97,19 @@ def compare_passes(
     """
     recorder = Recorder(reference.model.module)
     comparer = Comparer(subject.model.module, recorder)
+    _record_flips(subject, batch)
     replayed, exact, unused = (torch.zeros_like(batch.rollout_logprobs) for _ in range(3))
     for rows in mini_batches:
         for micro in subject.plan(batch, rows):
             reference.forward(batch, micro, exact)
-            with comparer.comparing("free", batch, micro):
+            with comparer.comparing("free", batch, micro), _flips_counted(subject):
                 subject.forward(batch, micro, replayed)
             with comparer.comparing("forced", batch, micro):
                 subject.forward(batch, micro, unused)
     subject.share(replayed)
     reference.share(exact)
     free, forced = (comparer.errors(mode, layers) for mode in ("free", "forced"))
-    return Scored(_array(replayed), _array(exact), free, forced)
+    return Scored(_array(replayed), _array(exact), free, forced, *_engine_flips(subject, batch))
 
 
 def _array(logprobs: torch.Tensor) -> NDArray[np.float32]:
@@ -98,4 +124,14 @@ def _batch(arrays: Arrays) -> Batch:
         lengths=torch.from_numpy(arrays.lengths.astype(np.int64)),
         rollout_logprobs=torch.from_numpy(arrays.rollout_logprobs),
         advantages=torch.from_numpy(arrays.advantages),
+        routed_experts=_experts(arrays),
     )
+
+
+def _experts(arrays: Arrays) -> list[NDArray[np.uint8]] | None:
+    """The engine's choices of each sequence, as a rollout carries them."""
+    every = arrays.routed_experts
+    if every is None:
+        return None
+    known = np.where(every < 0, UNKNOWN_EXPERT, every).astype(np.uint8)
+    return [row[:length] for row, length in zip(known, arrays.lengths.tolist(), strict=True)]

@@ -81,7 +81,7 @@ class ArithmeticGrader:
 class PooledGrader:
     """Grades by a scorer in processes of its own.
 
-    A truncated response is graded as it stands: what it has answered, it has answered.
+    A truncated response that comes here is graded as it stands; see `task.truncated`.
     """
 
     def __init__(self, scorer: Scorer, *, workers: int, time_limit_s: float) -> None:

@@ -136,6 +136,7 @@ class Trainer:
                 iteration=iteration,
                 temperature=self.config.rollout.temperature,
                 logprobs=True,
+                truncated=self.config.task.truncated,
             )
 
         with self._clock.phase("rollout"):

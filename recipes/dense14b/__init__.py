@@ -43,7 +43,8 @@ def dapo(precision: str = "fp16", chosen: Layout = LAYOUTS[DEFAULT]) -> RunConfi
         # The base model's positions; those of the chat model in the table are 40,960.
         model=dataclasses.replace(QWEN3_14B, max_position_embeddings=32768),
         parallel=chosen.parallel,
-        task=TaskConfig(name="chat", max_prompt_tokens=2048, scorer="math"),
+        # DAPO has its penalty for what is too long, and grades the text.
+        task=TaskConfig(name="chat", max_prompt_tokens=2048, scorer="math", truncated="graded"),
         start=StartConfig(kind="checkpoint", public_name="Qwen/Qwen3-14B-Base"),
         rollout=RolloutConfig(
             max_response_tokens=20480,

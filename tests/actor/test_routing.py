@@ -150,6 +150,10 @@ def test_flips_are_those_that_were_made(layout: str) -> None:
     assert flips.flip_share == pytest.approx(len(batch()) / tokens / 2)
     # One of two experts of one token in two layers' worth of each sequence.
     assert flips.overlap == pytest.approx(1 - len(batch()) / tokens / 4)
+    # One layer of the second token of every sequence, on whichever rank it was.
+    where = torch.zeros_like(batch().tokens)
+    where[:, 1] = 1
+    assert torch.equal(world()[f"{layout} free"]["flipped"].long(), where)
     mask = batch().response_mask
     torch.testing.assert_close(
         world()[f"{layout} free"]["logprobs"][mask], free()[1].logprobs[mask], atol=2e-4, rtol=1e-3

@@ -15,7 +15,9 @@ def passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
     for name, case in cases.items():
         actor = make_actor(case.config, case.tensors)
         rows = torch.arange(len(case.batch))
+        actor.routing.record(*case.batch.tokens.shape)
         logprobs = actor.logprobs(case.batch, [rows], temperature=1.0)
+        flipped = actor.routing.take_recorded()
         flips = actor.router_flips()
         assert actor.router_flips() is None, "flips were counted twice"
         actor.gradients(case.batch, actor.plan(case.batch, rows), weighted_logprobs)
@@ -24,5 +26,6 @@ def passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
             "logprobs": logprobs,
             "gradients": full_gradients(actor),
             "flips": flips,
+            "flipped": flipped,
         }
     return results

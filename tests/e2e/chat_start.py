@@ -1,8 +1,9 @@
 """A tiny checkpoint with random weights, a chat template and files of prompts, as a user has them.
 
-    python chat_start.py FOLDER
+    python chat_start.py FOLDER [RECIPE]
 
-writes FOLDER/model, and beside it FOLDER/{sums,others,held_out}.jsonl.
+writes FOLDER/model, of the architecture of RECIPE (sanity.tiny_dense), and beside it
+FOLDER/{sums,others,held_out}.jsonl.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def write_prompts(path: Path, questions: list[tuple[str, str]]) -> None:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    write_model(folder / "model", recipes.build("sanity.tiny_dense").model)
+    recipe = sys.argv[2] if len(sys.argv) > 2 else "sanity.tiny_dense"
+    write_model(folder / "model", recipes.build(recipe).model)
     write_prompts(folder / "sums.jsonl", [*SUMS, SUMS[0], TOO_LONG])
     write_prompts(folder / "others.jsonl", OTHERS)
     write_prompts(folder / "held_out.jsonl", HELD_OUT)

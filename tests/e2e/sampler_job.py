@@ -11,12 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch.distributed as dist
 
 import recipes
-from megatron_precision.rewards.grading import graded
+from megatron_precision.rewards.grading import Grade
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.rollout.sampling import Prompt, Sampler
 
@@ -43,6 +44,24 @@ class SeedEngine:
         return len(self._waiting)
 
 
+class LateGrader:
+    """Takes a response when it has finished, and grades none before it has the last one."""
+
+    def __init__(self, engine: SeedEngine) -> None:
+        self._engine = engine
+        self._promised: list[tuple[Future[Grade], float]] = []
+        self.still_sampled: list[int] = []
+
+    def __call__(self, rollout: Rollout) -> Future[Grade]:
+        promise: Future[Grade] = Future()
+        self._promised.append((promise, float(rollout.request.prompt)))
+        self.still_sampled.append(self._engine.unfinished)
+        if not self._engine.unfinished:
+            for future, reward in self._promised:
+                future.set_result(Grade(reward))
+        return promise
+
+
 def main() -> None:
     rank, port, out = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -52,6 +71,7 @@ def main() -> None:
         overrides=["parallel.tp_size=1", "parallel.rollout_tp_size=1"],
     )
     engine = SeedEngine()
+    grader = LateGrader(engine)
     # One question comes twice, as it can over the end of an epoch.
     prompts = [Prompt(name, (1, 2)) for name in ("a", "b", "c", "d", "c")]
     sampled = Sampler(engine, config).sample(  # type: ignore[arg-type]
@@ -60,11 +80,12 @@ def main() -> None:
         purpose="train",
         iteration=0,
         sampling=Sampling(1.0, 4),
-        grade=lambda rollout: graded(float(rollout.request.prompt)),
+        grade=grader,
     )
     answer = {
         "asked": [(r.prompt, r.rollout) for r in engine.asked],
         "rollouts": [(r.request.prompt, r.request.rollout, r.tokens[0]) for r in sampled.rollouts],
+        "still_sampled": grader.still_sampled,
         "rewards": [grade.reward for grade in sampled.grades],
     }
     (out / f"rank{rank}.json").write_text(json.dumps(answer), encoding="utf-8")

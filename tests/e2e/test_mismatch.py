@@ -56,7 +56,7 @@ def test_a_checkpoint_is_sampled_scored_and_reported_and_goes_on_where_it_was(
     assert 0 < found["fp32", "fp32"]["abs_diff_mean"] < 1e-5
     assert 1e-5 < found["fp16", "fp32"]["abs_diff_mean"] < 1e-2
     samples = read_samples(tmp_path / "out/sample-fp32.npz")
-    logprobs, _ = read_scores(tmp_path / "out/score-fp32-of-fp32.npz")
+    logprobs = read_scores(tmp_path / "out/score-fp32-of-fp32.npz").train_logprobs
     assert len(samples.responses) == 10
     assert len(logprobs) == samples.lengths.sum() == found["fp32", "fp32"]["num_tokens"]
     np.testing.assert_allclose(
@@ -64,6 +64,8 @@ def test_a_checkpoint_is_sampled_scored_and_reported_and_goes_on_where_it_was(
     )
     page = (tmp_path / "out/report.html").read_text()
     assert "accumulated in FP32" in page  # the shim is named
+    assert report["took_s"].keys() == {"sample-fp32", "score-fp16", "score-fp32"}
+    assert all(seconds > 1 for seconds in report["took_s"].values())
     # Again: nothing is sampled, and a dtype more costs its own parts alone.
     before = (tmp_path / "out/sample-fp32.npz").stat().st_mtime_ns
     (tmp_path / "out/score-fp16-of-fp32.npz").unlink()
@@ -71,6 +73,31 @@ def test_a_checkpoint_is_sampled_scored_and_reported_and_goes_on_where_it_was(
     assert (tmp_path / "out/sample-fp32.npz").stat().st_mtime_ns == before
     again = json.loads((tmp_path / "out/report.json").read_text())
     assert [c["statistics"] for c in again["cells"]] == list(found.values())
+
+
+@pytest.mark.slow
+def test_of_an_moe_checkpoint_tokens_are_told_apart_by_their_routing(tmp_path: Path) -> None:
+    environment = real_jobs.environment(E2E)
+    subprocess.run([*START, str(tmp_path), "sanity.tiny_moe"], check=True, env=environment)
+    words = ["--train", "bf16,fp32", "--rollout", "bf16", "--num-prompts", "12", "--rollouts", "8"]
+    shown = mismatch(tmp_path, *words)
+    assert "engine's experts replayed" in shown
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    bf16, fp32 = report["cells"]
+    samples = read_samples(tmp_path / "out/sample-bf16.npz")
+    tokens = [len(p) + len(r) for p, r in zip(samples.prompts, samples.responses, strict=True)]
+    assert samples.routed_experts is not None
+    assert [len(part) for part in samples.routed_experts] == tokens
+    for cell in (bf16, fp32):
+        # Random experts of an untrained model: a flip costs a token much, and is taken back.
+        assert 0 < cell["router"]["flip_share"] < 0.1
+        assert cell["router"]["tokens"] == sum(tokens) - len(tokens)  # a last token passes nothing
+        unflipped, *flipped = cell["by_router_flips"]
+        assert (unflipped["low"], unflipped["high"]) == (-1, 0)
+        assert sum(c["tokens"] for c in (unflipped, *flipped)) == samples.lengths.sum()
+        assert max(c["k3"] for c in flipped) > 3 * unflipped["k3"]
+        assert cell["replayed"]["k3_kl"] < 0.7 * cell["statistics"]["k3_kl"]
+    assert "By router flips" in (tmp_path / "out/report.html").read_text()
 
 
 def transformers_logprobs(folder: Path, samples: object) -> np.ndarray:  # type: ignore[type-arg]

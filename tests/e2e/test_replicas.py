@@ -48,6 +48,15 @@ def test_both_replicas_get_all_rollouts_and_rewards_in_order(ranks: list[dict[st
     assert ranks[0]["rewards"] == ranks[1]["rewards"] == expected
 
 
+def test_a_response_is_graded_while_the_others_are_still_sampled(
+    ranks: list[dict[str, Any]],
+) -> None:
+    # The engine finishes one a step. A sampler that waited for a grade would never end: there is
+    # none before the last response.
+    assert ranks[0]["still_sampled"] == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert ranks[1]["still_sampled"] == [5, 4, 3, 2, 1, 0]
+
+
 def test_no_rollout_repeats_another_even_of_a_question_that_comes_twice(
     ranks: list[dict[str, Any]],
 ) -> None:

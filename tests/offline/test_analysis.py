@@ -13,6 +13,7 @@ from megatron_precision.offline.analysis import (
     sequence_log_ratios,
     slope_through_origin,
 )
+from megatron_precision.offline.samples import Scores
 
 # Two responses, of three tokens and of one, and an empty one between them.
 LENGTHS = np.array([3, 0, 1])
@@ -28,7 +29,7 @@ def test_a_response_sums_its_own_tokens_and_an_empty_one_has_none() -> None:
 
 
 def test_a_cell_is_worked_by_hand() -> None:
-    found = cell("bf16", "fp16", PI, MU, LENGTHS)
+    found = cell("bf16", "fp16", Scores(PI, {}), MU, LENGTHS)
     d = [math.log(0.8), 0.0, math.log(1.25), math.log(2)]
     # e^d - 1 - d: 0.8 - 1 + ln 1.25, 0, 1.25 - 1 - ln 1.25, 2 - 1 - ln 2
     k3 = (-0.2 + math.log(1.25) + 0.25 - math.log(1.25) + 1 - math.log(2)) / 4
@@ -43,7 +44,7 @@ def test_a_cell_is_worked_by_hand() -> None:
 
 
 def test_classes_hold_every_token_once() -> None:
-    found = cell("bf16", "bf16", PI, MU, LENGTHS)
+    found = cell("bf16", "bf16", Scores(PI, {}), MU, LENGTHS)
     assert sum(c.tokens for c in found.by_probability) == 4
     assert sum(c.tokens for c in found.by_position) == 4
     # 0.004; 0.25 and 0.5 (an upper end belongs to its class); 0.8
@@ -52,8 +53,28 @@ def test_classes_hold_every_token_once() -> None:
     assert rare.mean == pytest.approx(math.log(2))
     assert rare.prob_abs_mean == pytest.approx(0.004)
     # What rounding puts above probability one is in the last class.
-    above = cell("bf16", "bf16", np.array([0.0]), np.array([1e-7]), np.array([1]))
+    above = cell("bf16", "bf16", Scores(np.array([0.0]), {}), np.array([1e-7]), np.array([1]))
     assert [c.high for c in above.by_probability] == [1.0]
+
+
+def test_tokens_are_classed_by_the_layers_that_route_them_otherwise() -> None:
+    router = {"flip_share": 0.25, "by_layer": [0.5, 0.0]}
+    scores = Scores(PI, {"router": router}, np.array([0, 0, 3, 4]), MU)
+    found = cell("bf16", "bf16", scores, MU, LENGTHS)
+    # ln 0.8 and 0; ln 1.25 and ln 2, of 3 and of 4 layers: one class
+    assert [(c.high, c.tokens) for c in found.by_router_flips] == [(0, 2), (4, 2)]
+    means = [c.abs_mean for c in found.by_router_flips]
+    assert means == pytest.approx([math.log(1.25) / 2, (math.log(1.25) + math.log(2)) / 2])
+    assert found.router == router
+    # Replayed, both sides are equal here; the cell's own statistics are not of the replay.
+    assert found.replayed is not None
+    assert found.replayed["abs_diff_mean"] == 0.0
+    assert found.statistics["abs_diff_mean"] > 0.0
+
+
+def test_a_dense_model_has_no_routing() -> None:
+    found = cell("bf16", "bf16", Scores(PI, {}), MU, LENGTHS)
+    assert (found.by_router_flips, found.router, found.replayed) == ([], None, None)
 
 
 def test_a_slope_has_the_error_of_a_line_through_the_origin() -> None:
@@ -67,9 +88,9 @@ def test_a_slope_has_the_error_of_a_line_through_the_origin() -> None:
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [3]])
 def test_lengths_that_do_not_fit_the_tokens_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="tokens"):
-        cell("bf16", "bf16", PI, MU, np.array(lengths))
+        cell("bf16", "bf16", Scores(PI, {}), MU, np.array(lengths))
 
 
 def test_a_log_prob_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        cell("bf16", "bf16", np.array([np.nan]), np.array([-1.0]), np.array([1]))
+        cell("bf16", "bf16", Scores(np.array([np.nan]), {}), np.array([-1.0]), np.array([1]))

@@ -13,7 +13,7 @@ import pytest
 import recipes
 from megatron_precision.config import ParallelConfig, RunConfig, to_dict
 from megatron_precision.errors import UserError
-from megatron_precision.replay import command, dump
+from megatron_precision.replay import command, dump, layout
 
 MOE = recipes.recipe("sanity.tiny_moe")
 DENSE = recipes.recipe("sanity.tiny_dense")
@@ -100,18 +100,18 @@ def test_an_array_of_another_shape_or_dtype_is_refused() -> None:
 
 
 def test_a_layout_is_read_as_it_is_written() -> None:
-    assert command.layout_of("tp=2,pp=2", DENSE) == ParallelConfig(4, 2, 2)
-    assert command.layout_of("dp=2,ep=2", MOE) == ParallelConfig(2, 1, 1, 2)
-    assert command.layout_of("tp=2", MOE).sequence_parallel  # Megatron asks for it
-    assert not command.layout_of("tp=2,sp=0", MOE).sequence_parallel
+    assert layout.layout_of("tp=2,pp=2", DENSE) == ParallelConfig(4, 2, 2)
+    assert layout.layout_of("dp=2,ep=2", MOE) == ParallelConfig(2, 1, 1, 2)
+    assert layout.layout_of("tp=2", MOE).sequence_parallel  # Megatron asks for it
+    assert not layout.layout_of("tp=2,sp=0", MOE).sequence_parallel
     for text in ("tp=1", "tp=2,pp=2", "tp=2,ep=2,sp=1"):
-        assert command.layout_words(command.layout_of(text, DENSE)) == text
+        assert layout.layout_words(layout.layout_of(text, DENSE)) == text
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=²", "tp=0", "tp=2,tp=2", "cp=2", "sp=2", "", "tp=-1"])
 def test_what_is_no_layout_is_refused(text: str) -> None:
     with pytest.raises(UserError):
-        command.layout_of(text, DENSE)
+        layout.layout_of(text, DENSE)
 
 
 def test_every_problem_of_a_replay_is_listed(tmp_path: Path) -> None:

@@ -29,6 +29,11 @@ SIDES = {
 LN2 = math.log(2)
 
 
+def test_classes_of_flipped_layers_reach_beyond_every_layer() -> None:
+    assert findings.flip_edges(2) == [0, 1, 2, 3]
+    assert findings.flip_edges(48) == [0, 1, 2, 3, 5, 9, 17, 33, 65]
+
+
 def test_a_pair_is_compared_over_its_tokens() -> None:
     pair = findings.compare("trainer", "rollout", SIDES, MASK)
     # d = 0, ln 2, -ln 2, 0

@@ -10,6 +10,7 @@ import numpy as np
 
 import recipes
 from megatron_precision.config import to_dict
+from megatron_precision.replay import files
 from megatron_precision.replay.dump import Arrays, Dump, Header
 from megatron_precision.replay.findings import PointError, Scored
 from megatron_precision.replay.report import Replay
@@ -77,7 +78,7 @@ def test_a_layer_that_is_not_finite_is_named_and_written_as_json(tmp_path: Path)
     points = [PointError("layer 0", 0.1, 0.2), PointError("layer 1", nan, nan)]
     found = replay(dump(old_known=True), points)
     assert any(line.startswith("Given exact inputs, layer 1 adds") for line in found.lines())
-    found.write(tmp_path)
+    files.write(found, tmp_path)
     figures = json.loads((tmp_path / "replay.json").read_text())
     assert [point["mean"] for point in figures["forced"]] == [0.1, "nan"]
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
@@ -91,6 +92,23 @@ def test_the_router_that_flips_most_is_named() -> None:
     ]
     text = "\n".join(replay(dump(old_known=True), points).lines())
     assert "Routers: at layer 1 1.25% of the tokens go to other experts than in FP32." in text
+
+
+def test_tokens_are_told_apart_by_the_engine_s_routing() -> None:
+    values = np.array([[0, HALF, HALF]], np.float32)
+    exact = np.array([[0, HALF, QUARTER]], np.float32)
+    # The prompt's token, which predicts the first of the response, goes elsewhere in two layers.
+    flipped = np.array([[2, 0, 1]], np.int32)
+    scored = Scored(values, exact, [], [], [0.25, 0.5], flipped)
+    found = Replay.of(dump(old_known=True), CONFIG, "", scored)
+    assert [(b.low, b.high, b.tokens) for b in found.by_router_flips] == [(0, 1, 1), (2, 3, 1)]
+    # The second token's trainer and engine differ by ln 2, the first one's not at all.
+    means = [b.abs_mean["trainer - rollout"] for b in found.by_router_flips]
+    np.testing.assert_allclose(means, [float(np.log(2)), 0.0], rtol=1e-6)
+    text = "\n".join(found.lines())
+    assert "Engine: at layer 1 50.00% of the tokens go to other experts than the engine's." in text
+    assert "by router flips" in text
+    assert replay(dump(old_known=True)).by_router_flips == []
 
 
 def test_an_engine_farther_from_fp32_is_said_so() -> None:
