@@ -14,7 +14,8 @@ import torch
 from hf_folders import MODELS, save, tensors_of
 from oracle import DENSE
 
-from tools.checkpoint_convert import convert, manifest
+from megatron_precision.checkpoint import manifest
+from tools.checkpoint_convert import convert
 from tools.checkpoint_convert.cli import main
 
 
