@@ -44,15 +44,20 @@ def _launch(args: argparse.Namespace) -> int:
     _require_nemo_run()
     if config.start.kind == "checkpoint":
         inputs.check(config)
+    if args.resume and cli.nothing_left(config, out):
+        return 0
     run_folder.claim(out, args.overwrite, args.resume)
     run_folder.write_config(config, out)
     if args.start_from is None and config.start.kind == "warm_start":
         code = launching.ensure_start(config)
+        if code and args.resume:
+            return code
         if code:
             shutil.rmtree(out)  # it holds no run, and would be in the way of the next attempt
             return code
-    extra = ("--start-from", str(args.start_from)) if args.start_from else ()
-    code = launching.run_job(launching.train_job(config, out, extra))
+    extra = ["--start-from", str(args.start_from)] if args.start_from else []
+    extra += ["--resume"] if args.resume else []
+    code = launching.run_job(launching.train_job(config, out, tuple(extra)))
     if code == 0:
         print(f"run folder: {out}")
     return code

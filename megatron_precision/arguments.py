@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from megatron_precision import rank, run_folder, validation
+from megatron_precision.checkpoint import compatible
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.overrides import config_from_file
@@ -68,7 +69,9 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose where a run writes."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)  # refused so far
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the run in DIR from its last checkpoint"
+    )
     parser.add_argument(
         "--start-from",
         type=Path,
@@ -85,7 +88,11 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     """
     import recipes
 
-    problems = _folder_problems(args) if "out" in args and "overwrite" in args else []
+    problems = []
+    if "out" in args and "overwrite" in args:
+        if args.out is not None and compatible.was_restarted() and run_folder.holds_run(args.out):
+            args.resume, args.overwrite = True, False  # the run itself, started again
+        problems = _folder_problems(args)
     overrides = list(args.overrides)
     if args.mismatch_every is not None:
         overrides.append(f"train.mismatch_every={args.mismatch_every}")
@@ -95,6 +102,8 @@ def resolve(args: argparse.Namespace) -> RunConfig:
         wrong = recipes.with_all_problems(wrong, args.precision, args.algo, overrides)
         raise UserError([*wrong.problems, *problems]) from None
     problems = [*found, *validation.problems(config), *problems]
+    if getattr(args, "resume", False) and args.out is not None:
+        problems += compatible.resume_problems(config, args.out)
     if not problems and args.recipe in recipes.SIZED and not getattr(args, "judged", False):
         verdict = search.judge(config, gpu_gb(args))
         problems += [] if verdict.fits else [search.refusal(verdict)]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_precision import arguments, rank, run_folder
+from megatron_precision.checkpoint import compatible
 from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.offline import command as mismatch
@@ -58,6 +59,7 @@ def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
     ranks, words = config.parallel.world_size, arguments.recipe_words(args)
     train = ["train", *words, "--out", str(args.out or "DIR")]
     train += ["--overwrite"] if args.overwrite else []
+    train += ["--resume"] if args.resume else []
     if args.start_from is not None:
         return [torchrun_line(ranks, [*train, "--start-from", str(args.start_from)])]
     if config.start.kind == "checkpoint":
@@ -76,6 +78,16 @@ def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
         print(f"  {line}")
 
 
+def nothing_left(config: RunConfig, out: Path) -> bool:
+    """Whether a resume finds the run complete; it is said once."""
+    if not compatible.is_complete(config, out):
+        return False
+    if rank.number() == 0:
+        more = "--set train.iterations=N goes on"
+        print(f"nothing left to do: all {config.train.iterations} iterations are done; {more}")
+    return True
+
+
 def _train(args: argparse.Namespace) -> int:
     config = arguments.resolve(args)
     lines = plan(config, args)
@@ -84,6 +96,8 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     out = args.out
     rank.require_world(config, lines[-1])
+    if args.resume and nothing_left(config, out):
+        return 0
     arguments.require_inputs(config, args.start_from, lines[0])
     if rank.number() == 0 and not args.claimed:
         run_folder.claim(out, args.overwrite, args.resume)
@@ -95,7 +109,7 @@ def _train(args: argparse.Namespace) -> int:
         startup.start(config.seed)
         from megatron_precision.train import loop
 
-        loop.run(config, out, start=args.start_from)
+        loop.run(config, out, start=args.start_from, resume=args.resume)
 
     return rank.run(work, out)
 

@@ -243,6 +243,9 @@ class OptimizerConfig:
 class LossScaleConfig:
     """The dynamic loss scale of an FP16 trainer; ignored where the policy needs none.
 
+    An FP16 trainer whose scale is at `min_scale` and still overflows, or another one that
+    overflows, is given up after `hopeless_overflows` steps in a row.
+
     `initial` says where it starts:
         calibrated   at the largest power of two whose first mini-batch stays finite, less
                      `headroom_bits`;
@@ -257,6 +260,7 @@ class LossScaleConfig:
     growth_interval: int = 400
     hysteresis: int = 1
     min_scale: float = 1.0
+    hopeless_overflows: int = 20
 
     @property
     def starting_scale(self) -> float:
@@ -335,6 +339,20 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints to resume from (docs/reliability.md).
+
+    One is written after every `every` iterations (0: none), after the last, and where a signal
+    asks for it. The last `keep` stay, and the one whose own evaluation was the best.
+    `background` writes them in a process of its own while training goes on.
+    """
+
+    every: int = 0
+    keep: int = 2
+    background: bool = True
+
+
+@dataclass(frozen=True)
 class SinkConfig:
     """Who else reads the metrics events, besides `metrics.jsonl` and the console."""
 
@@ -362,6 +380,7 @@ class RunConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 

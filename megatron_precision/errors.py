@@ -47,6 +47,14 @@ class Problem:
         return "\n".join(lines)
 
 
+# The exit code of a run that a signal stopped and `--resume` continues (EX_TEMPFAIL: try again).
+STOPPED = 75
+
+
+class Stopped(Exception):
+    """A run ended because a signal asked for it; whoever launched it may start it again."""
+
+
 class UserError(ValueError):
     """Everything that is wrong with what the user asked for; exit code 2."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_precision.config import RunConfig
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.errors import STOPPED, Problem, Stopped, UserError
 from megatron_precision.platform import process
 
 # Longer than rank 0 needs to print, shorter than anybody waits.
@@ -88,8 +88,8 @@ def run(work: Callable[[], None], out: Path) -> int:
 
     Returns:
         0. A failure does not return: a rank whose peers wait in a collective can hang while the
-        interpreter shuts down, so the process ends at once, with exit code 2 for a user error
-        and 1 for any other.
+        interpreter shuts down, so the process ends at once, with exit code 2 for a user error,
+        75 where a signal stopped the run, and 1 for any other failure.
     """
     launched = process.JOB_VARIABLE in os.environ
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -107,6 +107,12 @@ def run(work: Callable[[], None], out: Path) -> int:
         _quieten_libraries()
     try:
         work()
+    except Stopped as stop:
+        if number() == 0:
+            print(stop, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(STOPPED)
     except Exception as error:  # the boundary of the process: recorded, shown, and ended
         process.record_failure(out, number(), error)
         _show_failure(error, out, launched)

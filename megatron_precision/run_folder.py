@@ -2,7 +2,10 @@
 
 config.json      the resolved configuration
 metrics.jsonl    one event a line
+failed_grades.txt  what could not be graded, and why
+answers/         of every evaluation
 dumps/           iterations written down whole, for `replay`
+checkpoints/     what a resume goes on from (`checkpoint/folders.py`)
 errors/          rank<k>.txt, what ended a rank that failed
 launcher/        nemo-run's files and the logs of every rank
 """
@@ -10,24 +13,32 @@ launcher/        nemo-run's files and the logs of every rank
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.observe.metrics import cut_to
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
+FAILED_GRADES = "failed_grades.txt"
+ANSWERS = "answers"
+DUMPS = "dumps"
+_WAYS_ON = "go on with --resume, replace it with --overwrite, or choose another --out"
 ERRORS = "errors"
 
 
 def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
-    """Make sure that `out` is an empty folder for a new run.
+    """Make sure that `out` is an empty folder for a new run, or the run that is resumed.
 
     Args:
         out: the run's folder; it is created where it does not exist.
         overwrite: remove an earlier run's folder.
-        resume: ask to continue an earlier run, which this version cannot.
+        resume: keep it instead.
 
     Raises:
         UserError: for `claim_problems`, and when `out` cannot be created.
@@ -36,7 +47,7 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
     if found:
         raise UserError(found)
     try:
-        if out.is_dir() and any(out.iterdir()):
+        if not resume and out.is_dir() and any(out.iterdir()):
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as wrong:
@@ -45,30 +56,55 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
         ) from wrong
 
 
+def holds_run(out: Path) -> bool:
+    """Whether a run was begun there."""
+    return any((out / name).is_file() for name in (CONFIG, METRICS))
+
+
 def claim_problems(out: Path, overwrite: bool = False, resume: bool = False) -> list[Problem]:
-    """Why `claim` would refuse: what `out` holds without `overwrite`, or what is not a run with it.
+    """Why `claim` would refuse: what `out` holds, by what is asked for.
 
     Nothing is changed; a dry run asks too.
     """
     found = []
-    if resume:
+    if resume and overwrite:
         found.append(
             Problem(
-                "resuming a run comes with a later version",
-                "--resume",
-                str(out),
-                "a new run",
-                "choose another --out, or start over with --overwrite",
+                "a run that is both resumed and replaced", "--resume, --overwrite", "both", "one",
+                "--resume goes on, --overwrite starts over",
             )
-        )
+        )  # fmt: skip
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            found += _occupied(out, overwrite)
+            found += _not_a_run(out) if resume else _occupied(out, overwrite)
     except OSError as wrong:
         found.append(
             Problem("cannot use the run folder", f"--out {out}", str(wrong), "a readable folder")
         )
     return found
+
+
+def go_back(out: Path, state: Mapping[str, Any] | None) -> None:
+    """Take back what a run wrote after a checkpoint, which a resumed one writes again.
+
+    Args:
+        state: of the checkpoint; None where there is none, and the run begins anew.
+    """
+    done = -1 if state is None else state["iteration"]
+    for folder in (out / ANSWERS, out / DUMPS):
+        for path in folder.glob("*"):
+            number = path.name.partition(".")[0]
+            # Answers are numbered by iterations that are done, dumps by the one they are of.
+            if number.isdigit() and int(number) > done - (folder.name == DUMPS):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if state is None:
+        for name in (METRICS, FAILED_GRADES):
+            (out / name).unlink(missing_ok=True)
+        return
+    cut_to(out / METRICS, state["files"][METRICS], state["iteration"])
+    failed = out / FAILED_GRADES
+    if failed.exists():
+        os.truncate(failed, state["files"][FAILED_GRADES])
 
 
 def set_aside(out: Path) -> Path | None:
@@ -97,8 +133,17 @@ def prepare_folder(start: Path) -> Path:
     return start.with_name(start.name + ".prepare")
 
 
+def _not_a_run(out: Path) -> list[Problem]:
+    if holds_run(out):
+        return []
+    got = f"a folder without {CONFIG} and {METRICS}" if out.is_dir() else "a file"
+    return [
+        Problem("nothing to resume", f"--out {out}", got, "the folder of an earlier run, or none")
+    ]
+
+
 def _occupied(out: Path, overwrite: bool) -> list[Problem]:
-    is_run = any((out / name).exists() for name in (CONFIG, METRICS))
+    is_run = holds_run(out)
     holds = "a file" if not out.is_dir() else "a folder that is not empty"
     if not overwrite:
         return [
@@ -107,7 +152,7 @@ def _occupied(out: Path, overwrite: bool) -> list[Problem]:
                 f"--out {out}",
                 "an earlier run" if is_run else holds,
                 "a new or empty folder",
-                "choose another --out, or replace the run with --overwrite" if is_run else "",
+                _WAYS_ON if is_run else "",
             )
         ]
     if is_run:

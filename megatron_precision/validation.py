@@ -133,7 +133,8 @@ _AT_LEAST_ONE = (
     "perfectible.samples_per_question",
     "rollout.max_response_tokens", "rollout.max_num_seqs", "rollout.max_num_batched_tokens",
     "rollout.kv_cache_mib", "sync.batch_mib",
-    "loss_scale.growth_interval", "loss_scale.hysteresis",
+    "loss_scale.growth_interval", "loss_scale.hysteresis", "loss_scale.hopeless_overflows",
+    "checkpoint.keep",
     "train.prompts_per_iteration", "train.rollouts_per_prompt", "train.prompts_per_mini_batch",
     "train.micro_batch_size", "eval.samples_per_question",
 )  # fmt: skip
@@ -144,7 +145,7 @@ _AT_LEAST_ZERO = (
     "loss_scale.headroom_bits", "train.iterations", "train.micro_batch_tokens",
     "train.mismatch_every", "train.dump_every", "train.dump_jumps_at_most",
     "train.dump_weights_gib", "eval.every", "eval.temperature", "algo.overlong_penalty",
-    "algo.dynamic_sampling_rounds",
+    "algo.dynamic_sampling_rounds", "checkpoint.every",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",

@@ -139,10 +139,14 @@ def test_a_dry_run_refuses_the_folders_that_a_run_would_refuse(
 ) -> None:
     (tmp_path / run_folder.CONFIG).touch()
     argv = ["train", "sanity.tiny_dense", "--dryrun", "--out", str(tmp_path)]
-    assert cli.main([*argv, "--resume", "--start-from", "/nope"]) == 2
+    assert cli.main([*argv, "--start-from", "/nope"]) == 2
     shown = capsys.readouterr().err
-    for wrong in ("3 problems", "--overwrite", "later version", "/nope"):
+    for wrong in ("2 problems", "--overwrite", "--resume", "/nope"):
         assert wrong in shown
+    assert cli.main([*argv, "--resume", "--overwrite"]) == 2
+    assert "both resumed and replaced" in capsys.readouterr().err
+    assert cli.main([*argv, "--resume"]) == 0
+    assert f"--out {tmp_path} --resume" in capsys.readouterr().out
     assert cli.main([*argv, "--overwrite"]) == 0
     assert f"--out {tmp_path} --overwrite" in capsys.readouterr().out
     assert (tmp_path / run_folder.CONFIG).exists()
@@ -223,8 +227,8 @@ def test_an_existing_run_is_refused_unless_it_may_be_overwritten(tmp_path: Path)
     run_folder.write_config(recipes.build("sanity.tiny_dense"), out)
     with pytest.raises(UserError, match="--overwrite"):
         run_folder.claim(out)
-    with pytest.raises(UserError, match="later version"):
-        run_folder.claim(out, resume=True)
+    run_folder.claim(out, resume=True)  # what is there stays
+    assert (out / run_folder.CONFIG).exists()
     run_folder.claim(out, overwrite=True)
     assert list(out.iterdir()) == []
 
@@ -236,6 +240,59 @@ def test_overwrite_removes_nothing_but_runs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="removes runs only"):
         run_folder.claim(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_only_a_run_can_be_resumed(tmp_path: Path) -> None:
+    from megatron_precision.errors import UserError
+
+    (tmp_path / "thesis.tex").write_text("years of work", encoding="utf-8")
+    with pytest.raises(UserError, match="nothing to resume"):
+        run_folder.claim(tmp_path, resume=True)
+    run_folder.claim(tmp_path / "new", resume=True)  # it begins there
+    assert (tmp_path / "new").is_dir()
+
+
+def checkpoint_of(out: Path, *overrides: str) -> None:
+    """A run in `out` that has a checkpoint after three iterations, as far as a command looks."""
+    import recipes
+
+    config = recipes.build("sanity.tiny_dense", overrides=list(overrides))
+    run_folder.claim(out)
+    run_folder.write_config(config, out)
+    folder = out / "checkpoints" / "000003"
+    folder.mkdir(parents=True)
+    state = {"iteration": 3, "config": to_dict(config), "versions": {}}
+    (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
+
+
+def test_a_resume_that_would_be_another_run_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint_of(tmp_path / "run")
+    argv = ["train", "sanity.tiny_dense", "--out", str(tmp_path / "run"), "--dryrun", "--resume"]
+    assert cli.main([*argv, "--set", "train.iterations=99", "parallel.tp_size=1"]) == 0
+    capsys.readouterr()
+    assert cli.main([*argv, "--set", "seed=7", "optimizer.learning_rate=1.0"]) == 2
+    shown = capsys.readouterr().err
+    assert "2 problems" in shown
+    assert "seed" in shown
+    assert "optimizer.learning_rate" in shown
+    assert heavy_imports_of(argv) == []
+
+
+def test_a_job_that_was_restarted_resumes_its_run_and_overwrites_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint_of(tmp_path / "run")
+    argv = ["train", "sanity.tiny_dense", "--out", str(tmp_path / "run"), "--dryrun"]
+    assert cli.main(argv) == 2
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    capsys.readouterr()
+    assert cli.main([*argv, "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert "--resume" in shown
+    assert "--overwrite" not in shown
+    assert cli.main([*argv, "--overwrite", "--set", "seed=7"]) == 2
 
 
 def test_an_earlier_result_is_kept_once(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 TABLES = (
+    "megatron_precision.checkpoint.compatible",
+    "megatron_precision.checkpoint.folders",
+    "megatron_precision.checkpoint.manifest",
+    "megatron_precision.checkpoint.sidecar",
     "megatron_precision.observe.jumps",
     "megatron_precision.planning.command",
     "megatron_precision.planning.memory",

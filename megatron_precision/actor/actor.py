@@ -37,7 +37,7 @@ from megatron_precision.actor.packing import (
 )
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.actor.routing import RouterFlips, Routing
-from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
+from megatron_precision.config import LossScaleConfig, ModelConfig, OptimizerConfig, RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.precision.range_watch import RangeWatch
 from megatron_precision.weights.megatron_layout import megatron_pieces
@@ -122,9 +122,15 @@ class Actor:
 
     def held_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece of the model on this rank, with the live parameter that holds it."""
-        return [(piece, live.data) for _, live, pieces in self._parameters() for piece in pieces]
+        return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
 
-    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model."""
+        return self._run.model
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
+        """Every parameter of this rank, with its name and what it holds."""
         at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
         for name, parameter in self.model.module.named_parameters():
             pieces = megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
@@ -132,7 +138,7 @@ class Actor:
 
     def main_copies(self) -> MainCopies:
         """The FP32 main copies on this rank."""
-        return MainCopies.of(self._parameters(), self.optimizer)
+        return MainCopies.of(self.parameters(), self.optimizer)
 
     def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
         """Every piece of the model on this rank, with its strided view of the live parameter."""

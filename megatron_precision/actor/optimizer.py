@@ -32,6 +32,25 @@ class OptimizerOutcome:
     learning_rate: float
 
 
+# The name of a main copy among a parameter's states; the others are AdamW's moments.
+MAIN = "param"
+
+
+@dataclass(frozen=True)
+class FlatState:
+    """A rank's range of a parameter's main copy and moments.
+
+    Attributes:
+        begin, end: of the parameter's elements, in row-major order; equal where other ranks have
+            all of them.
+        tensors: FP32, flat, by name; no moments before the first step.
+    """
+
+    begin: int
+    end: int
+    tensors: dict[str, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class MainCopy:
     """A rank's range of a parameter's FP32 main copy.
@@ -57,6 +76,8 @@ class ActorOptimizer:
     ) -> None:
         self._config = optimizer
         self.applied_steps = 0
+        # In a row, with no loss scale to lower.
+        self.hopeless_overflows = 0
         initial = loss_scale.starting_scale if policy.loss_scaling else None
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -106,6 +127,8 @@ class ActorOptimizer:
         learning_rate = self.learning_rate
         # A member's flag is agreed over its own group only; a step is taken by the whole world.
         overflow = agree_any(bool(self.megatron.prepare_grads()))
+        hopeless = overflow and (self.loss_scale is None or self.loss_scale.at_minimum)
+        self.hopeless_overflows = self.hopeless_overflows + 1 if hopeless else 0
         if self.loss_scale is not None:
             self.loss_scale.commit(overflow)
         if overflow:
@@ -138,6 +161,37 @@ class ActorOptimizer:
                 held = member._get_model_param_range_map(parameter)["param"]
                 return MainCopy(held.start, parameter.main_param.data)
         return MainCopy(0, torch.empty(0, device=parameter.device))
+
+    def flat_state(self, parameter: torch.nn.Parameter) -> FlatState:
+        """This rank's range of a parameter's main copy and moments.
+
+        An FP32 parameter is its own main copy.
+        """
+        for member in self.members:
+            if parameter in getattr(member, "model_param_gbuf_map", {}):
+                held = member._get_model_param_range_map(parameter)["param"]
+                states = member._get_main_param_and_optimizer_states(parameter)
+                tensors = {name: state for name, state in states.items() if name != "step"}
+                return FlatState(held.start, held.end, {n: t.data for n, t in tensors.items()})
+        return FlatState(0, 0, {})
+
+    @torch.no_grad()
+    def make_states(self, applied_steps: int) -> None:
+        """Have moments for every main copy, as after so many steps; their values are to be loaded.
+
+        Megatron makes them by a step without gradients, which decays the main copies.
+        """
+        self.applied_steps = applied_steps
+        if not applied_steps:
+            return
+        for member in self.members:
+            member._init_optimizer_states_with_dummy_values()
+            for state in member.optimizer.state.values():
+                if torch.is_tensor(state.get("step")):  # torch's AdamW
+                    state["step"].fill_(float(applied_steps))
+            for group in member.optimizer.param_groups:
+                if "step" in group:  # Transformer Engine's and Apex's
+                    group["step"] = applied_steps
 
     def reload_main_params(self) -> None:
         """Make the FP32 main parameters equal the model's, after weights were loaded."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_precision.config import RunConfig, TaskConfig
 from megatron_precision.data.arithmetic import Question, make_questions
 from megatron_precision.data.chat import ChatTokenizer, encode_prompts
-from megatron_precision.data.mixture import Mixture, MixtureSet
+from megatron_precision.data.mixture import Mixture, MixtureSet, MixtureState
 from megatron_precision.data.prompts import ChatPrompt, read_prompts, without_repeats
 from megatron_precision.data.sets import PromptSet, parse_set
 from megatron_precision.data.tokenizer import CharTokenizer
@@ -100,6 +100,14 @@ class PromptOrder:
     def take(self, count: int) -> list[TaskPrompt]:
         """The next `count` prompts."""
         return [self._task.train[name].prompts[i] for name, i in self._mixture.take(count)]
+
+    def state(self) -> MixtureState:
+        """What `restore` needs to go on from here."""
+        return self._mixture.state()
+
+    def restore(self, state: MixtureState) -> None:
+        """Go on where `state` was taken; see `Mixture.restore`."""
+        self._mixture.restore(state)
 
 
 # ---- arithmetic --------------------------------------------------------------------------

@@ -47,3 +47,11 @@ class JumpWatch:
         if not median or value <= self._factor * median:
             return ""
         return f"{self._name} {value:.3g} is above {self._factor:g} × its median {median:.3g}"
+
+    def state(self) -> list[float]:
+        """What `restore` needs to go on from here."""
+        return list(self._history)
+
+    def restore(self, state: list[float]) -> None:
+        """Go on where `state` was taken."""
+        self._history = deque(state, maxlen=WINDOW)

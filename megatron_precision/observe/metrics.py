@@ -22,8 +22,9 @@ from megatron_precision.errors import Problem, UserError
 
 Value = float | int | str | list[float] | dict[str, Any]
 
-EVENTS = ("run", "eval", "step", "iteration", "end")
+EVENTS = ("run", "resume", "eval", "step", "iteration", "checkpoint", "end")
 AREAS = (
+    "checkpoint",
     "eval",
     "loss",
     "memory",
@@ -49,6 +50,7 @@ PLAIN_FIELDS: dict[str, frozenset[str]] = {
             "rank_count",
         }
     ),
+    "resume": frozenset({"checkpoint", "damaged", "changed", "not_identical", "versions"}),
     "end": frozenset({"status", "error"}),
 }
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -90,15 +92,16 @@ class MetricsWriter:
     Args:
         path: the metrics.jsonl to append to; made if missing, with its folders.
         sinks: who else sees each event, in this order, after it is in the file.
+        elapsed_s: seconds that the run has taken in earlier processes.
 
     Raises:
         UserError: where the file exists and is damaged elsewhere than in its last line.
     """
 
-    def __init__(self, path: Path, sinks: Iterable[Sink] = ()) -> None:
+    def __init__(self, path: Path, sinks: Iterable[Sink] = (), elapsed_s: float = 0.0) -> None:
         self.path = path
         self._sinks = tuple(sinks)
-        self._begin_s = time.monotonic()
+        self._begin_s = time.monotonic() - elapsed_s
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_truncated_tail(path)
         self._file = path.open("a", encoding="utf-8")
@@ -116,7 +119,7 @@ class MetricsWriter:
                 `end` events also take the plain fields that docs/architecture.md lists.
 
         Returns:
-            The event with `event`, `time_s` (seconds since this writer was made), `iteration`
+            The event with `event`, `time_s` (seconds since the run began), `iteration`
             and `step` first; non-finite numbers are still floats here and strings in the file.
 
         Raises:
@@ -141,6 +144,11 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.event(stamped)
         return stamped
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file so far."""
+        return self.path.stat().st_size
 
     def close(self) -> None:
         """Close the file and every sink."""
@@ -191,6 +199,23 @@ def parse_metrics(path: Path) -> MetricsFile:
     if tail and _is_event(tail):
         return MetricsFile([*events, _parse_line(path, len(lines) + 1, tail)], "")
     return MetricsFile(events, tail)
+
+
+def cut_to(path: Path, size: int, iteration: int) -> None:
+    """Take back what was written after a checkpoint, for a run that goes on from there.
+
+    Args:
+        size: of the file when the checkpoint was begun.
+        iteration: of the checkpoint, whose own event comes after and stays.
+    """
+    with path.open("r+b") as file:
+        file.seek(size)
+        line = file.readline()
+        if line.endswith(b"\n"):
+            event = json.loads(line)
+            if (event["event"], event["iteration"]) == ("checkpoint", iteration):
+                size += len(line)
+        file.truncate(size)
 
 
 def finite(value: Any) -> Any:

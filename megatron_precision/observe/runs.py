@@ -62,7 +62,7 @@ class RunData:
 
     @property
     def status(self) -> str:
-        """`completed`, `failed`, or `unfinished` where the file just stops."""
+        """`completed`, `stopped`, `failed`, or `unfinished` where the file just stops."""
         return str(self.end.get("status", "unfinished"))
 
     @property
@@ -209,6 +209,9 @@ def _shortcomings(run: RunData) -> list[str]:
     if run.status == "failed":
         error = run.end.get("error") or "no error text"
         problems.append(f"it failed after {len(run.iterations)}{of_planned} iterations: {error}")
+    elif run.status == "stopped":
+        stopped = run.end.get("error")
+        problems.append(f"it was stopped after {len(run.iterations)}{of_planned}: {stopped}")
     elif not run.end:
         problems.append(
             f"it has no `end` event: it was killed, or is still running, after "

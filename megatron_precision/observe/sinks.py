@@ -83,6 +83,9 @@ class ConsoleSink:
         if kind == "run":
             self._line(_run_line(event, self._total))
             self._start_bar()
+        elif kind == "resume":
+            self._done = event["iteration"]
+            self._start_bar()
         elif kind == "eval":
             self._eval = event
         elif kind == "iteration":

@@ -15,8 +15,24 @@ every later one halves the scale; here any good step restores it.
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+
+class LossScaleState(TypedDict):
+    """Where a loss scale stands, as JSON takes it.
+
+    Keys:
+        value: the scale.
+        growth: good steps in a row since it last moved.
+        hysteresis: overflows that it still takes without falling.
+    """
+
+    value: float
+    growth: int
+    hysteresis: int
 
 
 class LossScale(DynamicGradScaler):
@@ -49,6 +65,25 @@ class LossScale(DynamicGradScaler):
     @value.setter
     def value(self, value: float) -> None:
         self._scale = torch.full_like(self._scale, value)
+
+    @property
+    def at_minimum(self) -> bool:
+        """Whether another overflow cannot lower it."""
+        return self.value <= float(self.min_scale.item())
+
+    def state(self) -> LossScaleState:
+        """What `restore` needs."""
+        return {
+            "value": self.value,
+            "growth": self._growth_tracker,
+            "hysteresis": self._hysteresis_tracker,
+        }
+
+    def restore(self, state: LossScaleState) -> None:
+        """Go on where `state` was taken."""
+        self.value = state["value"]
+        self._growth_tracker = state["growth"]
+        self._hysteresis_tracker = state["hysteresis"]
 
     def update(self, found_inf: bool) -> None:
         """Called by each chain member with its own flag; moves nothing (see `commit`)."""

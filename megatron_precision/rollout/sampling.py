@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,9 @@ from megatron_precision.rollout.engine import (
     request_seed,
     token_hash,
 )
+
+# Rollouts that an error names.
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,10 @@ class Graded:
 
 class TokenDisagreementError(RuntimeError):
     """The ranks of one tensor-parallel replica sampled different tokens."""
+
+
+class NonFiniteLogprobError(FloatingPointError):
+    """The engine gave a sampled token a log-prob that is no number."""
 
 
 class Sampler:
@@ -117,9 +125,15 @@ class Sampler:
         begin = time.perf_counter()
         grades = [future.result() for future in pending]
         grading_s += time.perf_counter() - begin
-        return self._share(finished, grades, grading_s)
+        return self._share(prompts, finished, grades, grading_s)
 
-    def _share(self, finished: list[Rollout], grades: list[Grade], grading_s: float) -> Graded:
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        finished: list[Rollout],
+        grades: list[Grade],
+        grading_s: float,
+    ) -> Graded:
         mine = list(zip(finished, grades, strict=True)) if self.grades else []
         everyone: list[tuple[str, list[tuple[Rollout, Grade]]]]
         everyone = [("", [])] * dist.get_world_size()
@@ -131,9 +145,44 @@ class Sampler:
                     f"rank {rank} sampled other tokens than rank {leader} of its replica: their "
                     "weights, request order or random streams differ"
                 )
+        refuse_non_finite(prompts, [[rollout for rollout, _ in part] for _, part in everyone])
         results = [item for _, part in everyone for item in part]
         results.sort(key=lambda item: (item[0].request.prompt, item[0].request.rollout))
         return Graded([r for r, _ in results], [g for _, g in results], grading_s)
+
+
+def refuse_non_finite(prompts: Sequence[Prompt], by_rank: Sequence[Sequence[Rollout]]) -> None:
+    """Make sure that every log-prob is a number: what is not is never trained on.
+
+    Args:
+        by_rank: rollouts of the ranks that speak for a replica; of others, none.
+
+    Raises:
+        NonFiniteLogprobError: naming the requests and their ranks.
+    """
+    wrong = []
+    for rank, rollouts in enumerate(by_rank):
+        for rollout in rollouts:
+            if math.isfinite(sum(rollout.rollout_logprobs)):
+                continue
+            at, value = next(
+                (at, value)
+                for at, value in enumerate(rollout.rollout_logprobs)
+                if not math.isfinite(value)
+            )
+            request = rollout.request
+            wrong.append(
+                f"rank {rank}: prompt {prompts[request.prompt].name}, rollout {request.rollout}: "
+                f"log-prob {value} of token {at} of {len(rollout.tokens)}"
+            )
+    if wrong:
+        more = f"\n  ... and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise NonFiniteLogprobError(
+            f"the engine's log-probs of {len(wrong)} rollouts are not finite, and are not trained "
+            "on; look at precision/act_max_rollout and at the dtype of the rollouts:\n  "
+            + "\n  ".join(wrong[:_SHOWN])
+            + more
+        )
 
 
 @contextmanager

@@ -100,7 +100,7 @@ class VllmEngine:
             self._routed_experts = RoutedExperts(
                 self._runner, model.num_hidden_layers, model.num_experts_per_tok
             )
-        self._act_max = 0.0
+        self.act_max = 0.0
         self._watch_range()
 
     # ---- RolloutEngine -------------------------------------------------------------------
@@ -234,7 +234,7 @@ class VllmEngine:
 
     def take_act_max(self) -> float:
         """The largest absolute activation since the last call; see `_watch_range`."""
-        largest, self._act_max = self._act_max, 0.0
+        largest, self.act_max = self.act_max, 0.0
         return largest
 
     # ---- helpers -------------------------------------------------------------------------
@@ -251,7 +251,7 @@ class VllmEngine:
 
         def record(tensor: torch.Tensor) -> None:
             if tensor.numel():
-                self._act_max = larger_or_nan(self._act_max, float(tensor.abs().amax()))
+                self.act_max = larger_or_nan(self.act_max, float(tensor.abs().amax()))
 
         for name, module in self.model.named_modules():
             leaf = name.rpartition(".")[2]

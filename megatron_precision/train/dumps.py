@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,12 @@ from megatron_precision.observe.metrics import finite
 from megatron_precision.platform import startup
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.replay import dump
+from megatron_precision.run_folder import DUMPS
 from megatron_precision.train.groups import Sampled
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.gathering import gathered
 from megatron_precision.weights.hf_model import write_checkpoint
 from megatron_precision.weights.regions import Piece
-
-FOLDER = "dumps"
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Dumper:
 
     def __init__(self, config: RunConfig, out: Path, actor: Actor, task: Task) -> None:
         self._config = config
-        self._folder = out / FOLDER
+        self._folder = out / DUMPS
         self._actor = actor
         self._task = task
         factor = config.train.dump_jump_factor if config.train.dump_jumps_at_most else 0.0
@@ -98,6 +98,20 @@ class Dumper:
         if first:
             dump.write_header(folder, self._header(iteration, reasons, arrays, measured))
             print(f"iteration {iteration} dumped to {folder}: {'; '.join(reasons)}", flush=True)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on from here."""
+        return {
+            "mismatch": self._mismatch.state(),
+            "grad_norm": self._grad_norm.state(),
+            "jumps_left": self._jumps_left,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self._mismatch.restore(state["mismatch"])
+        self._grad_norm.restore(state["grad_norm"])
+        self._jumps_left = state["jumps_left"]
 
     def _reasons(self, iteration: int, measured: Measured) -> tuple[str, ...]:
         """Why this iteration is dumped; rank 0 decides."""

@@ -24,6 +24,12 @@ class FailedGrades:
         """
         self._path = path
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the file so far, by its name."""
+        if self._path is None:
+            return {}
+        return {self._path.name: self._path.stat().st_size if self._path.exists() else 0}
+
     def record(self, failures: Sequence[Grade]) -> None:
         """Add the reports of an iteration or an evaluation."""
         if self._path is None or not failures:

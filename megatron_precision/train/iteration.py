@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,108 +10,24 @@ import torch.distributed as dist
 from megatron_precision.actor.actor import LossFunction, StepResult
 from megatron_precision.actor.batch import Batch, MicroBatch, make_batch
 from megatron_precision.actor.parallel import agree_any
-from megatron_precision.config import RunConfig, fingerprint, to_dict
-from megatron_precision.data.tasks import PromptOrder, TaskPrompt
-from megatron_precision.observe.metrics import MetricsWriter
-from megatron_precision.observe.sinks import make_sinks
-from megatron_precision.platform import startup
+from megatron_precision.data.tasks import TaskPrompt
 from megatron_precision.precision.overflow import calibrate, classify
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rl.advantages import group_advantages, zero_variance_share
-from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.mismatch import mismatch_stats
+from megatron_precision.run_folder import ANSWERS
 from megatron_precision.train import evaluation
-from megatron_precision.train import start as starts
 from megatron_precision.train.clock import PhaseClock
-from megatron_precision.train.dumps import Dumper, Measured
-from megatron_precision.train.failed_grades import FailedGrades
+from megatron_precision.train.dumps import Measured
 from megatron_precision.train.groups import Sampled, sample_rounds
 from megatron_precision.train.objective import policy_objective
-from megatron_precision.train.session import Session, peak_memory_gib
+from megatron_precision.train.run import Run
+from megatron_precision.train.session import peak_memory_gib
+from megatron_precision.train.stopping import give_up_where_hopeless
 
 
-class Trainer:
-    """State of a run on this rank, and the steps of an iteration."""
-
-    def __init__(self, config: RunConfig, out: Path, start: Path | None) -> None:
-        self.config = config
-        self.algorithm = ALGORITHMS[config.algo.name]
-        self._extra_rounds = (
-            config.algo.dynamic_sampling_rounds if self.algorithm.dynamic_sampling else 0
-        )
-        self._out = out
-        model_dir, task = starts.open_start(config, start)
-        self.order = PromptOrder(task, config.seed)
-        self._further_order = PromptOrder(task, config.seed, stream="further rounds")
-        self.session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
-        self.actor = self.session.actor
-        self.session.load_start()
-        self.session.open_engine()
-        self._dtypes = self.session.check()
-        self._writer: MetricsWriter | None = None
-        self._failures = FailedGrades(out / "failed_grades.txt" if dist.get_rank() == 0 else None)
-        if dist.get_rank() == 0:
-            sinks = make_sinks(config.sinks, out, config.train.iterations)
-            self._writer = MetricsWriter(out / "metrics.jsonl", sinks)
-        self.dumper = Dumper(config, out, self.actor, task)
-        self._measured = Measured()
-        self._step = 0
-        self._skipped = 0
-        self._calibrated = self.actor.optimizer.loss_scale is None
-        self._weight_version = self.session.engine.weight_version
-        self._whole = PhaseClock()
-        self._clock = PhaseClock()
-        self._iteration: dict[str, object] = {}
-        self._trainer_act_max = 0.0
-        self._subnormal_shares: list[float] = []
-        self._last_subnormal_share = 0.0
-
-    # ---- recording -----------------------------------------------------------------------
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Write the first and the last line of `metrics.jsonl` around the run."""
-        config = self.config
-        self._write(
-            "run",
-            0,
-            {
-                "config": to_dict(config),
-                "fingerprint": fingerprint(to_dict(config)),
-                "versions": startup.versions(),
-                "platform": startup.describe(),
-                "dtypes": self._dtypes,
-                "start_fingerprint": starts.start_fingerprint(config),
-                "prompts": self.session.task.counts,
-                "rank_count": dist.get_world_size(),
-            },
-        )
-        try:
-            yield
-        except BaseException as error:
-            self._end("failed", f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            self.session.close()
-        self._end("completed", "")
-
-    def _end(self, status: str, error: str) -> None:
-        if self._writer is not None:
-            self._writer.write(
-                "end",
-                iteration=self.config.train.iterations,
-                step=self._step,
-                values={
-                    "status": status,
-                    "error": error,
-                    "time/total_s": self._whole.metrics()["time/iteration_s"],
-                },
-            )
-            self._writer.close()
-
-    def _write(self, event: str, iteration: int, values: Mapping[str, Any]) -> None:
-        if self._writer is not None:
-            self._writer.write(event, iteration=iteration, step=self._step, values=values)
+class Trainer(Run):
+    """The steps of an iteration, on this rank."""
 
     # ---- rollout -------------------------------------------------------------------------
 
@@ -164,10 +76,10 @@ class Trainer:
     def assemble(self, sampled: Sampled) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
         versions = {rollout.weight_version for rollout in sampled.rollouts}
-        if versions != {self._weight_version}:
+        if versions != {self.counters.weight_version}:
             raise RuntimeError(
                 f"rollouts of weight versions {sorted(versions)} in an iteration of version "
-                f"{self._weight_version}: their mismatch would be staleness"
+                f"{self.counters.weight_version}: their mismatch would be staleness"
             )
         prompts = [rollout.request.prompt_tokens for rollout in sampled.rollouts]
         return make_batch(
@@ -240,7 +152,7 @@ class Trainer:
                 before_update=number == 0,
             )
             plan = self.actor.plan(batch, rows)
-            if not self._calibrated:
+            if not self.counters.calibrated:
                 self._calibrate(batch, plan, loss)
             clock = PhaseClock()
             # Before the first update both sides hold the same weights: the mismatch is free.
@@ -250,7 +162,7 @@ class Trainer:
         cause = ""
         self._measured.grad_norms.append((result.outcome.grad_norm, result.outcome.skipped))
         if result.outcome.skipped:
-            self._skipped += 1
+            self.counters.skipped += 1
             cause = classify(
                 finite_forward=result.finite_forward,
                 weight_max=result.maxima["weight"],
@@ -258,7 +170,7 @@ class Trainer:
             )
         scale = self.actor.optimizer.loss_scale
         tokens = max(1.0, result.sums["tokens"])
-        self._step += 1
+        self.counters.step += 1
         self._watch_trainer_range()
         self._write(
             "step",
@@ -284,10 +196,11 @@ class Trainer:
                 "time/step_s": clock.metrics()["time/iteration_s"],
             },
         )
+        give_up_where_hopeless(self.actor.optimizer, self.config.loss_scale, cause)
 
     def _calibrate(self, batch: Batch, plan: list[MicroBatch], loss: LossFunction) -> None:
         """Set the starting loss scale from the first mini-batch, once a run."""
-        self._calibrated = True
+        self.counters.calibrated = True
         settings, scale = self.config.loss_scale, self.actor.optimizer.loss_scale
         if scale is None or settings.initial != "calibrated":
             return
@@ -311,15 +224,15 @@ class Trainer:
 
     def dump(self, iteration: int, groups: Sampled, batch: Batch) -> None:
         """Write the iteration down where that is due (`train/dumps.py`)."""
-        measured = replace(self._measured, metrics=dict(self._iteration), step=self._step)
+        measured = replace(self._measured, metrics=dict(self._iteration), step=self.counters.step)
         self.dumper.see(iteration, groups, batch, measured)
 
     def sync_weights(self) -> None:
         """Hand the weights to the engine, under a new version where any step was applied."""
         if self.actor.optimizer.applied_steps > 0:
-            self._weight_version = self.actor.optimizer.applied_steps
+            self.counters.weight_version = self.actor.optimizer.applied_steps
         with self._clock.phase("sync"):
-            result = self.session.sync.push(self._weight_version)
+            result = self.session.sync.push(self.counters.weight_version)
         self._iteration |= {
             "sync/s": result.seconds,
             "sync/bytes": result.bytes,
@@ -327,7 +240,7 @@ class Trainer:
             "sync/proof_s": result.proof_seconds,
             "sync/verified": int(result.regions > 0),
             "sync/regions": result.regions,
-            "sync/weight_version": self._weight_version,
+            "sync/weight_version": self.counters.weight_version,
         }
 
     def finish_iteration(self, iteration: int, batch: Batch) -> None:
@@ -344,13 +257,14 @@ class Trainer:
             "precision/act_max_rollout": float(ranges[1]),
             "precision/grad_subnormal_share": sum(shares) / max(1, len(shares)),
             "precision/loss_scale": scale.value if scale else 1.0,
-            "precision/skipped_total": self._skipped,
+            "precision/skipped_total": self.counters.skipped,
             "throughput/tokens_per_s": float(batch.response_mask.sum()) / times["time/iteration_s"],
             "memory/peak_gib": float(ranges[2]),
             **times,
         }
         self._write("iteration", iteration, self._iteration)
         self._trainer_act_max, self._subnormal_shares = 0.0, []
+        self.counters.iteration = iteration + 1
 
     def evaluation_is_due(self, iteration: int) -> bool:
         """After every `eval.every` iterations, and after the last."""
@@ -365,8 +279,9 @@ class Trainer:
         self._failures.record(found.failures)
         if not found.metrics:
             return
+        self.counters.evaluated(iteration, found.metrics["eval/accuracy"])
         if dist.get_rank() == 0:
-            evaluation.write_answers(self._out / "answers" / f"{iteration:06d}.jsonl", found)
+            evaluation.write_answers(self._out / ANSWERS / f"{iteration:06d}.jsonl", found)
         self._write(
             "eval",
             iteration,

@@ -8,19 +8,22 @@ from megatron_precision.config import RunConfig
 from megatron_precision.train.iteration import Trainer
 
 
-def run(config: RunConfig, out: Path, start: Path | None = None) -> None:
+def run(config: RunConfig, out: Path, start: Path | None = None, resume: bool = False) -> None:
     """Train `config` from its prepared start; called on every rank of the world.
 
     Args:
         out: the run's folder; `metrics.jsonl` is written there by rank 0.
         start: a prepared start, by default the cache's.
+        resume: go on from the newest checkpoint in `out`, where there is one.
     """
-    trainer = Trainer(config, out, start)
+    trainer = Trainer(config, out, start, resume)
     with trainer.recording():
-        trainer.evaluate(iteration=0)
-        for iteration in range(config.train.iterations):
+        if not trainer.resumed:
+            trainer.evaluate(iteration=0)
+        for iteration in trainer.iterations():
             prompts = trainer.order.take(config.train.prompts_per_iteration)
             groups = trainer.rollout(iteration, prompts)
+            trainer.stop_where_asked()  # the last moment at which nothing has changed
             batch = trainer.assemble(groups)
             trainer.dumper.keep_weights()
             batch = trainer.old_logprobs(iteration, batch)

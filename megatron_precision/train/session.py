@@ -44,15 +44,15 @@ class Session:
         self.config = config
         self.task = task
         self.actor = Actor(config, optimizer, loss_scale)
-        self._model_dir = model_dir
+        self.model_dir = model_dir
 
     def load_start(self) -> None:
         """Load the trainer's weights from the model folder."""
-        self.actor.load(OpenCheckpoint(self._model_dir))
+        self.actor.load(OpenCheckpoint(self.model_dir))
 
     def open_engine(self) -> None:
         """Start the engine on the model folder, and connect the sync."""
-        self.engine = VllmEngine(self.config, self._model_dir, self.task.stop_ids)
+        self.engine = VllmEngine(self.config, self.model_dir, self.task.stop_ids)
         self.sampler = Sampler(self.engine, self.config)
         length = self.config.rollout.max_response_tokens
         self.rollouts = TaskSampler(self.task, self.sampler, length)

@@ -50,3 +50,26 @@ def test_skipped_steps_are_counted_change_no_version_and_end(
     applied = [8 * (number + 1) - count for number, count in enumerate(total)]
     assert [event["sync/weight_version"] for event in iterations] == applied
     assert all(event["sync/verified"] == 1 for event in iterations)
+
+
+def test_a_run_that_overflows_at_the_smallest_scale_ends_with_advice(
+    dense_start: Path, tmp_path: Path
+) -> None:
+    words = real_jobs.settings(
+        loss_scale__initial="fixed_start",
+        loss_scale__initial_scale="2**60",
+        loss_scale__min_scale="2**60",
+        loss_scale__hopeless_overflows=2,
+        train__iterations=100,
+    )
+    finished = real_jobs.launch(
+        tmp_path, "sanity.tiny_dense", "--precision", "fp16", "--out", "run",
+        "--start-from", str(dense_start), *words,
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert "2 optimizer steps in a row overflowed at the smallest loss scale" in finished.stderr
+    assert "cause of the last: gradients" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert all(step["precision/skipped"] for step in real_jobs.events(tmp_path / "run", "step"))
+    (end,) = real_jobs.events(tmp_path / "run", "end")
+    assert end["status"] == "failed"

@@ -20,6 +20,7 @@ from megatron_precision.errors import UserError
 from megatron_precision.observe.metrics import (
     MetricsWriter,
     TruncatedMetricsWarning,
+    cut_to,
     read_metrics,
 )
 
@@ -148,3 +149,33 @@ def test_unknown_names_and_values_are_all_listed_and_nothing_is_written(tmp_path
         with pytest.raises(ValueError, match="'config'"):
             writer.write("step", iteration=0, step=0, values={"config": {}})
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("cut", ["", '{"event": "it'])
+def test_what_came_after_a_checkpoint_is_taken_back_but_not_its_own_event(
+    tmp_path: Path, cut: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        kept = [writer.write("iteration", iteration=n, step=n, values={}) for n in range(2)]
+        size = writer.size
+        kept.append(writer.write("checkpoint", iteration=2, step=2, values={}))
+        writer.write("iteration", iteration=2, step=3, values={})
+        writer.write("end", iteration=9, step=3, values={"status": "stopped", "error": ""})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(cut)
+    cut_to(path, size, 2)
+    with MetricsWriter(path, elapsed_s=1000.0) as writer:
+        kept.append(writer.write("resume", iteration=2, step=2, values={"checkpoint": "000002"}))
+    assert read_metrics(path) == kept
+    assert kept[-1]["time_s"] >= 1000.0
+
+
+def test_a_checkpoint_without_its_event_takes_back_all_that_came_after(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path) as writer:
+        kept = [writer.write("iteration", iteration=0, step=1, values={})]
+        size = writer.size
+        writer.write("iteration", iteration=1, step=2, values={})
+    cut_to(path, size, 1)
+    assert read_metrics(path) == kept

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -85,3 +87,23 @@ def test_a_restored_scale_goes_on_as_the_saved_one(flags: str) -> None:
     restored.load_state_dict(saved.state_dict())
     assert restored.state_dict() == saved.state_dict()
     assert walk(restored, "x..xx......") == walk(saved, "x..xx......")
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_a_restored_scale_goes_on_as_it_would_have(cut: int) -> None:
+    flags = "..x.xx..."
+    straight = LossScale(64.0, growth_interval=3, hysteresis=2, min_value=1.0)
+    expected = walk(straight, flags)
+    first = LossScale(64.0, growth_interval=3, hysteresis=2, min_value=1.0)
+    begun = walk(first, flags[:cut])
+    second = LossScale(1024.0, growth_interval=3, hysteresis=2, min_value=1.0)
+    second.restore(json.loads(json.dumps(first.state())))
+    assert begun + walk(second, flags[cut:]) == expected
+    assert second.state() == straight.state()
+
+
+def test_a_scale_at_its_minimum_has_no_way_down() -> None:
+    scale = LossScale(4.0, growth_interval=100, hysteresis=1, min_value=2.0)
+    assert not scale.at_minimum
+    walk(scale, "x")
+    assert scale.at_minimum

@@ -23,8 +23,9 @@ from oracle import DENSE
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_precision.checkpoint import manifest
 from megatron_precision.errors import UserError
-from tools.checkpoint_convert import convert, manifest, source, torch_dist_folder
+from tools.checkpoint_convert import convert, source, torch_dist_folder
 from tools.checkpoint_convert.cli import main
 
 

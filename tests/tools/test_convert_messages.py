@@ -15,7 +15,8 @@ from hf_folders import MODELS, save, tensors_of
 from oracle import DENSE
 from safetensors.torch import load_file, save_file
 
-from tools.checkpoint_convert import convert, manifest
+from megatron_precision.checkpoint import manifest
+from tools.checkpoint_convert import convert
 from tools.checkpoint_convert.cli import main
 
 

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import torch
 
+from megatron_precision.checkpoint import manifest
+from megatron_precision.checkpoint.sidecar import SIDECAR, copy_sidecar, state_dtype
 from megatron_precision.config import ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.megatron_checkpoint import Slot, row_runs, slots
-from tools.checkpoint_convert import manifest
 from tools.checkpoint_convert.casting import Loss, cast
 from tools.checkpoint_convert.cutting import file_spans, refuse_layout, shards
 from tools.checkpoint_convert.new_folder import new_folder
 from tools.checkpoint_convert.safetensors_folder import (
     SHARD_BYTES,
     SafetensorsWriter,
-    copy_sidecar,
-    state_dtype,
 )
 from tools.checkpoint_convert.source import (
     BlockHash,
@@ -32,7 +31,6 @@ from tools.checkpoint_convert.source import (
     checked_blocks,
     open_source,
 )
-from tools.checkpoint_convert.torch_dist_folder import SIDECAR
 from tools.checkpoint_convert.torch_dist_writer import TorchDistWriter, Written, finish
 from tools.checkpoint_convert.workers import Progress, run_tasks
 

@@ -10,8 +10,6 @@ from megatron_precision.errors import Problem
 PARTIAL = ".partial"
 # The file that a `torch_dist` folder has and no other.
 METADATA = ".metadata"
-# The remedy for what was damaged or lost after a conversion.
-COPY_AGAIN = "copy it again from where it was written"
 
 
 def is_megatron(path: Path) -> bool:

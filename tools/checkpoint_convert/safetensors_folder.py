@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
+from megatron_precision.checkpoint import manifest
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_config import read_model, read_object
-from tools.checkpoint_convert import manifest
 from tools.checkpoint_convert.safetensors_header import (
     DTYPES,
     DamagedHeader,
@@ -42,13 +41,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 4 * 2**30
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Other formats' weights, which the new checkpoint's are not; any *.index.json belongs to weights.
-_WEIGHTS = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data",
-     ".ot", ".tflite"}
-)  # fmt: skip
-# The one folder beside the tokenizer that transformers reads.
-_TEMPLATES = "additional_chat_templates"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"model\.layers\.\d+\.mlp\.experts\.(\d+)\.")
 # Buffers that old checkpoints store and every reader computes.
@@ -178,29 +170,6 @@ class SafetensorsWriter:
         }
         values = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (self._folder / INDEX).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_sidecar(source: Path, target: Path) -> None:
-    """Carry config, generation config, tokenizer and chat templates along, byte for byte."""
-    for path in sorted([*source.iterdir(), *source.glob(f"{_TEMPLATES}/*")]):
-        weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != manifest.FILE:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, copy)
-
-
-def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Make `config.json` say the dtype that the weights have: readers load them in what it says.
-
-    Where it says so already, or the weights have several, the file stays byte for byte.
-    """
-    kinds = {str(dtype).removeprefix("torch.") for dtype in dtypes}
-    values = json.loads(config.read_text(encoding="utf-8"))
-    fields = [name for name in ("dtype", "torch_dtype") if name in values] or ["torch_dtype"]
-    if len(kinds) == 1 and any(values.get(field) not in kinds for field in fields):
-        values |= dict.fromkeys(fields, *kinds)
-        config.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _blocks(info: TensorInfo, place: _Place, scratch: Scratch) -> Iterator[torch.Tensor]:

@@ -27,12 +27,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from megatron_precision.checkpoint import manifest
+from megatron_precision.checkpoint.manifest import COPY_AGAIN
+from megatron_precision.checkpoint.sidecar import SIDECAR
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import read_model
 from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, row_runs, slots
 from megatron_precision.weights.regions import round_up
-from tools.checkpoint_convert import manifest
-from tools.checkpoint_convert.folders import COPY_AGAIN, METADATA
+from tools.checkpoint_convert.folders import METADATA
 from tools.checkpoint_convert.source import (
     Scratch,
     TensorInfo,
@@ -42,8 +44,6 @@ from tools.checkpoint_convert.source import (
     row_blocks,
 )
 
-# Config, tokenizer and chat template of the Hugging Face folder, carried along unchanged.
-SIDECAR = "huggingface"
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
     (f"{_CHECKPOINT}.metadata", name)

@@ -1,25 +1,28 @@
 """`conversion_manifest.json`: what a finished folder holds, written last.
 
-One SHA-256 a Hugging Face tensor, over its bytes in row-major order. The hash does not depend on
-the format or on how a checkpoint is divided, so that both sides of a conversion carry the same.
-The other files (configuration, tokenizer, chat template) have a hash each.
+The converter writes one SHA-256 a Hugging Face tensor, over its bytes in row-major order. The hash
+does not depend on the format or on how a checkpoint is divided, so that both sides of a conversion
+carry the same. The other files (configuration, tokenizer, chat template) have a hash each.
+
+A trainer's ranks hold parts of tensors: its checkpoints have a hash of every file instead.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.weights.hf_config import read_object
-from tools.checkpoint_convert.folders import COPY_AGAIN
 
 FILE = "conversion_manifest.json"
 VERSION = 1
+# The remedy for what was damaged or lost after it was written.
+COPY_AGAIN = "copy it again from where it was written"
 _RESTORE = (
     f"{COPY_AGAIN}; a change that is wanted belongs into the folder that was converted: "
     "change it there, and convert again"
@@ -33,8 +36,8 @@ class Manifest:
     """Hashes of tensors and of files.
 
     Attributes:
-        tensors: Hugging Face name → hexadecimal SHA-256.
-        sizes: path inside the folder → bytes, of the files that hold tensors.
+        tensors: Hugging Face name → hexadecimal SHA-256; empty in a trainer's checkpoint.
+        sizes: path inside the folder → bytes, of files that the tensors' hashes stand for.
         files: path inside the folder → hexadecimal SHA-256, of all others.
     """
 
@@ -58,7 +61,19 @@ def read(folder: Path) -> Manifest | None:
     """The manifest of a folder, or None where it has none.
 
     Raises:
-        UserError: where it cannot be read, or files are missing, cut short or too long.
+        UserError: where it cannot be read, or files are missing, cut short, too long or changed.
+    """
+    found = listed(folder)
+    if found is not None and (problems := list(file_problems(folder, found, found.files))):
+        raise UserError(problems)
+    return found
+
+
+def listed(folder: Path) -> Manifest | None:
+    """The manifest of a folder as it stands, of which no file has been looked at.
+
+    Raises:
+        UserError: where it cannot be read.
     """
     path = folder / FILE
     if not path.exists():
@@ -71,10 +86,7 @@ def read(folder: Path) -> Manifest | None:
                 "cannot read the manifest", str(path), got, f"what version {VERSION} writes", remedy
             )
         )
-    found = Manifest(values["tensors"], values["sizes"], values["files"])
-    if problems := list(_file_problems(folder, found)):
-        raise UserError(problems)
-    return found
+    return Manifest(values["tensors"], values["sizes"], values["files"])
 
 
 def _malformed(values: Mapping[str, Any]) -> str:
@@ -88,7 +100,12 @@ def _malformed(values: Mapping[str, Any]) -> str:
     return ""
 
 
-def _file_problems(folder: Path, found: Manifest) -> Iterator[Problem]:
+def file_problems(folder: Path, found: Manifest, hashed: Iterable[str]) -> Iterator[Problem]:
+    """What is wrong with the files of a folder.
+
+    Args:
+        hashed: those of `found.files` whose bytes are read.
+    """
     for name, size in found.sizes.items():
         path = folder / name
         if not path.is_file():
@@ -96,11 +113,12 @@ def _file_problems(folder: Path, found: Manifest) -> Iterator[Problem]:
         elif path.stat().st_size != size:
             got = f"{path.stat().st_size} bytes"
             yield Problem("a file of another size", str(path), got, f"{size} bytes", COPY_AGAIN)
-    for name, digest in found.files.items():
-        path, expected = folder / name, f"sha256 {digest}"
+    for name in hashed:
+        path, digest = folder / name, found.files[name]
+        expected = f"sha256 {digest}"
         if not path.is_file():
             yield Problem("a file is missing", str(path), "no file", expected, COPY_AGAIN)
-        elif (got := f"sha256 {_hash(path)}") != expected:
+        elif (got := f"sha256 {file_hash(path)}") != expected:
             yield Problem("a file is not as it was written", str(path), got, expected, _RESTORE)
 
 
@@ -119,10 +137,11 @@ def made(tensors: dict[str, str], folder: Path) -> Manifest:
     return Manifest(
         tensors,
         {name: (folder / name).stat().st_size for name in holding},
-        {name: _hash(folder / name) for name in names if name not in holding},
+        {name: file_hash(folder / name) for name in names if name not in holding},
     )
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

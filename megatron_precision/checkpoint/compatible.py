@@ -1,0 +1,121 @@
+"""What a resume may change of a run's configuration, what it may not, and what that costs.
+
+A checkpoint carries the configuration that wrote it. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_precision.checkpoint import folders
+from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.observe.runs import flatten
+from megatron_precision.run_folder import METRICS
+
+# Changes nothing that is trained: how long, who watches, what is written down.
+_FREE = (
+    "train.iterations", "train.mismatch_every", "train.dump_every", "train.dump_jump_factor",
+    "train.dump_jumps_at_most", "train.dump_weights_gib", "checkpoint.", "sinks.", "eval.",
+    "sync.batch_mib", "memory.recompute", "task.scorer_workers", "task.scorer_time_limit_s",
+    "loss_scale.hopeless_overflows", "start.public_name",
+)  # fmt: skip
+# Sums in another order, by what depends on it.
+_ROUNDING = {
+    "parallel.rollout_tp_size": "the engine's layout",
+    "parallel.": "the trainer's layout",
+    "train.micro_batch_size": "the micro-batches",
+    "train.micro_batch_tokens": "the micro-batches",
+    "rollout.max_num_seqs": "the engine's batches",
+    "rollout.max_num_batched_tokens": "the engine's batches",
+    "rollout.kv_cache_mib": "the engine's batches",
+    "rollout.prefix_caching": "the engine's batches",
+}
+# Counts of restarts that the schedulers keep.
+_RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+
+
+def was_restarted() -> bool:
+    """Whether Slurm or torchrun has started this job before."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
+
+
+def changes(config: RunConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Paths whose values are others now, with the saved value and the new one.
+
+    A field that the saved configuration does not know, since it is older, is as it was.
+    """
+    now = flatten(to_dict(config))
+    before = flatten(saved)
+    return {p: (before[p], value) for p, value in now.items() if before.get(p, value) != value}
+
+
+def problems(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Problem]:
+    """Every change that would make another run of it.
+
+    Args:
+        state: of the checkpoint.
+        where: its folder.
+    """
+    return [
+        Problem(
+            "a resumed run cannot change this",
+            path,
+            f"{now}",
+            f"{before}, as {where} was written with",
+            "resume with the run's own value, or start a new run with another --out",
+        )
+        for path, (before, now) in changes(config, state["config"]).items()
+        if not path.startswith((*_FREE, *_ROUNDING))
+    ]
+
+
+def not_identical(
+    config: RunConfig, state: Mapping[str, Any], versions: Mapping[str, str]
+) -> list[str]:
+    """Why the rest of the run is no longer bit for bit what it would have been; empty where it is.
+
+    Args:
+        versions: of what computes, now.
+    """
+    found: dict[str, list[str]] = {}
+    for path, (before, now) in changes(config, state["config"]).items():
+        kind = next((kind for start, kind in _ROUNDING.items() if path.startswith(start)), None)
+        if kind is not None:
+            found.setdefault(kind, []).append(f"{path} {before} → {now}")
+    lines = [f"{kind} ({', '.join(changed)})" for kind, changed in found.items()]
+    if (was := state["versions"]) != versions:
+        names = sorted({n for n in {*was, *versions} if was.get(n) != versions.get(n)})
+        lines += [
+            f"{name} {was.get(name, 'none')} → {versions.get(name, 'none')}" for name in names
+        ]
+    if state["config"]["parallel"]["world_size"] != config.parallel.world_size:
+        lines.append("random generators of the ranks start anew; training draws from none of them")
+    return lines
+
+
+def is_complete(config: RunConfig, out: Path) -> bool:
+    """Whether the run in `out` has ended well after as many iterations as `config` has."""
+    path, done = out / METRICS, 0
+    for folder in folders.finished(out):
+        with contextlib.suppress(UserError):  # damaged: the ranks will find it so, and say it
+            done = max(done, folders.read_state(folder)["iteration"])
+    if done < config.train.iterations or not path.is_file():
+        return False
+    last = path.read_bytes().rstrip(b"\n").rpartition(b"\n")[2]
+    return last.startswith(b'{"event": "end"') and b'"status": "completed"' in last
+
+
+def resume_problems(config: RunConfig, out: Path) -> list[Problem]:
+    """Why `config` cannot resume the run in `out`, by its newest readable checkpoint."""
+    for folder in reversed(folders.finished(out)):
+        try:
+            state = folders.read_state(folder)
+        except UserError:
+            continue  # damaged: the ranks will find it so, and say it
+        return problems(config, state, str(folder))
+    return []

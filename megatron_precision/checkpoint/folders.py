@@ -1,0 +1,113 @@
+"""Where a run's checkpoints lie, which of them are kept, and what they say without an engine.
+
+    <run>/checkpoints/000012/            after twelve iterations
+        trainer.json                     where the trainer stood (`train/state.py`), its config
+        *.distcp, .metadata, ...         Megatron's `torch_dist` format
+        huggingface/                     config and tokenizer, so that `export` takes the folder
+        conversion_manifest.json         a hash of every file, written last
+    <run>/checkpoints/000012.partial/    being written, or its writer was killed
+    <run>/checkpoints/000012.damaged/    found damaged by a resume, and put aside
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_precision.errors import UserError
+from megatron_precision.weights.hf_config import read_object
+
+CHECKPOINTS = "checkpoints"
+STATE = "trainer.json"
+PARTIAL = ".partial"
+DAMAGED = ".damaged"
+
+
+def folder_of(out: Path, iteration: int) -> Path:
+    """The checkpoint after so many iterations."""
+    return out / CHECKPOINTS / f"{iteration:06d}"
+
+
+def finished(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first; whether they are still whole is not looked at."""
+    return sorted(path for path in (out / CHECKPOINTS).glob("*") if path.name.isdigit())
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its trainer.
+
+    Raises:
+        UserError: where that cannot be read.
+    """
+    return read_object(folder / STATE, "a checkpoint's state", "resume from another one")
+
+
+def superfluous(states: dict[Path, dict[str, Any]], keep: int) -> list[Path]:
+    """Checkpoints that are neither among the last nor the best.
+
+    The best is the one whose own evaluation had the highest accuracy, of several the latest.
+
+    Args:
+        states: of every finished checkpoint, oldest first.
+        keep: how many of the last stay.
+    """
+    rated = [
+        (state["evaluation"]["accuracy"], number)
+        for number, state in enumerate(states.values())
+        if state.get("evaluation") and state["evaluation"]["iteration"] == state["iteration"]
+    ]
+    stays = {max(rated)[1]} if rated else set()
+    stays.update(range(len(states) - keep, len(states)))
+    return [folder for number, folder in enumerate(states) if number not in stays]
+
+
+def finish(partial: Path, keep: int) -> Path:
+    """Give a complete checkpoint its name, and remove those that are no longer kept."""
+    for path in partial.rglob("*"):
+        _to_disk(path)
+    _to_disk(partial)
+    folder = partial.with_suffix("")
+    if folder.exists():  # of the same iteration, when a run was stopped twice there
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    _to_disk(folder.parent)
+    shutil.rmtree(folder.with_suffix(DAMAGED), ignore_errors=True)
+    states = {path: _known(path) for path in finished(folder.parent.parent)}
+    for old in superfluous(states, keep):
+        # Under another name first: half a folder must not look like a checkpoint.
+        doomed = old.rename(old.with_suffix(PARTIAL))
+        shutil.rmtree(doomed)
+    return folder
+
+
+def _known(folder: Path) -> dict[str, Any]:
+    """A state, or nothing where it has been damaged: the run that writes a new one goes on."""
+    try:
+        return read_state(folder)
+    except UserError:
+        return {}
+
+
+def put_aside(folder: Path) -> None:
+    """Keep a damaged checkpoint under a name that no resume looks at."""
+    aside = folder.with_suffix(DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what killed writers left."""
+    for path in (out / CHECKPOINTS).glob(f"*{PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,166 @@
+"""Main copies and moments as boxes of Hugging Face tensors: written and read at any layout.
+
+Megatron's distributed optimizer divides all parameters, laid end to end, over the data-parallel
+ranks. Its own formats store that division (`dp_reshardable`: the same TP, PP and EP again), or
+gather a model-parallel shard in FP32 on one rank first (`fully_reshardable`, whose loading needs a
+state that torch's AdamW does not have). Here every rank stores the range that it holds, cut where
+rows and other ranks' ranges end (`weights/flat_ranges.py`), under
+
+    optimizer.{param,exp_avg,exp_avg_sq}.<Hugging Face name>
+
+in that tensor's own coordinates. Of replicas the lowest rank writes. Nothing is gathered, and a
+rank of another layout reads the boxes of its own ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from megatron_precision.actor.actor import Actor
+from megatron_precision.actor.optimizer import MAIN, FlatState
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.families import Box
+from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
+from megatron_precision.weights.regions import Piece
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+State = dict[str, ShardedTensor]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A parameter of this rank, and which boxes its range is made of.
+
+    Attributes:
+        number: of the parameter.
+        shape: of the parameter.
+        state: the range.
+        parts: (piece, its part, whether this rank writes it).
+    """
+
+    number: int
+    shape: torch.Size
+    state: FlatState
+    parts: list[tuple[Piece, Box, bool]]
+
+    def key(self, name: str, part: int) -> str:
+        """Names a part of one of the states among this rank's."""
+        return f"{name}.{self.number}.{part}"
+
+
+class OptimizerBoxes:
+    """What this rank holds of the optimizer's state; made anew for every use, by every rank."""
+
+    def __init__(self, actor: Actor) -> None:
+        self._shapes = hf_shapes(actor.model_config)
+        parameters = list(actor.parameters())
+        states = [actor.optimizer.flat_state(parameter) for _, parameter, _ in parameters]
+        mine = tuple(
+            FlatRange(piece.hf_name, piece.start, state.begin, state.end)
+            for (_, _, pieces), state in zip(parameters, states, strict=True)
+            for piece in pieces
+        )
+        everyone: list[tuple[FlatRange, ...]] = [()] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        ranges = FlatRanges(tuple(everyone))
+        where: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for rank, held in enumerate(everyone):
+            for part in held:
+                where.setdefault((part.hf_name, part.start), []).append(rank)
+        me = dist.get_rank()
+        self._held = []
+        for (_, parameter, pieces), state in zip(parameters, states, strict=True):
+            parts = [
+                (piece, box, ranks[0] == me)
+                for piece in pieces
+                for box, ranks in ranges.parts(
+                    piece.hf_name,
+                    Box(piece.start, piece.shape),
+                    piece,
+                    where[piece.hf_name, piece.start],
+                )
+                if me in ranks
+            ]
+            self._held.append(_Held(len(self._held), parameter.shape, state, parts))
+
+    def saved(self) -> State:
+        """The parts that this rank writes, with copies of their values."""
+        return {
+            key: sharded
+            for held in self._held
+            for name, flat in held.state.tensors.items()
+            for key, sharded in self._boxes(held, name, flat)
+        }
+
+    def wanted(self, moments: bool) -> State:
+        """The parts that this rank reads, with room for them.
+
+        Args:
+            moments: whether there are any: not before the first step.
+        """
+        names = (MAIN, *MOMENTS) if moments else (MAIN,)
+        return {
+            held.key(name, number): self._sharded(
+                name, piece, box, torch.empty(box.shape, dtype=torch.float32)
+            )
+            for held in self._held
+            for name in names
+            for number, (piece, box, _) in enumerate(held.parts)
+        }
+
+    def restore(self, loaded: dict[str, torch.Tensor], moments: bool) -> None:
+        """Put what was read for `wanted` into the optimizer, whose states exist."""
+        names = (MAIN, *MOMENTS) if moments else (MAIN,)
+        for held in self._held:
+            for name in names if held.state.tensors else ():
+                whole = torch.zeros(held.shape)  # padded rows of a vocabulary are zero
+                for piece in dict.fromkeys(piece for piece, _, _ in held.parts):
+                    values = torch.zeros(piece.shape)
+                    for number, (of, box, _) in enumerate(held.parts):
+                        if of is piece:
+                            found = loaded[held.key(name, number)]
+                            values[_within(piece, box)] = found.reshape(box.shape)
+                    target = whole.view(piece.view)[piece.spans]
+                    target.copy_(values.view(target.shape))
+                flat = whole.view(-1)[held.state.begin : held.state.end]
+                held.state.tensors[name].copy_(flat.view(held.state.tensors[name].shape))
+
+    def _boxes(
+        self, held: _Held, name: str, flat: torch.Tensor
+    ) -> Iterator[tuple[str, ShardedTensor]]:
+        whole = torch.zeros(held.shape, dtype=flat.dtype)
+        whole.view(-1)[held.state.begin : held.state.end] = flat.detach().view(-1).cpu()
+        values = {
+            piece: whole.view(piece.view)[piece.spans].reshape(piece.shape)
+            for piece in dict.fromkeys(piece for piece, _, _ in held.parts)
+        }
+        for number, (piece, box, writes) in enumerate(held.parts):
+            if writes:
+                data = values[piece][_within(piece, box)].clone(
+                    memory_format=torch.contiguous_format
+                )
+                yield held.key(name, number), self._sharded(name, piece, box, data)
+
+    def _sharded(self, name: str, piece: Piece, box: Box, data: torch.Tensor) -> ShardedTensor:
+        return ShardedTensor(
+            key=f"optimizer.{name}.{piece.hf_name}",
+            data=data,
+            dtype=data.dtype,
+            local_shape=tuple(box.shape),
+            global_shape=self._shapes[piece.hf_name],
+            global_offset=tuple(box.start),
+            axis_fragmentations=None,  # no grid: boxes of any size
+        )
+
+
+def _within(piece: Piece, box: Box) -> tuple[slice, ...]:
+    """Indexes the piece at a part of it."""
+    return tuple(
+        slice(begin - first, begin - first + size)
+        for first, begin, size in zip(piece.start, box.start, box.shape, strict=True)
+    )
