@@ -7,6 +7,7 @@ input has been checked: `--help` and every mistake are answered at once.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -109,7 +110,8 @@ def _train(args: argparse.Namespace) -> int:
         startup.start(config.seed)
         from megatron_precision.train import loop
 
-        loop.run(config, out, start=args.start_from, resume=args.resume)
+        end = functools.partial(rank.end, out)
+        loop.run(config, out, end, start=args.start_from, resume=args.resume)
 
     return rank.run(work, out)
 

@@ -353,6 +353,28 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds that a phase may take before the job is ended as hung; 0: no limit.
+
+    A phase contains the waiting for the slowest rank. `other` is what lies between the phases,
+    `start` the time until the first of them.
+    """
+
+    start_s: float = 7200.0
+    rollout_s: float = 14400.0
+    old_logprobs_s: float = 7200.0
+    train_s: float = 7200.0
+    sync_s: float = 1800.0
+    evaluation_s: float = 14400.0
+    checkpoint_s: float = 3600.0
+    other_s: float = 3600.0
+
+    def limits(self) -> dict[str, float]:
+        """By the name of the phase."""
+        return {name.removesuffix("_s"): value for name, value in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
 class SinkConfig:
     """Who else reads the metrics events, besides `metrics.jsonl` and the console."""
 
@@ -381,6 +403,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 

@@ -113,13 +113,22 @@ def run(work: Callable[[], None], out: Path) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(STOPPED)
-    except Exception as error:  # the boundary of the process: recorded, shown, and ended
-        process.record_failure(out, number(), error)
-        _show_failure(error, out, launched)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)
+    except Exception as error:  # the boundary of the process
+        end(out, error)
     return 0
+
+
+def end(out: Path, error: Exception) -> NoReturn:
+    """Record what broke this rank, show it, and end the process at once; from any thread.
+
+    Args:
+        out: where `errors/rank<k>.txt` is written.
+    """
+    process.record_failure(out, number(), error)
+    _show_failure(error, out, process.is_launchers(process.adopt_job()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(2 if isinstance(error, UserError) else 1)
 
 
 def show_user_error(error: UserError) -> None:

@@ -7,6 +7,7 @@ answers/         of every evaluation
 dumps/           iterations written down whole, for `replay`
 checkpoints/     what a resume goes on from (`checkpoint/folders.py`)
 errors/          rank<k>.txt, what ended a rank that failed
+alive/           rank<k>.json, which phase each rank is in (`train/watchdog.py`)
 launcher/        nemo-run's files and the logs of every rank
 """
 
@@ -30,6 +31,7 @@ ANSWERS = "answers"
 DUMPS = "dumps"
 _WAYS_ON = "go on with --resume, replace it with --overwrite, or choose another --out"
 ERRORS = "errors"
+ALIVE = "alive"
 
 
 def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:

@@ -146,6 +146,8 @@ _AT_LEAST_ZERO = (
     "train.mismatch_every", "train.dump_every", "train.dump_jumps_at_most",
     "train.dump_weights_gib", "eval.every", "eval.temperature", "algo.overlong_penalty",
     "algo.dynamic_sampling_rounds", "checkpoint.every",
+    "watchdog.start_s", "watchdog.rollout_s", "watchdog.old_logprobs_s", "watchdog.train_s",
+    "watchdog.sync_s", "watchdog.evaluation_s", "watchdog.checkpoint_s", "watchdog.other_s",
 )  # fmt: skip
 _ABOVE_ZERO = (
     "model.rope_theta", "model.rope_scaling_factor", "model.rms_norm_eps",

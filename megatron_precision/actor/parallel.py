@@ -12,13 +12,18 @@ from megatron_precision.config import ParallelConfig
 from megatron_precision.weights.megatron_layout import ShardCoordinates
 
 # A collective that waits longer than this has lost a peer; the job then ends with an error.
-COLLECTIVE_TIMEOUT_S = 600
+COLLECTIVE_TIMEOUT_S = 600.0
 
 
-def open_world(backend: str) -> None:
-    """Open the default process group from torchrun's environment, if it is not open yet."""
+def open_world(backend: str, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> None:
+    """Open the default process group from torchrun's environment, if it is not open yet.
+
+    Args:
+        timeout_s: of a collective. Where a watchdog knows the phases it should be longer than all
+            of their limits: a collective that breaks does not say who is missing.
+    """
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
 
 
 def divide_world(parallel: ParallelConfig, seed: int) -> None:

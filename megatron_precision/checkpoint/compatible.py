@@ -20,8 +20,8 @@ from megatron_precision.run_folder import METRICS
 # Changes nothing that is trained: how long, who watches, what is written down.
 _FREE = (
     "train.iterations", "train.mismatch_every", "train.dump_every", "train.dump_jump_factor",
-    "train.dump_jumps_at_most", "train.dump_weights_gib", "checkpoint.", "sinks.", "eval.",
-    "sync.batch_mib", "memory.recompute", "task.scorer_workers", "task.scorer_time_limit_s",
+    "train.dump_jumps_at_most", "train.dump_weights_gib", "checkpoint.", "watchdog.", "sinks.",
+    "eval.", "sync.batch_mib", "memory.recompute", "task.scorer_workers", "task.scorer_time_limit_s",
     "loss_scale.hopeless_overflows", "start.public_name",
 )  # fmt: skip
 # Sums in another order, by what depends on it.

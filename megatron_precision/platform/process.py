@@ -53,6 +53,11 @@ def adopt_job() -> str:
     return job
 
 
+def is_launchers(job: str) -> bool:
+    """Whether a launcher gave the job its id, and shows what breaks it."""
+    return "-" not in job.removeprefix(JOB_PREFIX)
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent ends, so that no rank is orphaned.
 

@@ -51,7 +51,7 @@ class Trainer(Run):
                 truncated=self.config.task.truncated,
             )
 
-        with self._clock.phase("rollout"):
+        with self._phase(iteration, "rollout"):
             sampled, batch = sample_rounds(sample, len(prompts), self._extra_rounds)
         self._clock.add("rollout", -sampled.reward_s)
         self._clock.add("reward", sampled.reward_s)
@@ -111,7 +111,7 @@ class Trainer(Run):
         asked = every > 0 and iteration % every == 0
         if not (self.algorithm.needs_old_logprobs or asked):
             return batch
-        with self._clock.phase("old_logprobs"):
+        with self._phase(iteration, "old_logprobs"):
             old = self.actor.logprobs(batch, self.mini_batches(batch)[1:])
         return batch.with_old_logprobs(old)
 
@@ -142,7 +142,7 @@ class Trainer(Run):
 
     def step(self, iteration: int, number: int, batch: Batch, rows: torch.Tensor) -> None:
         """One optimizer step, or a counted skip."""
-        with self._clock.phase("train"):
+        with self._phase(iteration, "train"):
             loss = policy_objective(
                 self.algorithm,
                 self.config.algo,
@@ -231,7 +231,7 @@ class Trainer(Run):
         """Hand the weights to the engine, under a new version where any step was applied."""
         if self.actor.optimizer.applied_steps > 0:
             self.counters.weight_version = self.actor.optimizer.applied_steps
-        with self._clock.phase("sync"):
+        with self._phase(self.counters.iteration, "sync"):
             result = self.session.sync.push(self.counters.weight_version)
         self._iteration |= {
             "sync/s": result.seconds,
@@ -275,7 +275,8 @@ class Trainer(Run):
     def evaluate(self, iteration: int) -> None:
         """Accuracy on the held-out sets with the weights that the engine holds."""
         clock = PhaseClock()
-        found = evaluation.evaluate(self.session, self.config.eval, iteration)
+        with self._watchdog.phase(iteration, "evaluation"):
+            found = evaluation.evaluate(self.session, self.config.eval, iteration)
         self._failures.record(found.failures)
         if not found.metrics:
             return

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_precision.config import RunConfig
 from megatron_precision.train.iteration import Trainer
 
 
-def run(config: RunConfig, out: Path, start: Path | None = None, resume: bool = False) -> None:
+def run(
+    config: RunConfig,
+    out: Path,
+    end: Callable[[Exception], None],
+    start: Path | None = None,
+    resume: bool = False,
+) -> None:
     """Train `config` from its prepared start; called on every rank of the world.
 
     Args:
         out: the run's folder; `metrics.jsonl` is written there by rank 0.
+        end: ends this rank, where its watchdog finds that the job hangs.
         start: a prepared start, by default the cache's.
         resume: go on from the newest checkpoint in `out`, where there is one.
     """
-    trainer = Trainer(config, out, start, resume)
+    trainer = Trainer(config, out, end, start, resume)
     with trainer.recording():
         if not trainer.resumed:
             trainer.evaluate(iteration=0)

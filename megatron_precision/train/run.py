@@ -5,7 +5,7 @@ What an iteration does is in `iteration.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ from megatron_precision.observe.metrics import MetricsWriter
 from megatron_precision.observe.sinks import make_sinks
 from megatron_precision.platform import startup
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.run_folder import FAILED_GRADES, METRICS, go_back
+from megatron_precision.run_folder import ALIVE, FAILED_GRADES, METRICS, go_back
 from megatron_precision.train import start as starts
 from megatron_precision.train.checkpoints import Checkpoints, Standing, Written, newest_whole
 from megatron_precision.train.clock import PhaseClock
@@ -31,12 +31,20 @@ from megatron_precision.train.failed_grades import FailedGrades
 from megatron_precision.train.session import Session
 from megatron_precision.train.state import Counters, counters, describe
 from megatron_precision.train.stopping import StopRequest
+from megatron_precision.train.watchdog import Watchdog
 
 
 class Run:
     """State of a run on this rank, between two iterations."""
 
-    def __init__(self, config: RunConfig, out: Path, start: Path | None, resume: bool) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        end: Callable[[Exception], None],
+        start: Path | None,
+        resume: bool,
+    ) -> None:
         self.config = config
         self.algorithm = ALGORITHMS[config.algo.name]
         self._extra_rounds = (
@@ -47,7 +55,13 @@ class Run:
         model_dir, task = starts.open_start(config, start)
         self.order = PromptOrder(task, config.seed)
         self._further_order = PromptOrder(task, config.seed, stream="further rounds")
-        self.session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
+        limits = config.watchdog.limits()
+        self.session = Session(
+            config, config.optimizer, config.loss_scale, model_dir, task,
+            # The watchdog comes first: it knows who is missing.
+            collective_timeout_s=max(limits.values()) + 60.0,
+        )  # fmt: skip
+        self._watchdog = Watchdog(limits, out / ALIVE, dist.get_rank(), dist.get_world_size(), end)
         self.actor = self.session.actor
         self.dumper = Dumper(config, out, self.actor, task)
         self.counters = Counters(calibrated=self.actor.optimizer.loss_scale is None)
@@ -66,6 +80,7 @@ class Run:
         self._stop = StopRequest()
         self._stop.install()
         self._standing = self._stand()
+        self._watchdog.begin()
 
     def _begin(self, resume: bool) -> None:
         """Load the first weights or a checkpoint, start the engine, and open the run's files."""
@@ -98,6 +113,12 @@ class Run:
     def resumed(self) -> bool:
         """Whether it goes on from a checkpoint."""
         return self._found is not None
+
+    @contextmanager
+    def _phase(self, iteration: int, name: str) -> Iterator[None]:
+        """Count a phase's time, and watch that it ends."""
+        with self._watchdog.phase(iteration, name), self._clock.phase(name):
+            yield
 
     # ---- standing ------------------------------------------------------------------------
 
@@ -147,10 +168,11 @@ class Run:
         done = self._standing.iteration
         if done == 0:
             raise Stopped(f"stopped by {name} before the first iteration was done")
-        self._note(self._checkpoints.finished(wait=True))
-        if self._checkpoints.last != done:
-            self._checkpoints.begin(self._standing)
+        with self._watchdog.phase(done, "checkpoint"):
             self._note(self._checkpoints.finished(wait=True))
+            if self._checkpoints.last != done:
+                self._checkpoints.begin(self._standing)
+                self._note(self._checkpoints.finished(wait=True))
         raise Stopped(f"stopped by {name} after {done} iterations; --resume goes on from there")
 
     def _note(self, written: Written | None) -> None:
@@ -164,17 +186,25 @@ class Run:
             Stopped: where a signal has asked for it.
         """
         while True:
-            due = self._checkpoints.is_due(self.counters.iteration)
-            self._note(self._checkpoints.finished(wait=due))
-            self._standing = self._stand()
-            if due:
-                self._checkpoints.begin(self._standing)
-                self._note(self._checkpoints.finished(wait=False))
-            if self.counters.iteration >= self.config.train.iterations:
-                self._note(self._checkpoints.finished(wait=True))
+            with self._watchdog.phase(self.counters.iteration, "checkpoint"):
+                done = self._checkpoint_where_due()
+            if done:
                 return
             self.stop_where_asked()
             yield self.counters.iteration
+
+    def _checkpoint_where_due(self) -> bool:
+        """Begin and finish what is due between two iterations; whether the last one is done."""
+        due = self._checkpoints.is_due(self.counters.iteration)
+        self._note(self._checkpoints.finished(wait=due))
+        self._standing = self._stand()
+        if due:
+            self._checkpoints.begin(self._standing)
+            self._note(self._checkpoints.finished(wait=False))
+        last = self.counters.iteration >= self.config.train.iterations
+        if last:
+            self._note(self._checkpoints.finished(wait=True))
+        return last
 
     # ---- recording -----------------------------------------------------------------------
 
@@ -195,6 +225,7 @@ class Run:
             self._end("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
+            self._watchdog.close()
             self.session.close()
         self._end("completed", "")
 

@@ -38,8 +38,9 @@ class Session:
         loss_scale: LossScaleConfig,
         model_dir: Path,
         task: Task,
+        collective_timeout_s: float = parallel.COLLECTIVE_TIMEOUT_S,
     ) -> None:
-        parallel.open_world(startup.backend())
+        parallel.open_world(startup.backend(), collective_timeout_s)
         parallel.divide_world(config.parallel, config.seed)
         self.config = config
         self.task = task
