@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         The job's exit code; 2 for a mistake of the user, 130 after Ctrl-C.
     """
     try:
-        args, problems = _parse(argv)
+        args, problems = parse(argv)
         if args.list:
             for name, recipe in recipes.RECIPES.items():
                 print(f"{name:<28}{(inspect.getdoc(recipe) or '').splitlines()[0]}")
@@ -202,7 +202,7 @@ def _whole_number(text: str) -> int | _NotANumber:
     return int(text) if text.strip().lstrip("+-").isdecimal() else _NotANumber(text)
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Problem]]:
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Problem]]:
     """The arguments, and what of the command line could not be read."""
     parser = _Parser(description="Launch a recipe through nemo-run, here or on a cluster.")
     parser.add_argument("--list", action="store_true", help="list the recipes and stop")
@@ -216,9 +216,10 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Problem]]:
     if args.recipe is not None and "=" in args.recipe:  # there is none: --config FILE PATH=VALUE
         args.words.insert(0, args.recipe)
         args.recipe = None
-    args.overrides += args.words
+    # What follows an unknown option is its value, or an override.
+    args.overrides += [*args.words, *(w for w in unknown if "=" in w and w[0] != "-")]
     valid = [word for action in parser._actions for word in action.option_strings]
-    problems = [_unknown_option(word, valid) for word in unknown]
+    problems = [_unknown_option(word, valid) for word in unknown if word[0] == "-"]
     for name, value in vars(args).items():
         if isinstance(value, _NotANumber):
             flag = "--" + name.replace("_", "-")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_precision import run_folder
 from megatron_precision.config import RunConfig
+from megatron_precision.data.sets import parse_set
 from megatron_precision.errors import Problem, UserError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -74,6 +75,14 @@ def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
     if nodes == 1:
         defaults |= {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
+def folders(config: RunConfig, job: Job) -> list[Path]:
+    """What a job's container must see, by the names that the configuration has for it."""
+    texts = (*config.task.train_sets, *config.task.eval_sets)
+    sets = [parse_set(text).path.parent for text in texts]
+    start = [Path(config.start.checkpoint)] if config.start.checkpoint else []
+    return [path.absolute() for path in (CHECKOUT, Path.cwd(), job.folder, *start, *sets)]
 
 
 def require_plain(words: list[str], where: str) -> None:

@@ -131,8 +131,8 @@ def resolve(
     site, problems = sites.read(args.site)
     if args.executor not in EXECUTORS:
         problems.append(unknown_name("executor", "--executor", args.executor, EXECUTORS))
-        return None, problems
-    problems += _of_another_executor(args)
+    else:
+        problems += _of_another_executor(args)
     said = _Said(args, site)
     options = Options(
         executor=args.executor,

@@ -9,6 +9,7 @@ written into no file. Watching the job is `slurm_watch.py`'s.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -20,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.config import RunConfig
-from megatron_precision.data.sets import parse_set
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.launching import experiment as experiments
 from megatron_precision.launching import mounts
-from megatron_precision.launching.jobs import CHECKOUT, Job
+from megatron_precision.launching.jobs import CHECKOUT, Job, folders
 from megatron_precision.launching.options import Options
 
 # Slurm signals the ranks so long before the time limit; what they save must be written by then.
@@ -32,6 +32,7 @@ LEAD_S = 300
 _EXPORTED = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH")
 # Below the ports that the kernel gives to outgoing connections.
 _PORTS = range(20000, 30000)
+_TORCHRUN = re.compile(r"\btorchrun --.*")
 _SETUP = Path(__file__).with_name("slurm_setup.sh")
 
 
@@ -86,8 +87,7 @@ def render(jobs: Sequence[Job], config: RunConfig, options: Options) -> tuple[li
             _add(experiment, jobs, config, options)
             experiment.dryrun(log=False, delete_exp_dir=False)
             scripts = [task._dryrun_info.request.materialize() for task in experiment.jobs]
-            roles = [task._executable.roles[0] for task in experiment.jobs]
-    return scripts, [" ".join([role.entrypoint, *role.args]) for role in roles]
+    return scripts, [_TORCHRUN.findall(script)[-1] for script in scripts]
 
 
 def submit(jobs: Sequence[Job], config: RunConfig, options: Options) -> list[Submitted]:
@@ -178,7 +178,7 @@ def _executor(
         sbatch["kill-on-invalid-dep"] = "yes"
     sbatch["export"] = ",".join(dict.fromkeys([*_EXPORTED, *options.env]))
     image = options.container_image
-    seen = mounts.covering(_folders(config, job), options.mounts) if image else []
+    seen = mounts.covering(folders(config, job), options.mounts) if image else []
     base = os.environ["NEMORUN_HOME"] if experiments.HOME_IS_CHOSEN else str(home)
     return nemo_run.SlurmExecutor(
         account=options.account,
@@ -242,11 +242,3 @@ def _environment(job: Job, options: Options) -> dict[str, str]:
 def _setup(job: Job, options: Options) -> str:
     errors = shlex.quote(str(job.folder.resolve() / "errors"))
     return f"\nerrors={errors}\nretries={options.retries}\n" + _SETUP.read_text(encoding="utf-8")
-
-
-def _folders(config: RunConfig, job: Job) -> list[Path]:
-    """What a job's container must see, by the names that the configuration has for it."""
-    texts = (*config.task.train_sets, *config.task.eval_sets)
-    sets = [parse_set(text).path.parent for text in texts]
-    start = [Path(config.start.checkpoint)] if config.start.checkpoint else []
-    return [path.absolute() for path in (CHECKOUT, Path.cwd(), job.folder, *start, *sets)]

@@ -1,4 +1,4 @@
-# Of megatron_precision, for the batch shell. Before it: errors, retries and lead_s are set.
+# Of megatron_precision, for the batch shell; errors and retries are set before it.
 set +vx
 # A host of several addresses prints them all; the rendezvous takes one.
 head_node_ip=${head_node_ip%% *}

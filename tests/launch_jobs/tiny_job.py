@@ -1,4 +1,4 @@
-"""A torchrun job without an engine, which ends as its first argument says; for test_launch.py.
+"""A torchrun job without an engine, which ends as its first argument says.
 
 It behaves as `megatron_precision train` does at the edges: it dies with its parent, records what
 broke it, and owns shared memory:
@@ -43,6 +43,8 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if ending == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if ending == "again" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        return  # hanging until it was told to stop, and fine when it was started again
     if ending != "succeed":
         time.sleep(120)  # a peer that waits in a collective
 
