@@ -1,8 +1,8 @@
 """Running a job of this project through nemo-run: `launch.py`, `make sanity` and their like.
 
-A job is `torchrun -m megatron_precision COMMAND --config FILE`, on this machine (`local.py`) or
-through an executor of nemo-run's that submits it elsewhere (`slurm.py`, `elsewhere.py`). What a user may
-say of it is read and checked by `options.py`, with a site's defaults (`site.py`).
+A job is `torchrun -m megatron_precision COMMAND --config FILE`, on this machine (`local.py`), on a
+Slurm cluster (`slurm.py`) or by another of nemo-run's executors (`elsewhere.py`). `command.py` is
+`launch.py`; its options are read and checked by `options.py`, with a site's defaults (`site.py`).
 
 nemo-run takes seconds to import, so it is imported when a job starts and not before.
 """

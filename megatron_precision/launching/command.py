@@ -115,7 +115,7 @@ def _run_here(args: argparse.Namespace, config: RunConfig) -> int:
     if args.start_from is None and config.start.kind == "warm_start":
         code = local.ensure_start(config)
         if code:
-            shutil.rmtree(out)  # it holds no run, and would be in the way of the next attempt
+            _release(args)
             return code
     code = local.run_job(train_job(config, out, _extra(args)))
     if code == 0:
@@ -126,16 +126,18 @@ def _run_here(args: argparse.Namespace, config: RunConfig) -> int:
 def _run_elsewhere(args: argparse.Namespace, config: RunConfig, launch: Options) -> int:
     out = args.out
     jobs = _jobs(args, config, out)
+    if launch.executor in elsewhere.REMOTE:  # --out is a path of theirs
+        return elsewhere.run(jobs, config, launch, Path("runs") / "launcher")
     run_folder.claim(out, args.overwrite, args.resume)
     for job in jobs:
         job.folder.mkdir(parents=True, exist_ok=True)
         run_folder.write_config(config, job.folder)
-    if launch.executor != "slurm":
-        return elsewhere.run(jobs[-1], config, launch)
+    if launch.executor == "docker":
+        return elsewhere.run(jobs, config, launch, out / "launcher")
     try:
         submitted = slurm.submit(jobs, config, launch)
     except UserError:
-        shutil.rmtree(out)
+        _release(args)
         raise
     for one in submitted:
         print(f"slurm job {one.number}: {one.job.command}; scancel {one.number} ends it")
@@ -145,6 +147,12 @@ def _run_elsewhere(args: argparse.Namespace, config: RunConfig, launch: Options)
     from megatron_precision.launching import slurm_watch
 
     return slurm_watch.wait(submitted)
+
+
+def _release(args: argparse.Namespace) -> None:
+    """Remove the folder of a run that did not begin: it is in the way of the next attempt."""
+    if not args.resume:
+        shutil.rmtree(args.out)
 
 
 def _jobs(args: argparse.Namespace, config: RunConfig, out: Path) -> list[Job]:
@@ -160,7 +168,8 @@ def _jobs(args: argparse.Namespace, config: RunConfig, out: Path) -> list[Job]:
 
 
 def _extra(args: argparse.Namespace) -> tuple[str, ...]:
-    return ("--start-from", str(args.start_from)) if args.start_from else ()
+    words = ["--start-from", str(args.start_from)] if args.start_from else []
+    return (*words, "--resume") if args.resume else tuple(words)
 
 
 def _print_dry_run(args: argparse.Namespace, config: RunConfig, launch: Options) -> None:

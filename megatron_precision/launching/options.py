@@ -33,7 +33,7 @@ _TAKEN_BY = {
     "srun_args": ("slurm",),
     "restarts": ("slurm",),
     "container_image": ("slurm", "docker", "kubeflow", "skypilot"),
-    "mounts": ("slurm", "docker", "kubeflow"),
+    "mounts": ("slurm", "docker"),
     "env": ("slurm", "kubeflow"),
     "retries": ("slurm", "docker", "kubeflow"),
     "detach": ("slurm", "skypilot"),
@@ -188,6 +188,7 @@ _INSTEAD = {
     ("env", "local"): "a local job has the environment of launch.py",
     ("env", "docker"): "nemo-run would write the value down; --mount a file such as ~/.netrc",
     ("env", "skypilot"): "nemo-run would write the value down; use SkyPilot's own secrets",
+    ("mounts", "kubeflow"): "the site's file names the volume: kubeflow.workdir_pvc",
     ("nodes", "local"): "on several machines: --executor slurm, or torchrun by hand",
 }
 

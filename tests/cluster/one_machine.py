@@ -39,6 +39,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
 ReturnToService=2
+MinJobAge=3600
 KillWait=20
 GresTypes=gpu
 {plugins}
@@ -123,8 +124,6 @@ class Cluster:
     def _start(self) -> None:
         munge = self.folder / "munge"
         shutil.chown(munge, "munge", "munge")
-        for path in (self.folder, *self.folder.parents):
-            path.chmod(path.stat().st_mode | 0o011)
         options = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         words = [f"--{name}={munge / file}" for name, file in options.items()]
         _check("runuser", "-u", "munge", "--", "munged", *words)
