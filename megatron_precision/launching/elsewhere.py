@@ -125,6 +125,7 @@ def _add(
 
 def _docker(nemo_run: Any, job: Job, config: RunConfig, options: Options, home: Path) -> Any:
     section = options.site.section("docker")
+    seen = mounts.covering(folders(config, job), options.mounts)
     return nemo_run.DockerExecutor(
         container_image=options.container_image,
         ntasks_per_node=options.gpus_per_node,
@@ -132,9 +133,9 @@ def _docker(nemo_run: Any, job: Job, config: RunConfig, options: Options, home: 
         runtime=section.get("runtime"),
         shm_size=section.get("shm_size", "16g"),
         ipc_mode="host",
-        volumes=[str(mount) for mount in mounts.covering(folders(config, job), options.mounts)],
-        # The container works where the user does: relative paths mean the same in both.
-        additional_kwargs={"working_dir": str(Path.cwd())},
+        # nemo-run lets the container work in /nemo_run/code. That is where the user works, so
+        # relative paths mean the same in both.
+        volumes=[*map(str, seen), f"{Path.cwd()}:/nemo_run/code"],
         retries=options.retries,
         env_vars={"PYTHONPATH": str(CHECKOUT), "PET_LOCAL_RANKS_FILTER": "0"},
         launcher=nemo_run.Torchrun(),

@@ -144,7 +144,7 @@ def resolve(
         time_s=said.seconds(),
         container_image=said.matching("container_image", _IMAGE, "an image without spaces"),
         mounts=said.mounts(),
-        env=said.names(not args.dryrun),
+        env=said.names(must_be_set=args.executor == "slurm" and not args.dryrun),
         srun_args=said.srun_args(),
         retries=said.count("retries", 0, default=0),
         restarts=said.count("restarts", 0, default=0),
@@ -248,32 +248,45 @@ class _Said:
             self._wrong("time", value, "a minute or more")
         return total
 
+    def several(self, name: str) -> list[tuple[str, str]]:
+        """What the site's file and then the options have of a list, each with where it stands."""
+        found: list[tuple[str, str]] = []
+        if self._args.executor in _TAKEN_BY.get(name, EXECUTORS):
+            site = self._site.defaults.get(name, ())
+            found = [(text, f"{self._site.path}: {name}") for text in site]
+        return found + [(text, f"{_flag(name)} {text}") for text in getattr(self._args, name) or ()]
+
     def mounts(self) -> tuple[Mount, ...]:
         found = []
-        for text in self.value("mounts") or ():
-            mount, problems = paths.parse(text, f"{self._where['mounts']} {text}")
+        for text, where in self.several("mounts"):
+            mount, problems = paths.parse(text, where)
             self.problems += problems
             found += [mount] if mount else []
         return tuple(found)
 
     def names(self, must_be_set: bool) -> tuple[str, ...]:
-        names = tuple(self.value("env") or ())
-        for text in names:
+        found = []
+        for text, where in self.several("env"):
             name, equals, _ = text.partition("=")
+            by_option = where.startswith("--")
+            self._where["env"] = "--env" if by_option else where  # without a value
             if equals or not _NAME.fullmatch(name):
                 # The value may be a secret: it is not shown.
                 shown = f"{name}=..." if equals else repr(name)
                 self._wrong("env", shown, "the name of a variable alone; its value stays outside")
-            elif must_be_set and name not in os.environ and self._args.executor == "slurm":
+            elif must_be_set and by_option and name not in os.environ:
                 self._wrong("env", f"{name}, which is not set", "a variable of this environment")
-        return names
+            else:
+                found.append(name)
+        return tuple(dict.fromkeys(found))
 
     def srun_args(self) -> tuple[str, ...]:
-        said = tuple(self.value("srun_args") or ())
-        for text in said:
+        said = self.several("srun_args")
+        for text, where in said:
             if not re.match(r"--?\w", text):
+                self._where["srun_args"] = where
                 self._wrong("srun_args", text, "an option of srun in one word, such as --mpi=pmix")
-        return said
+        return tuple(text for text, _ in said)
 
     def title(self, config: RunConfig | None) -> str:
         said = self._args.experiment_name
