@@ -74,6 +74,11 @@ def _missing(
         yield from slurm.problems(args.out or NO_FOLDER, launch)
     if launch is not None:
         yield from elsewhere.problems(launch)
+        if launch.executor in elsewhere.REMOTE and config.start.kind == "warm_start":
+            yield Problem(
+                "a warm start lies in the cache of one machine", f"--executor {launch.executor}",
+                config.recipe, "a recipe that starts from a checkpoint", "--model DIR is one way",
+            )  # fmt: skip
     if args.dryrun:
         return
     if importlib.util.find_spec("nemo_run") is None:

@@ -72,9 +72,9 @@ def render(jobs: Sequence[Job], config: RunConfig, options: Options) -> tuple[li
             _add(experiment, jobs, config, options, home)
             experiment.dryrun(log=False, delete_exp_dir=False)
             requests = [task._dryrun_info.request for task in experiment.jobs]
-            roles = [task._executable.roles[0] for task in experiment.jobs]
             texts = [_text(request, options) for request in requests]
-    return texts, [" ".join([role.entrypoint, *role.args]) for role in roles]
+            lines = [_command(task) for task in experiment.jobs]
+    return texts, lines
 
 
 def run(jobs: Sequence[Job], config: RunConfig, options: Options, home: Path) -> int:
@@ -185,7 +185,16 @@ def _with_config(home: Path, config: RunConfig) -> Path:
     return folder
 
 
+def _command(task: Any) -> str:
+    """What every node of a rendered task runs."""
+    role, names = task._executable.roles[0], task.executor.macro_values()
+    role = names.apply(role) if names else role
+    return " ".join([role.entrypoint, *role.args])
+
+
 def _text(request: Any, options: Options) -> str:
+    if options.executor == "skypilot":
+        return json.dumps(request.task.to_yaml_config(), indent=2)
     if options.executor == "kubeflow":
         body = request.executor.get_job_body(request.name, request.cmd)
         script = Path(request.executor.job_dir) / "launch.sh"
