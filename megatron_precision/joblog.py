@@ -8,6 +8,7 @@ its own; nemo-run gathers what torchrun printed in `combined.log`, and its stand
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import threading
@@ -134,6 +135,8 @@ def describe_failure(run: Path, *logs: Path) -> str:
             parts.append(f"Then rank {failure.rank} failed:\n{failure.text}")
         elif death.exit_code != -signal.SIGKILL:  # a crash in native code often says something
             parts.append(_tail(logs, death.local_rank))
+    elif death is not None and death.exit_code == os.EX_TEMPFAIL:
+        return f"rank {death.rank} was told to stop; --resume goes on from the last checkpoint"
     elif failure is not None:
         parts.append(f"rank {failure.rank} failed first:\n{failure.text}")
     elif death is not None:

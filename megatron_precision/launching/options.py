@@ -316,7 +316,8 @@ def _sized(options: Options, config: RunConfig) -> Options:
     world = config.parallel.world_size
     per_node = options.gpus_per_node
     if not per_node:
-        per_node = world // options.nodes if options.nodes else min(8, world)
+        most = 8 if options.executor in _TAKEN_BY["nodes"] else world
+        per_node = world // options.nodes if options.nodes else min(most, world)
     nodes = options.nodes or max(1, world // max(1, per_node))
     return dataclasses.replace(options, nodes=nodes, gpus_per_node=per_node)
 

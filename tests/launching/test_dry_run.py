@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from megatron_precision.launching import command
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 SECRET = "sesame-4711"
@@ -66,6 +68,11 @@ def said(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
+
+
+def test_a_dry_run_here_needs_no_machine_of_that_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["dense14b.dapo", "--gpus", "16", "--dryrun"]) == 0
+    assert "torchrun --standalone --nproc-per-node 16" in capsys.readouterr().out
 
 
 def script(said: dict[str, Any], name: str) -> str:
