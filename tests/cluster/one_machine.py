@@ -7,8 +7,10 @@ files that stand for GPUs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -97,13 +99,18 @@ class Cluster:
         return done.stdout
 
     def close(self) -> None:
-        """Cancel what runs, and end the daemons."""
+        """Cancel what runs, and end the daemons; they are gone when this returns."""
         self.run("scancel", "--user=root", "--full", "--signal=KILL")
         self.run("scancel", "--user=root")
-        pids = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid"]
-        for path in [*pids, self.folder / "munge" / "pid"]:
-            if path.exists():
-                subprocess.run(["kill", path.read_text(encoding="ascii").strip()], check=False)
+        files = [*self.folder.glob("slurmd.*.pid"), self.folder / "slurmctld.pid"]
+        files += [self.folder / "munge" / "pid"]
+        pids = [int(path.read_text(encoding="ascii")) for path in files if path.exists()]
+        _signal(pids, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{pid}").exists() for pid in pids):
+            if time.monotonic() > deadline:
+                _signal(pids, signal.SIGKILL)
+            time.sleep(0.2)
 
     def _write(self, plugins: str) -> None:
         for name in ("state", "munge", *(f"spool.n{i + 1}" for i in range(self.nodes))):
@@ -134,6 +141,12 @@ class Cluster:
         while self.run("sinfo", "-h", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
             assert time.monotonic() < deadline, self.run("sinfo", "-N", "-o", "%N %T %E")
             time.sleep(0.3)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _check(*words: str) -> None:
