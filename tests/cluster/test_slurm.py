@@ -191,10 +191,13 @@ def test_a_variable_reaches_the_ranks_by_its_name_alone(ended: dict[str, Ended])
             assert SECRET.encode() not in path.read_bytes(), path
 
 
-def test_nothing_is_left_of_any_job(ended: dict[str, Ended]) -> None:
+def test_nothing_is_left_of_a_job_that_ended_by_itself(ended: dict[str, Ended]) -> None:
+    # Slurm may kill the guard of a job that it stops before that has removed the shared memory.
+    stopped = ("again", "cancelled", "interrupted")
+
     def left() -> list[Path]:
         paths = []
-        for out in (launch.out for launch in ended.values()):
+        for out in (launch.out for name, launch in ended.items() if name not in stopped):
             for rank in (0, 1):
                 paths.append(Path((out / f"named{rank}").read_text(encoding="utf-8")))
                 segment = (out / f"segment{rank}").read_text(encoding="ascii")
