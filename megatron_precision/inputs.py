@@ -15,7 +15,7 @@ from megatron_precision.data.prompts import read_prompts
 from megatron_precision.data.sets import parse_set
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.rewards.scorers import scorer
-from megatron_precision.weights.hf_config import read_model
+from megatron_precision.weights.hf_config import read_model, weights_missing
 
 # A run builds its own initial weights from it, or none; a checkpoint does not say it.
 _OF_NO_CHECKPOINT = ("initializer_range",)
@@ -80,6 +80,7 @@ def _checkpoint(config: RunConfig) -> Iterator[Problem]:
         yield from wrong.problems
         return
     yield from _differences(config.model, found, start.checkpoint)
+    yield from weights_missing(Path(start.checkpoint))
 
 
 def _differences(model: ModelConfig, found: ModelConfig, folder: str) -> Iterator[Problem]:

@@ -2,21 +2,24 @@
 
 torchrun marks each line with `[default<local rank>]:` and keeps every rank's output in a file of
 its own; nemo-run gathers what torchrun printed in `combined.log`, and its standard output alone in
-`stdout.log` beside it.
+`stdout.log` beside it. On Slurm both are `log-*.err` and `log-*.out`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_precision.platform import process
 
 COMBINED = "combined.log"
+SLURM_ERRORS = "log-*.err"
 POLL_S = 0.2
 TAIL_LINES = 25
 _MARK = re.compile(r"\[default\d+\]:")
@@ -27,12 +30,36 @@ _ROOT_CAUSE = re.compile(
 )
 
 
-class Follower(contextlib.AbstractContextManager["Follower"]):
-    """Prints what the job's first rank writes to its standard output, as it is written.
+class Lines:
+    """Prints what the first rank of a machine has written to files since they were last looked at.
 
     Standard error stays in the files: libraries fill it with warnings, and torchrun lists every
     rank there before it comes to the reason, which is shown at the end in any case.
     """
+
+    def __init__(self, find: Callable[[], Iterable[Path]]) -> None:
+        """
+        Args:
+            find: the files that are there by now.
+        """
+        self._find = find
+        self._positions: dict[Path, int] = {}
+        self._rests: dict[Path, str] = {}
+
+    def show(self, last: bool = False) -> None:
+        """Print what is new; half a line only when it is the last time."""
+        for path in self._find():
+            with open(path, encoding="utf-8", errors="replace", newline="\n") as log:
+                log.seek(self._positions.get(path, 0))
+                text = self._rests.get(path, "") + log.read()
+                self._positions[path] = log.tell()
+            *lines, rest = text.split("\n")
+            self._rests[path] = "" if last else rest
+            _show([*lines, rest] if last else lines)
+
+
+class Follower(contextlib.AbstractContextManager["Follower"]):
+    """Prints a local job's lines while it runs."""
 
     def __init__(self, folder: Path) -> None:
         """
@@ -40,6 +67,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
             folder: the job's log folder, under which the log will appear.
         """
         self._folder = folder
+        self._lines = Lines(self._files)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -51,26 +79,14 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
         self._ended.set()
         self._thread.join()
 
+    def _files(self) -> list[Path]:
+        combined = next(self._folder.rglob(COMBINED), None)
+        return [] if combined is None else [combined.with_name("stdout.log")]
+
     def _follow(self) -> None:
-        position, rest = 0, ""
-        while True:
-            ended = self._ended.wait(POLL_S)  # read once more after the end
-            combined = next(self._folder.rglob(COMBINED), None)
-            if combined is not None:
-                with open(
-                    combined.with_name("stdout.log"),
-                    encoding="utf-8",
-                    errors="replace",
-                    newline="\n",
-                ) as log:
-                    log.seek(position)
-                    text = rest + log.read()
-                    position = log.tell()
-                *lines, rest = text.split("\n")
-                _show(lines)
-            if ended:
-                _show([rest])
-                return
+        while not self._ended.wait(POLL_S):
+            self._lines.show()
+        self._lines.show(last=True)
 
 
 def _show(lines: list[str]) -> None:
@@ -89,23 +105,24 @@ class Death:
     exit_code: int
 
 
-def first_death(folder: Path) -> Death | None:
-    """What torchrun reported as the root cause in the log under `folder`, if it could."""
-    for path in folder.rglob(COMBINED):
+def first_death(*folders: Path) -> Death | None:
+    """What torchrun reported as the root cause in the newest log under the folders, if it could."""
+    logs = [path for name in (COMBINED, SLURM_ERRORS) for path in _under(folders, name)]
+    for path in logs:
         found = _ROOT_CAUSE.search(path.read_text(encoding="utf-8", errors="replace"))
         if found:
             return Death(*map(int, found.groups()))
     return None
 
 
-def describe_failure(run: Path, logs: Path) -> str:
+def describe_failure(run: Path, *logs: Path) -> str:
     """Why a job failed: the rank that was first, and its own words.
 
     Args:
         run: the folder with `errors/`.
-        logs: the job's log folder.
+        logs: folders that have the job's logs under them, that with every rank's first.
     """
-    failure, death = process.first_failure(run), first_death(logs)
+    failure, death = process.first_failure(run), first_death(*logs)
     if failure is not None and failure.user_error:
         return failure.text
     parts = [f"{'=' * 30} the job failed {'=' * 30}"]
@@ -118,6 +135,8 @@ def describe_failure(run: Path, logs: Path) -> str:
             parts.append(f"Then rank {failure.rank} failed:\n{failure.text}")
         elif death.exit_code != -signal.SIGKILL:  # a crash in native code often says something
             parts.append(_tail(logs, death.local_rank))
+    elif death is not None and death.exit_code == os.EX_TEMPFAIL:
+        return f"rank {death.rank} was told to stop; --resume goes on from the last checkpoint"
     elif failure is not None:
         parts.append(f"rank {failure.rank} failed first:\n{failure.text}")
     elif death is not None:
@@ -125,13 +144,19 @@ def describe_failure(run: Path, logs: Path) -> str:
         parts.append(_tail(logs, death.local_rank))
     else:
         parts.append("no rank left a reason; the log says what is known.")
-    parts.append(f"logs of every rank: {logs}")
+    parts.append(f"logs of every rank: {logs[0]}")
     return "\n".join(part for part in parts if part)
 
 
-def _tail(logs: Path, local_rank: int) -> str:
-    for path in logs.rglob(f"attempt_*/{local_rank}/stderr.log"):
+def _tail(logs: Sequence[Path], local_rank: int) -> str:
+    for path in _under(logs, f"attempt_*/{local_rank}/stderr.log"):
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if lines:
             return "\n".join(["The end of what it wrote:", *lines[-TAIL_LINES:]])
     return ""
+
+
+def _under(folders: Iterable[Path], pattern: str) -> list[Path]:
+    """Files under the folders, the newest first."""
+    found = {path for folder in folders for path in folder.rglob(pattern)}
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

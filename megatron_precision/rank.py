@@ -50,6 +50,18 @@ def require_world(config: RunConfig, line: str) -> None:
                 remedy=line,
             )
         )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(found)))
+    engine = config.parallel.rollout_tp_size
+    if engine > here or here % engine:
+        raise UserError(
+            Problem(
+                what="an engine would be divided over machines",
+                where="parallel.rollout_tp_size",
+                got=f"{engine} on machines of {here} ranks",
+                expected="a divisor of the ranks of a machine",
+                remedy="--set parallel.rollout_tp_size=N, or another --nproc-per-node",
+            )
+        )
     if "WORLD_SIZE" not in os.environ:
         become_world_of_one()
 
@@ -102,7 +114,8 @@ def run(work: Callable[[], None], out: Path) -> int:
         # until the process ends: closed before, it would end the resource trackers, which Python
         # still needs to remove the segments of its own.
         _guards.append(process.Guard(job))
-        shutil.rmtree(out / "errors", ignore_errors=True)  # of an earlier attempt
+        if number() == 0:  # a later machine must not remove what a rank has recorded already
+            shutil.rmtree(out / "errors", ignore_errors=True)  # of an earlier attempt
     if not launched:
         _quieten_libraries()
     try:
@@ -143,9 +156,9 @@ def _local_defaults() -> None:
     from megatron_precision.launching import environment
 
     ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
-    if ranks_here == int(os.environ["WORLD_SIZE"]):
-        for name, value in environment(ranks_here).items():
-            os.environ.setdefault(name, value)
+    nodes = int(os.environ["WORLD_SIZE"]) // ranks_here
+    for name, value in environment(ranks_here, nodes).items():
+        os.environ.setdefault(name, value)
 
 
 def _quieten_libraries() -> None:

@@ -24,6 +24,7 @@ ROW = {
 def config(tmp_path: Path) -> RunConfig:
     base = recipes.build("sanity.tiny_dense")
     (tmp_path / "config.json").write_text(json.dumps(hf_config(base.model, "bfloat16")))
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "a.jsonl").write_text(json.dumps(ROW))
     task = TaskConfig("chat", train_sets=(f"a={tmp_path / 'a.jsonl'}",))
     start = StartConfig("checkpoint", str(tmp_path), "Someone/Some-Model")
@@ -49,6 +50,18 @@ def test_everything_that_is_missing_is_reported_at_once(config: RunConfig, tmp_p
     expected = ["start.checkpoint", "task.train_sets", str(tmp_path / "b.jsonl"), "task.scorer"]
     assert where == expected
     assert "Someone/Some-Model" in str(raised.value)
+
+
+def test_a_checkpoint_without_weights_and_one_without_a_shard_are_named(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").unlink()
+    assert [problem.what for problem in inputs.problems(config)] == ["no weights"]
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "1.safetensors").touch()
+    (found,) = inputs.problems(config)
+    assert (found.what, found.where) == ("a shard is missing", str(tmp_path / "2.safetensors"))
 
 
 def test_an_evaluation_alone_needs_no_prompts_to_train_on(config: RunConfig) -> None:

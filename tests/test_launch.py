@@ -46,7 +46,7 @@ def launch(ending: str, out: Path) -> subprocess.Popen[str]:
 
 def wait_for_ranks(out: Path) -> list[int]:
     paths = [out / f"segment{rank}" for rank in (0, 1)]
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + 300.0
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, "the ranks did not start"
         time.sleep(0.1)
@@ -93,7 +93,7 @@ def test_the_exit_code_and_the_reason_are_the_jobs(
 ) -> None:
     job = launch(ending, tmp_path)
     pids = wait_for_ranks(tmp_path)
-    stdout, stderr = job.communicate(timeout=60)
+    stdout, stderr = job.communicate(timeout=300)
     assert job.returncode == code
     assert stdout.splitlines()[0] == "hello from rank 0"
     assert "hello from rank 1" not in stdout
@@ -119,7 +119,7 @@ def test_a_signal_stops_the_job_and_is_told_by_the_exit_code(
     job = launch(ending, tmp_path)
     pids = wait_for_ranks(tmp_path)
     job.send_signal(number)
-    _, stderr = job.communicate(timeout=60)
+    _, stderr = job.communicate(timeout=300)
     assert job.returncode == 128 + number
     assert f"stopped by {number.name}" in stderr
     assert_nothing_left(tmp_path, pids)
@@ -165,6 +165,18 @@ def test_torchruns_summary_names_the_rank_that_was_killed(tmp_path: Path) -> Non
     )
     assert joblog.first_death(tmp_path) == joblog.Death(3, 1, -9)
     assert "rank 3 was killed by SIGKILL" in joblog.describe_failure(tmp_path, tmp_path)
+
+
+def test_a_rank_that_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
+    log = tmp_path / "log-x.train_7_0.err"
+    log.write_text(
+        "Root Cause (first observed failure):\n  rank      : 0 (local_rank: 0)\n"
+        "  exitcode  : 75 (pid: 4242)\n",
+        encoding="utf-8",
+    )
+    assert "rank 0 was told to stop; --resume goes on" in joblog.describe_failure(
+        tmp_path, tmp_path
+    )
 
 
 def test_a_rank_that_died_before_it_could_record_is_shown_by_its_log(tmp_path: Path) -> None:

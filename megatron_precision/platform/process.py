@@ -207,6 +207,9 @@ class Guard:
 
 def main() -> None:
     """The guard's own process."""
+    # Slurm sends a job's signal to every process of it; this one has its work when they end.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     sys.stdin.buffer.read()
     end_job(sys.argv[1])
 

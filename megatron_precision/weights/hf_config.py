@@ -25,6 +25,9 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 
+# The weights of a checkpoint: one file, or the index of several.
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, object]:
     """The `config.json` of the model, as transformers and vLLM read it.
@@ -109,6 +112,25 @@ _REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "decoder_sparse_step": (lambda v: v == 1, "1: experts in every layer"),
     "mlp_only_layers": (lambda v: v == [], "[]: experts in every layer"),
 }
+
+
+def weights_missing(folder: Path) -> list[Problem]:
+    """What a folder lacks of the weights of a checkpoint; the files are not opened."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return []
+        expected = f"{SINGLE}, or {INDEX} with its shards"
+        return [Problem("no weights", str(folder), "neither file", expected)]
+    try:
+        named = read_object(index, "the index of the shards")["weight_map"]
+    except UserError as wrong:
+        return list(wrong.problems)
+    except KeyError:
+        return [Problem("not an index of shards", str(index), "no weight_map", "a weight_map")]
+    missing = sorted({file for file in named.values() if not (folder / file).is_file()})
+    expected = f"every shard that {INDEX} names"
+    return [Problem("a shard is missing", str(folder / f), "nothing", expected) for f in missing]
 
 
 def read_model(path: Path) -> ModelConfig:

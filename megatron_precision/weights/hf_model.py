@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_precision.config import ModelConfig
-from megatron_precision.errors import Problem, UserError
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.errors import UserError
+from megatron_precision.weights.hf_config import INDEX, SINGLE, hf_config, weights_missing
 
 
 def build_hf_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
@@ -111,20 +111,14 @@ class OpenCheckpoint(Mapping[str, Any]):
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Which file holds a tensor, by its name."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    missing = weights_missing(folder)
+    if missing:
+        raise UserError(missing)
+    single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         found: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: folder / file for name, file in found.items()}
-    elif single.is_file():
+    else:
         with safe_open(single, framework="pt") as tensors:
             files = dict.fromkeys(tensors.keys(), single)
-    else:
-        expected = f"{single.name}, or {index.name} with its shards"
-        raise UserError(Problem("no weights", str(folder), "neither file", expected))
-    missing = sorted({str(path) for path in files.values() if not path.is_file()})
-    if missing:
-        expected = f"every shard that {index.name} names"
-        raise UserError(
-            [Problem("a shard is missing", path, "nothing", expected) for path in missing]
-        )
     return files

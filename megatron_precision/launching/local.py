@@ -1,10 +1,7 @@
-"""Running a job of this project on this machine through nemo-run: `launch.py` and `make sanity`.
+"""A job on this machine, by nemo-run's local executor.
 
-A job is `torchrun -m megatron_precision COMMAND --config FILE`, started by nemo-run's local
-executor. Around it stands what nemo-run leaves to its caller: the exit code, signals, the
-console, the traceback of the rank that failed first, and whatever a killed job leaves behind.
-
-nemo-run takes seconds to import, so it is imported when a job starts and not before.
+Around it stands what nemo-run leaves to its caller: the exit code, signals, the console, the
+traceback of the rank that failed first, and whatever a killed job leaves behind.
 """
 
 from __future__ import annotations
@@ -12,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shlex
 import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,54 +22,15 @@ from megatron_precision import run_folder
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.joblog import Follower, describe_failure
+from megatron_precision.launching import experiment as experiments
+from megatron_precision.launching.jobs import (
+    CHECKOUT,
+    Job,
+    environment,
+    prepare_job,
+    require_plain,
+)
 from megatron_precision.platform import process
-
-CHECKOUT = Path(__file__).resolve().parents[1]
-# Read before the first job gives nemo-run a home of its own.
-_NEMORUN_HOME_IS_CHOSEN = "NEMORUN_HOME" in os.environ
-
-
-@dataclass(frozen=True)
-class Job:
-    """One torchrun world.
-
-    Attributes:
-        command: the subcommand of `python -m megatron_precision`.
-        arguments: what follows `--config FILE`.
-        ranks: processes on this machine.
-        folder: holds `config.json`, `errors/` and `launcher/` (nemo-run's files and the logs).
-        module: what torchrun runs.
-    """
-
-    command: str
-    arguments: tuple[str, ...]
-    ranks: int
-    folder: Path
-    module: str = "megatron_precision"
-
-    @property
-    def command_line(self) -> list[str]:
-        """The arguments of `python -m MODULE`."""
-        config = str(self.folder / run_folder.CONFIG)
-        return [self.command, "--config", config, *self.arguments]
-
-
-def train_job(config: RunConfig, out: Path, extra: tuple[str, ...] = ()) -> Job:
-    """The job that trains `config` into `out`, a folder that the caller has claimed."""
-    arguments = ("--out", str(out), "--claimed", *extra)
-    return Job("train", arguments, config.parallel.world_size, out)
-
-
-def prepare_job(config: RunConfig, start: Path) -> Job:
-    """The job that makes the warm start and the perfectible set in `start`."""
-    folder = run_folder.prepare_folder(start)
-    return Job("prepare", ("--out", str(folder)), config.parallel.world_size, folder)
-
-
-def torchrun_line(ranks: int, command_line: list[str]) -> str:
-    """What to type to run a command on `ranks` processes by hand."""
-    words = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_precision"]
-    return shlex.join([*words, *command_line])
 
 
 def ensure_start(config: RunConfig) -> int:
@@ -113,7 +68,7 @@ def run_job(job: Job) -> int:
     Raises:
         UserError: when a path cannot be carried by nemo-run's launcher.
     """
-    _refuse_unquotable(job.command_line)
+    require_plain(job.command_line, f"torchrun -m megatron_precision {job.command}")
     job_id = process.new_job_id()
     guard = process.Guard(job_id)
     try:
@@ -130,44 +85,17 @@ def run_job(job: Job) -> int:
     return 2 if failure is not None and failure.user_error else 1
 
 
-def environment(ranks: int) -> dict[str, str]:
-    """What ranks on one machine need in their environment; what the user has set stays.
-
-    The addresses keep gloo, torch and vLLM off the machine's host name, which need not resolve.
-    """
-    cores = len(os.sched_getaffinity(0))
-    defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "VLLM_HOST_IP": "127.0.0.1",
-        # The console is for the run's own lines; what libraries say goes to the log of stderr.
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
-
-
 def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
     """Returns: whether the job succeeded, the signal that stopped it or 0, its log folder."""
     home = job.folder / "launcher"
-    os.environ.setdefault("NEMORUN_HOME", str(home.resolve()))  # nemo-run reads it at import
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import nemo_run
-        from torchx.schedulers.local_scheduler import SignalException
+    nemo_run = experiments.load(home)
+    from torchx.schedulers.local_scheduler import SignalException
 
     executor = nemo_run.LocalExecutor(
         ntasks_per_node=job.ranks, launcher="torchrun", env_vars=_job_environment(job, job_id)
     )
     script = nemo_run.Script(path=job.module, args=job.command_line, entrypoint="python", m=True)
-    experiment = nemo_run.Experiment(
-        job.command,
-        executor=executor,
-        log_level="ERROR",
-        base_dir=None if _NEMORUN_HOME_IS_CHOSEN else str(home.resolve()),
-        clean_mode=True,
-        enable_goodbye_message=False,
-        skip_status_at_exit=True,
-    )
+    experiment = experiments.open_experiment(nemo_run, job.command, executor, home)
     with _Stop(job_id) as stop:
         try:
             with experiment:
@@ -226,22 +154,6 @@ class _Stop(contextlib.AbstractContextManager["_Stop"]):
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _refuse_unquotable(words: list[str]) -> None:
-    # The launcher's quotes reach the ranks as part of the argument.
-    odd = [word for word in words if shlex.quote(word) != word]
-    if odd:
-        raise UserError(
-            Problem(
-                what="nemo-run's launcher cannot carry this argument",
-                where=f"torchrun -m megatron_precision {words[0]}",
-                got=repr(word),
-                expected="letters, digits and any of @%+=:,./-_",
-                remedy="choose another folder, or one relative to the working directory",
-            )
-            for word in odd
-        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,199 @@
+"""A Slurm job from its submission to its end: its state, its lines, its exit code.
+
+nemo-run asks `sacct`, which a cluster without accounting has not, and knows no exit code. The
+controller (`scontrol`) is asked here, and `sacct` once the controller has forgotten the job.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+from megatron_precision import joblog
+from megatron_precision.launching.slurm import Submitted, rank_logs
+from megatron_precision.platform import process
+
+POLL_S = 2.0
+# A job that has just ended badly may be about to be queued again.
+SETTLE_S = 4.0
+_ENDED = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+     "PREEMPTED", "REVOKED", "TIMEOUT"}
+)  # fmt: skip
+_FORGOTTEN = "FORGOTTEN"
+
+
+@dataclass(frozen=True)
+class State:
+    """What Slurm says of a job.
+
+    Attributes:
+        name: Slurm's word.
+        exit_code: of the batch script.
+        restarts: how often it was queued again.
+        reason: why it waits.
+    """
+
+    name: str
+    exit_code: int = 0
+    restarts: int = 0
+    reason: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.name in _ENDED or self.name == _FORGOTTEN
+
+
+def state(number: str) -> State:
+    """Ask Slurm for a job."""
+    done = subprocess.run(
+        ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        found = dict(re.findall(r"\b(JobState|ExitCode|Restarts|Reason)=(\S+)", done.stdout))
+        code = int(found["ExitCode"].partition(":")[0])
+        return State(found["JobState"], code, int(found["Restarts"]), found["Reason"])
+    if "Invalid job id" not in done.stderr:
+        return State("UNKNOWN", reason=done.stderr.strip())
+    return _from_accounting(number)
+
+
+def _from_accounting(number: str) -> State:
+    try:
+        done = subprocess.run(
+            ["sacct", "-n", "-P", "-X", "-j", number, "-o", "State,ExitCode"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        return State(_FORGOTTEN)
+    fields = done.stdout.strip().split("\n")[-1].split("|")
+    if len(fields) != 2:
+        return State(_FORGOTTEN)
+    return State(fields[0].split()[0], int(fields[1].partition(":")[0]))
+
+
+def wait(jobs: Sequence[Submitted]) -> int:
+    """Stay until the last of a chain of jobs has ended, and show what its first rank prints.
+
+    SIGINT and SIGTERM cancel the jobs; SIGHUP leaves them to run on.
+
+    Returns:
+        0 when all succeeded; of the first that did not: 2 for a user error, 143 when it was
+        cancelled, 1 otherwise; 128 + n when this process was told to stop by signal n.
+    """
+    with _Stop(jobs) as stop:
+        for submitted in jobs:
+            end = _follow(submitted, stop)
+            if stop.number:
+                print(stop.words(), file=sys.stderr, flush=True)
+                return 128 + stop.number
+            if end.name != "COMPLETED":
+                _cancel([job.number for job in jobs])
+                return _explain(submitted, end)
+    return 0
+
+
+def _follow(submitted: Submitted, stop: _Stop) -> State:
+    lines = joblog.Lines(submitted.outputs)
+    shown, ended_s = "", None
+    while True:
+        now = state(submitted.number)
+        lines.show()
+        text = _describe(submitted.number, now)
+        if text != shown:
+            print(text, flush=True)
+            shown = text
+        if now.ended:
+            ended_s = ended_s or time.monotonic()
+            if now.name in ("COMPLETED", _FORGOTTEN) or time.monotonic() - ended_s > SETTLE_S:
+                lines.show(last=True)
+                return now
+        else:
+            ended_s = None
+        if stop.is_impatient():
+            return now
+        stop.pause()
+
+
+def _describe(number: str, now: State) -> str:
+    why = f" ({now.reason})" if now.name == "PENDING" and now.reason != "None" else ""
+    again = f", start {now.restarts + 1}" if now.restarts else ""
+    return f"slurm job {number}: {now.name.lower()}{why}{again}"
+
+
+def _explain(submitted: Submitted, end: State) -> int:
+    """Say why a job ended; returns this process's exit code."""
+    job = submitted.job
+    number = f"slurm job {submitted.number}"
+    failure = process.first_failure(job.folder)
+    if end.name == "CANCELLED":
+        print(f"{number} was cancelled; logs: {submitted.logs}", file=sys.stderr, flush=True)
+        return 128 + signal.SIGTERM
+    if end.name == "TIMEOUT":
+        print(
+            f"{number} was at its time limit; --restarts N lets it go on from its last checkpoint",
+            file=sys.stderr,
+        )
+    elif end.name not in ("FAILED", _FORGOTTEN):
+        print(f"{number} ended as {end.name}", file=sys.stderr)
+    if end.name in ("FAILED", _FORGOTTEN) or failure is not None:
+        text = joblog.describe_failure(job.folder, rank_logs(job), submitted.logs)
+        print(text, file=sys.stderr, flush=True)
+    return 2 if failure is not None and failure.user_error else 1
+
+
+def _cancel(numbers: Sequence[str]) -> None:
+    subprocess.run(["scancel", *numbers], capture_output=True, check=False)
+
+
+class _Stop:
+    """Turns SIGINT and SIGTERM into the cancelling of the jobs, and remembers which."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    PATIENCE_S = 90.0
+
+    def __init__(self, jobs: Sequence[Submitted]) -> None:
+        self.number = 0
+        self._numbers = [job.number for job in jobs]
+        self._since_s = 0.0
+
+    def __enter__(self) -> _Stop:
+        self._previous = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        asked_before = self.number
+        self.number = number
+        self._since_s = 0.0 if asked_before else time.monotonic()
+        if number != signal.SIGHUP and not asked_before:
+            _cancel(self._numbers)
+
+    def is_impatient(self) -> bool:
+        """Whether the end of the jobs is not waited for any longer."""
+        late = time.monotonic() - self._since_s > self.PATIENCE_S
+        return self.number == signal.SIGHUP or (self.number != 0 and late)
+
+    def words(self) -> str:
+        name = signal.Signals(self.number).name
+        jobs = ", ".join(self._numbers)
+        if self.number == signal.SIGHUP:
+            return f"stopped by {name}; slurm jobs run on: {jobs}"
+        return f"stopped by {name}; cancelled slurm jobs: {jobs}"
+
+    @staticmethod
+    def pause() -> None:
+        """Wait a little; a signal's handler runs meanwhile."""
+        time.sleep(POLL_S)
