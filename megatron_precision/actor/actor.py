@@ -120,7 +120,9 @@ class Actor:
             ),
             module,
         )
-        self.optimizer = ActorOptimizer([self.model], optimizer, loss_scale, self.policy)
+        self.optimizer = ActorOptimizer(
+            [self.model], optimizer, loss_scale, self.policy, memory.optimizer_offload
+        )
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
         # num_tokens is left out on purpose: the loss carries its own normaliser.
         self.config.finalize_model_grads_func = lambda chunks, _num_tokens=None, **groups: (

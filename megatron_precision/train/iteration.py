@@ -30,6 +30,7 @@ from megatron_precision.train.clock import PhaseClock
 from megatron_precision.train.dumps import Dumper, Measured
 from megatron_precision.train.failed_grades import FailedGrades
 from megatron_precision.train.groups import Sampled, sample_rounds
+from megatron_precision.train.hand_over import HandOver
 from megatron_precision.train.objective import policy_objective
 from megatron_precision.train.session import Session, peak_memory_gib
 
@@ -52,6 +53,7 @@ class Trainer:
         self.session.load_start()
         self.session.open_engine()
         self._dtypes = self.session.check()
+        self._hand_over = HandOver(self.session, config)
         self._writer: MetricsWriter | None = None
         self._failures = FailedGrades(out / "failed_grades.txt" if dist.get_rank() == 0 else None)
         if dist.get_rank() == 0:
@@ -163,6 +165,7 @@ class Trainer:
 
     def assemble(self, sampled: Sampled) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
+        self._hand_over.to_trainer()
         versions = {rollout.weight_version for rollout in sampled.rollouts}
         if versions != {self._weight_version}:
             raise RuntimeError(
@@ -319,7 +322,9 @@ class Trainer:
         if self.actor.optimizer.applied_steps > 0:
             self._weight_version = self.actor.optimizer.applied_steps
         with self._clock.phase("sync"):
+            self._hand_over.before_sync()
             result = self.session.sync.push(self._weight_version)
+            self._hand_over.to_engine()
         self._iteration |= {
             "sync/s": result.seconds,
             "sync/bytes": result.bytes,
