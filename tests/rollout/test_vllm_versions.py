@@ -40,7 +40,7 @@ def test_another_version_has_its_own_or_is_refused(
 ) -> None:
     monkeypatch.setitem(GPUModelRunner._bookkeeping_sync.__annotations__, "return", returned)
     if places is None:
-        with pytest.raises(UpstreamChangedError, match="requests|logprobs"):
+        with pytest.raises(UpstreamChangedError, match=r"requests|logprobs"):
             bookkeeping_places()
     else:
         assert bookkeeping_places() == places
