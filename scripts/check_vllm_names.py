@@ -54,7 +54,8 @@ ENGINE_ARGUMENTS = (
     "async_scheduling", "disable_cascade_attn", "disable_log_stats", "distributed_executor_backend",
     "dtype", "enable_chunked_prefill", "enable_prefix_caching", "enable_sleep_mode",
     "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
-    "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model", "seed",
+    "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model", "moe_backend",
+    "seed",
     "skip_tokenizer_init", "tensor_parallel_size", "use_tqdm_on_load", "weight_transfer_config",
 )  # fmt: skip
 SAMPLING_ARGUMENTS = (
@@ -64,6 +65,9 @@ SAMPLING_ARGUMENTS = (
 # Attributes of instances, set in __init__: looked for in the source of the class.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "kv_caches"),
+    "vllm.v1.engine.llm_engine:LLMEngine": ("model_executor",),
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor": ("driver_worker",),
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": ("worker",),
     "vllm.v1.worker.gpu_input_batch:InputBatch": ("num_computed_tokens_cpu", "_req_ids"),
     "vllm.distributed.weight_transfer.base:WeightTransferEngine": ("model", "model_config"),
 }

@@ -87,7 +87,7 @@ class VllmEngine:
             max_num_batched_tokens=max(
                 rollout.max_num_batched_tokens, config.max_sequence_tokens * on_cpu
             ),
-            **vllm_versions.memory_arguments(platform, rollout.kv_cache_mib * 2**20),
+            **vllm_versions.platform_arguments(platform, rollout.kv_cache_mib * 2**20),
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=not kernels.cascade_attention,
             enable_prefix_caching=rollout.prefix_caching,

@@ -60,8 +60,8 @@ def set_environment() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
-def memory_arguments(platform: Platform, kv_cache_bytes: int) -> dict[str, Any]:
-    """`EngineArgs` that give the KV cache its size, beside a trainer in the same memory.
+def platform_arguments(platform: Platform, kv_cache_bytes: int) -> dict[str, Any]:
+    """`EngineArgs` of a platform: the KV cache's size, and the experts' kernel.
 
     Args:
         kv_cache_bytes: of one rank.
@@ -70,4 +70,7 @@ def memory_arguments(platform: Platform, kv_cache_bytes: int) -> dict[str, Any]:
     if platform == "cuda":
         # Checked against the free memory at start-up, and read for nothing else here.
         arguments["gpu_memory_utilization"] = 0.01
+        # Left to itself vLLM takes kernels that exist for BF16 alone where it has them, and then
+        # FP16 and BF16 would differ in more than the dtype; and Triton's read weights as loaded.
+        arguments["moe_backend"] = "triton"
     return arguments
