@@ -116,7 +116,8 @@ def transformer_engine(packages: Packages) -> Finding:
             "" if cuda is None else "docs/gpu.md; or kernels.trainer=local",
         )
     text = ", ".join(f"{part} {version}" for part, version in found.items())
-    build = "compile its PyTorch part against the installed torch: docs/gpu.md"
+    # Megatron Core cannot be imported beside a part of it, whatever kernels.trainer says.
+    build = "compile its PyTorch part against the installed torch (docs/gpu.md), or remove it all"
     if len(set(found.values())) > 1:
         return Finding(name, "missing", f"parts of different versions: {text}", build)
     lacking = [part for part in PARTS_OF_TE if part not in found]

@@ -54,7 +54,8 @@ ENGINE_ARGUMENTS = (
     "async_scheduling", "disable_cascade_attn", "disable_log_stats", "distributed_executor_backend",
     "dtype", "enable_chunked_prefill", "enable_prefix_caching", "enable_sleep_mode",
     "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
-    "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model", "moe_backend",
+    "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model",
+    "moe_backend",
     "seed",
     "skip_tokenizer_init", "tensor_parallel_size", "use_tqdm_on_load", "weight_transfer_config",
 )  # fmt: skip

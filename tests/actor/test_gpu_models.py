@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.extensions import transformer_engine
-from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
@@ -36,7 +35,9 @@ SIXTEEN_BITS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def with_te(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where Transformer Engine can be imported; no module of it is built here."""
     monkeypatch.setattr(transformer_engine, "HAVE_TE", True)
-    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", TESpecProvider, raising=False)
+    provider = transformer_engine_spec_provider
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider, raising=False)
+    monkeypatch.setattr(provider, "is_te_min_version", lambda _version: True)
 
 
 def on_cuda(
