@@ -99,14 +99,11 @@ class Actor:
         self._run = config
         self.policy = config.policy
         platform = choose().name
-        model, layout, memory, kernels = (
-            config.model,
-            config.parallel,
-            config.memory,
-            config.kernels,
+        model, layout, memory = config.model, config.parallel, config.memory
+        self.config = transformer_config(
+            model, layout, self.policy, memory, config.kernels, platform
         )
-        self.config = transformer_config(model, layout, self.policy, memory, kernels, platform)
-        modules = implementation(kernels, platform)
+        modules = implementation(config.kernels, platform)
         module = build_model(model, layout, self.config, memory, modules)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None

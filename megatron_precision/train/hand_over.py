@@ -6,10 +6,14 @@
 
 So the largest things, the optimizer's state and the KV cache, are never there together after the
 first iteration. What steps aside is `memory.engine_sleep` and `memory.offload_trainer`; with
-neither, nothing here does anything. Both are for GPUs and neither has run on one (docs/gpu.md).
+neither, nothing here does anything. Whoever reads the trainer's state (a checkpoint, a dump) does
+so between `to_trainer` and `to_engine`: outside of them it may not be there. Both are for GPUs and
+neither has run on one (docs/gpu.md).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from megatron_precision.config import RunConfig
 from megatron_precision.train.session import Session
@@ -50,6 +54,6 @@ class HandOver:
             self._trainer_is_aside = True
         self._session.engine.wake("kv_cache")
 
-    def _buffers(self) -> list:  # type: ignore[type-arg]
+    def _buffers(self) -> list[Any]:
         model = self._session.actor.model
         return [*model.buffers, *model.expert_parallel_buffers]
