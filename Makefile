@@ -12,7 +12,7 @@ KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml;
 FAST := not slow and not gpu and not multigpu
 SLOW := slow and not gpu and not multigpu
 
-.PHONY: help install sanity sanity-moe mismatch sweep test test-slow check doctor clean
+.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-gpu check doctor clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -23,6 +23,7 @@ help:
 	@echo 'make sweep       every algorithm on the tiny models, resumable; fills the table of docs/sweep.md'
 	@echo 'make test        the tests'
 	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make test-gpu    the tests of one GPU, in the environment of a GPU host (docs/gpu.md)'
 	@echo 'make check       ruff and mypy'
 	@echo 'make doctor      what is installed, and what is wrong with it'
 	@echo 'make install     set up .venv (every target does it when needed)'
@@ -48,6 +49,11 @@ test: install
 # pytest ends with 5 when no test has the mark; that is no failure, and every other code is.
 test-slow: install
 	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
+
+# On a GPU host, with the interpreter of its environment (docs/gpu.md): make test-gpu GPU_PYTHON=...
+GPU_PYTHON ?= python
+test-gpu:
+	@$(GPU_PYTHON) -m pytest -m 'gpu and not slow' tests/gpu
 
 check: install
 	$(BIN)/ruff check .

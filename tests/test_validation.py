@@ -147,6 +147,11 @@ def test_a_layout_that_runs_is_not_refused(changes: list[str]) -> None:
             "perfectible.accuracy_low, perfectible.accuracy_high",
         ),
         (["rollout.max_num_batched_tokens=100"], "rollout.max_num_batched_tokens"),
+        (["memory.recompute_modules=mpl"], "memory.recompute_modules"),
+        (["memory.recompute_modules=mlp,moe_act"], "memory.recompute_modules"),
+        (["memory.optimizer_offload=1.5"], "memory.optimizer_offload"),
+        (["precision=fp32", "memory.offload_trainer=true"], "memory.offload_trainer"),
+        (["kernels.trainer=local", "kernels.fused_rope=true"], "kernels.fused_rope"),
     ],
 )
 def test_one_mistake_is_one_problem(changes: list[str], expected: str) -> None:

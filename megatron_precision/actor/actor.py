@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_precision.actor.batch import Batch, MicroBatch
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.main_copies import MainCopies
-from megatron_precision.actor.models import build_model, transformer_config
+from megatron_precision.actor.models import build_model, implementation, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.packing import (
     Packing,
@@ -37,8 +37,16 @@ from megatron_precision.actor.packing import (
 )
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.actor.routing import RouterFlips, Routing
-from megatron_precision.config import LossScaleConfig, ModelConfig, OptimizerConfig, RunConfig
+from megatron_precision.config import (
+    LossScaleConfig,
+    MemoryConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+)
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.platform import startup
+from megatron_precision.platform.choice import choose
 from megatron_precision.precision.range_watch import RangeWatch
 from megatron_precision.weights.megatron_layout import megatron_pieces
 from megatron_precision.weights.regions import Piece
@@ -96,8 +104,13 @@ class Actor:
     ) -> None:
         self._run = config
         self.policy = config.policy
-        self.config = transformer_config(config.model, config.parallel, self.policy, config.memory)
-        module = build_model(config.model, config.parallel, self.config, config.memory)
+        platform = choose().name
+        model, layout, memory = config.model, config.parallel, config.memory
+        self.config = transformer_config(
+            model, layout, self.policy, memory, config.kernels, platform
+        )
+        modules = implementation(config.kernels, platform)
+        module = build_model(model, layout, self.config, memory, modules)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None
         self.model = DistributedDataParallel(
@@ -110,13 +123,16 @@ class Actor:
             ),
             module,
         )
-        self.optimizer = ActorOptimizer([self.model], optimizer, loss_scale, self.policy)
+        self.optimizer = ActorOptimizer(
+            [self.model], optimizer, loss_scale, self.policy, memory.optimizer_offload
+        )
         self.config.grad_scale_func = self.optimizer.megatron.scale_loss
         # num_tokens is left out on purpose: the loss carries its own normaliser.
         self.config.finalize_model_grads_func = lambda chunks, _num_tokens=None, **groups: (
             finalize_model_grads(chunks, None, **groups)
         )
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
+        self._device = startup.device()
 
     # ---- weights -------------------------------------------------------------------------
 
@@ -243,11 +259,12 @@ class Actor:
 
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
-            part = batch.select(micro.rows, micro.width)
+            part = batch.select(micro.rows, micro.width).to(self._device)
             if self.routing is not None:
                 assert part.routed_experts is None or torch.is_tensor(part.routed_experts)
                 self.routing.micro_batch(part.routed_experts, micro.rows)
-            positions = torch.arange(part.tokens.shape[1]).expand_as(part.tokens)
+            width = torch.arange(part.tokens.shape[1], device=self._device)
+            positions = width.expand_as(part.tokens)
             output = model(part.tokens, positions, attention_mask=None)
             # One micro-batch is watched; a stage without the loss learns of its end here alone.
             self.range_watch.active = False
@@ -309,7 +326,7 @@ class Actor:
         def keep(
             part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor
         ) -> torch.Tensor:
-            result[micro.rows, : micro.width] = lps[:, : result.shape[1]]
+            result[micro.rows, : micro.width] = lps[:, : result.shape[1]].to(result.device)
             return lps.sum()
 
         with self._flips_counted():
@@ -335,7 +352,7 @@ class Actor:
         def keep(
             _part: Batch, micro: MicroBatch, lps: torch.Tensor, _h: torch.Tensor
         ) -> torch.Tensor:
-            into[micro.rows, : micro.width] = lps[:, : into.shape[1]]
+            into[micro.rows, : micro.width] = lps[:, : into.shape[1]].to(into.device)
             return lps.sum()
 
         self._forward_backward(batch, [micro], keep, forward_only=True)
@@ -359,7 +376,8 @@ class Actor:
             part: Batch, micro: MicroBatch, lps: torch.Tensor, entropies: torch.Tensor
         ) -> torch.Tensor:
             if kept is not None:
-                kept[micro.rows, : micro.width] = lps.detach()[:, : kept.shape[1]]
+                values = lps.detach()[:, : kept.shape[1]]
+                kept[micro.rows, : micro.width] = values.to(kept.device)
             result = loss(part, lps, entropies)
             losses.append(result.loss.detach())
             for name, value in result.sums.items():
@@ -456,6 +474,11 @@ def _owns_losses() -> bool:
     )
 
 
+def _routers_run_again(memory: MemoryConfig) -> bool:
+    selected = memory.recompute == "selective" and "moe" in memory.recompute_modules
+    return selected or memory.recompute == "full"
+
+
 def _routing(module: torch.nn.Module, config: RunConfig) -> Routing:
     layout = config.parallel
     divided = layout.sequence_parallel
@@ -463,7 +486,7 @@ def _routing(module: torch.nn.Module, config: RunConfig) -> Routing:
         module,
         num_layers=config.model.num_hidden_layers,
         replay=config.train.routing_replay,
-        recompute=config.memory.recompute == "full",
+        recompute=_routers_run_again(config.memory),
         shard=(
             parallel_state.get_tensor_model_parallel_rank() if divided else 0,
             layout.tp_size if divided else 1,

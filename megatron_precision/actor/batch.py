@@ -7,7 +7,7 @@ the whole batch (it is small next to activations) and trains on its own rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -59,6 +59,15 @@ class Batch:
             old_logprobs=None if self.old_logprobs is None else cut(self.old_logprobs),
             routed_experts=self._experts(rows, width),
         )
+
+    def to(self, device: torch.device) -> Batch:
+        """The same micro-batch on a device; a batch itself stays on the host."""
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if torch.is_tensor(value := getattr(self, field.name))
+        }
+        return replace(self, **moved)
 
     def _experts(self, rows: torch.Tensor, width: int) -> torch.Tensor | None:
         """[b, w, layers, k] uint8, padded with what stands for an unknown choice."""

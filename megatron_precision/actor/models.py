@@ -1,17 +1,29 @@
-"""Megatron models from a Hugging Face shaped config: TransformerConfig, layer spec, GPTModel."""
+"""Megatron models from a Hugging Face shaped config: TransformerConfig, layer spec, GPTModel.
+
+Two layer specs with the same mathematics. The local one is Megatron's own modules with an RMSNorm
+of ours, and runs everywhere. Transformer Engine's fuses each norm into the linear layer after it,
+attends with fused kernels and multiplies all experts at once. Which one a run uses is
+`implementation`: the user's word, or the platform's; never what happens to be installed.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
+from megatron.core.extensions import transformer_engine
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import (
@@ -21,7 +33,9 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_precision.actor.attention import FusedAttention
 from megatron_precision.actor.norm import RMSNorm
-from megatron_precision.config import MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.config import KernelConfig, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.platform.choice import Platform, installed
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import PrecisionPolicy
 from megatron_precision.weights.architectures import architecture
@@ -33,11 +47,65 @@ _CHECKPOINT_NAMES = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"
 _DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
+Implementation = Literal["local", "transformer_engine"]
+
+
+def implementation(kernels: KernelConfig, platform: Platform) -> Implementation:
+    """Whose modules the trainer's layers are made of.
+
+    Raises:
+        UserError: for Transformer Engine on the CPU or where it cannot be imported, and for its
+            fusions without it.
+    """
+    wanted = kernels.trainer
+    if wanted == "auto":
+        wanted = "transformer_engine" if platform == "cuda" else "local"
+    found = [
+        Problem(
+            what="a kernel of Transformer Engine without Transformer Engine",
+            where=f"kernels.{name}",
+            got=f"true with the trainer's {wanted} modules",
+            expected="false, or kernels.trainer=transformer_engine on a GPU",
+        )
+        for name in ("fused_rope", "fused_permute")
+        if getattr(kernels, name) and wanted == "local"
+    ]
+    if wanted == "transformer_engine" and (platform == "cpu" or not transformer_engine.HAVE_TE):
+        version = installed("transformer-engine")
+        found.append(
+            Problem(
+                what="Transformer Engine cannot be used",
+                where="kernels.trainer",
+                got=f"{kernels.trainer} on the platform {platform}; transformer-engine is "
+                + (f"{version}" if version else "not installed"),
+                expected="a GPU and a Transformer Engine built against the installed torch",
+                remedy="python -m megatron_precision doctor says what is wrong with it; "
+                "kernels.trainer=local trains with Megatron's own modules",
+            )
+        )
+    if found:
+        raise UserError(found)
+    return wanted
+
+
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, policy: PrecisionPolicy, memory: MemoryConfig
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    policy: PrecisionPolicy,
+    memory: MemoryConfig,
+    kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
+    platform: Platform = "cpu",
 ) -> TransformerConfig:
-    """Megatron's config of a model. Fusions are off: they differ by platform and dtype."""
+    """Megatron's config of a model. Fusions are off unless asked for: their rounding differs.
+
+    Megatron's fused cross entropy is never used (its backward casts to BF16): log-probs are
+    `actor/logprobs.py`'s.
+
+    Raises:
+        UserError: see `implementation`.
+    """
     dtype = torch_dtype(policy.params)
+    te = implementation(kernels, platform) == "transformer_engine"
     moe = (
         {
             "num_moe_experts": model.num_experts,
@@ -49,20 +117,27 @@ def transformer_config(
             "moe_router_dtype": policy.router,
             "moe_router_load_balancing_type": "none",
             "moe_aux_loss_coeff": 0.0,
-            "moe_grouped_gemm": False,
+            "moe_grouped_gemm": te,
+            "moe_permute_fusion": kernels.fused_permute,
         }
         if model.num_experts
         else {}
     )
-    recompute = (
-        {
+    recompute: dict[str, object] = {
+        "none": {},
+        "selective": {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(memory.recompute_modules),
+        },
+        "full": {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
-        }
-        if memory.recompute == "full"
-        else {}
-    )
+        },
+    }[memory.recompute]
+    # Chooses among Transformer Engine's kernels; Megatron writes it into the process's environment
+    # and refuses another choice there, so that it stays at its default where nothing reads it.
+    scores = te and memory.attention == "scores"
     return TransformerConfig(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
@@ -96,11 +171,13 @@ def transformer_config(
         attention_softmax_in_fp32=True,
         # The loss carries its own normaliser; Megatron is to sum over micro-batches and ranks.
         calculate_per_token_loss=True,
-        use_cpu_initialization=True,
-        bias_activation_fusion=False,
+        attention_backend=AttnBackend.unfused if scores else AttnBackend.auto,
+        use_cpu_initialization=platform == "cpu",
+        bias_activation_fusion=kernels.fused_activation,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=kernels.fused_rope,
+        cross_entropy_loss_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **moe,
@@ -108,8 +185,19 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, config: TransformerConfig, memory: MemoryConfig) -> ModuleSpec:
-    """Megatron's own modules with an RMSNorm that knows sequence parallelism."""
+def layer_spec(
+    model: ModelConfig,
+    config: TransformerConfig,
+    memory: MemoryConfig,
+    modules: Implementation = "local",
+) -> ModuleSpec:
+    """One layer: Transformer Engine's modules, or Megatron's own with our RMSNorm."""
+    if modules == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=model.num_experts or None,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=architecture(model).qk_norm,
+        )
     backend = LocalSpecProvider()
     writes_scores = (config.fp16 or config.bf16) and memory.attention == "scores"
     head_norm = RMSNorm if architecture(model).qk_norm else IdentityOp
@@ -141,16 +229,21 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, memory: MemoryConf
 
 
 def build_model(
-    model: ModelConfig, parallel: ParallelConfig, config: TransformerConfig, memory: MemoryConfig
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    memory: MemoryConfig,
+    modules: Implementation = "local",
 ) -> torch.nn.Module:
     """This rank's stage of the model, parameters initialised by Megatron."""
-    spec = layer_spec(model, config, memory)
+    spec = layer_spec(model, config, memory, modules)
+    norm = transformer_engine.TENorm if modules == "transformer_engine" else RMSNorm
     local_layers = model.num_hidden_layers // parallel.pp_size
     last = parallel_state.is_pipeline_last_stage()
     return GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
-            layer_specs=[spec] * local_layers, layer_norm=RMSNorm
+            layer_specs=[spec] * local_layers, layer_norm=norm
         ),
         vocab_size=padded_vocab_size(model.vocab_size, parallel.tp_size),
         max_sequence_length=model.max_position_embeddings,

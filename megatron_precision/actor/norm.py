@@ -27,7 +27,9 @@ class RMSNorm(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
+        self.weight = torch.nn.Parameter(ones)
         # Without this mark the gradients of a sequence-sharded norm are never summed over the
         # tensor-parallel ranks, and the ranks' copies drift apart without an error.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -73,7 +73,12 @@ class ActorOptimizer:
         optimizer: OptimizerConfig,
         loss_scale: LossScaleConfig,
         policy: PrecisionPolicy,
+        offload: float = 0.0,
     ) -> None:
+        """
+        Args:
+            offload: share of the state that is kept, and updated, on the host.
+        """
         self._config = optimizer
         self.applied_steps = 0
         # In a row, with no loss scale to lower.
@@ -97,6 +102,8 @@ class ActorOptimizer:
                 hysteresis=loss_scale.hysteresis,
                 use_distributed_optimizer=True,
                 overlap_param_gather=False,
+                optimizer_cpu_offload=offload > 0,
+                optimizer_offload_fraction=offload,
                 log_num_zeros_in_grad=False,
             ),
             chunks,

@@ -21,13 +21,15 @@ from megatron_precision.run_folder import METRICS
 _FREE = (
     "train.iterations", "train.mismatch_every", "train.dump_every", "train.dump_jump_factor",
     "train.dump_jumps_at_most", "train.dump_weights_gib", "checkpoint.", "watchdog.", "sinks.",
-    "eval.", "sync.batch_mib", "memory.recompute", "task.scorer_workers", "task.scorer_time_limit_s",
-    "loss_scale.hopeless_overflows", "start.public_name",
+    "eval.", "sync.batch_mib", "memory.recompute", "memory.optimizer_offload",
+    "memory.engine_sleep", "memory.offload_trainer", "task.scorer_workers",
+    "task.scorer_time_limit_s", "loss_scale.hopeless_overflows", "start.public_name",
 )  # fmt: skip
 # Sums in another order, by what depends on it.
 _ROUNDING = {
     "parallel.rollout_tp_size": "the engine's layout",
     "parallel.": "the trainer's layout",
+    "kernels.": "the kernels",
     "train.micro_batch_size": "the micro-batches",
     "train.micro_batch_tokens": "the micro-batches",
     "rollout.max_num_seqs": "the engine's batches",

@@ -249,7 +249,7 @@ def _activations(config: RunConfig, stage: int) -> int:
     micro_batches = -(-sequences // (layout.dp_size * together))
     under_way = min(layout.pp_size - stage, micro_batches)
     one = layer_activations(config)
-    if config.memory.recompute == "none":
+    if config.memory.recompute != "full":  # of a selective one nothing is taken off
         return under_way * layers * one + one
     shards = layout.tp_size if layout.sequence_parallel else 1
     element = BYTES_PER_ELEMENT[config.policy.params]

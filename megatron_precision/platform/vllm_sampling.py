@@ -13,9 +13,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class BookkeepingPlaces(Protocol):
+    """Places in what a runner's bookkeeping returns; `rollout/vllm_versions.py` finds them."""
+
+    @property
+    def logprobs(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def requests(self) -> int: ...
 
 
 class SampledLogprobs:
@@ -23,10 +34,15 @@ class SampledLogprobs:
 
     For runners that sample one token a request and step. Where a request asks for more log-probs
     than its sampled token's (`logprobs=0`), nothing is taken and vLLM's own way is left.
+
+    Args:
+        runner: vLLM's model runner.
+        places: where its bookkeeping returns log-probs, each request's tokens, and the requests.
     """
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, places: BookkeepingPlaces) -> None:
         self._values: dict[str, list[float]] = {}
+        self._places = places
         runner._bookkeeping_sync = self._take(runner._bookkeeping_sync)
 
     def pop(self, request_id: str) -> tuple[float, ...]:
@@ -41,15 +57,15 @@ class SampledLogprobs:
         @functools.wraps(original)
         def bookkeeping(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
-            # In vLLM 0.32 a tuple; 2 the log-probs, 3 each request's tokens, 5 the requests.
-            logprobs, tokens, names = result[2], result[3], result[5]
+            at = self._places
+            logprobs, tokens, names = result[at.logprobs], result[at.tokens], result[at.requests]
             if logprobs is None or logprobs.logprobs.shape[1] != 1:
                 return result
             values = logprobs.logprobs[:, 0].tolist()
             for name, sampled, value in zip(names, tokens, values, strict=True):
                 if sampled:  # a prompt's chunk before its last samples nothing
                     self._values.setdefault(name, []).append(value)
-            return (*result[:2], None, *result[3:])
+            return (*result[: at.logprobs], None, *result[at.logprobs + 1 :])
 
         return bookkeeping
 

@@ -1,24 +1,26 @@
 """vLLM, colocated: one engine a rank, in the trainer's own processes.
 
-Kept thin on purpose: everything vLLM-specific that the project relies on is in this file, so
-that another version of vLLM means another look at one file.
+Kept thin on purpose: what differs between versions of vLLM is in `vllm_versions.py`, so that
+another one means another look at one file.
 """
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from megatron_precision.config import RunConfig
+from megatron_precision.platform.choice import choose
 from megatron_precision.platform.vllm_sampling import SampledLogprobs
 from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.precision.policy import DType
 from megatron_precision.precision.range_watch import larger_or_nan
+from megatron_precision.rollout import vllm_versions
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.rollout.routed_experts import RoutedExperts
 from megatron_precision.weights.megatron_layout import ShardCoordinates
@@ -27,6 +29,13 @@ from megatron_precision.weights.regions import Piece
 
 if TYPE_CHECKING:
     from megatron_precision.weights.transfer import Transfer
+
+# vLLM's levels: 1 keeps the weights on the host, 2 forgets them; buffers are kept by both.
+_SLEEP_LEVELS = {"off": 0, "keep_weights": 1, "drop_weights": 2}
+
+
+def _vllm_name(dtype: DType) -> str:
+    return str(torch_dtype(dtype)).removeprefix("torch.")
 
 
 class VllmEngine:
@@ -39,22 +48,21 @@ class VllmEngine:
     """
 
     def __init__(self, config: RunConfig, model_dir: Path, stop_ids: Sequence[int]) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        vllm_versions.set_environment()
         from vllm import EngineArgs, LLMEngine
         from vllm.config import WeightTransferConfig
 
         from megatron_precision.rollout import weight_transfer
 
         weight_transfer.register()
-        on_cpu = not torch.cuda.is_available()
+        platform = choose().name
+        on_cpu = platform == "cpu"
         if on_cpu:
             from megatron_precision.platform import cpu
 
             cpu.apply_vllm_patches()
-        policy, rollout = config.policy, config.rollout
+        policy, rollout, kernels = config.policy, config.rollout, config.kernels
+        self._sleep_level = _SLEEP_LEVELS[config.memory.engine_sleep]
         self.weight_version = 0
         self._stop_ids = list(stop_ids)
         self._requests: dict[str, Request] = {}
@@ -62,11 +70,15 @@ class VllmEngine:
         arguments = EngineArgs(
             model=str(model_dir),
             skip_tokenizer_init=True,
-            dtype=str(torch_dtype(policy.rollout_params)).removeprefix("torch."),
-            kv_cache_dtype="auto",
+            dtype=_vllm_name(policy.rollout_params),
+            # A dtype that vLLM names is that of a quantised cache: its "auto" is the model's.
+            kv_cache_dtype="auto"
+            if policy.kv_cache == policy.rollout_params
+            else _vllm_name(policy.kv_cache),
             tensor_parallel_size=config.parallel.rollout_tp_size,
             distributed_executor_backend="external_launcher",
-            enforce_eager=True,
+            enforce_eager=not kernels.cuda_graphs,
+            enable_sleep_mode=self._sleep_level > 0,
             max_model_len=config.max_sequence_tokens,
             max_num_seqs=rollout.max_num_seqs,
             # On the CPU a seeded request fails where its prompt is taken in chunks
@@ -75,9 +87,9 @@ class VllmEngine:
             max_num_batched_tokens=max(
                 rollout.max_num_batched_tokens, config.max_sequence_tokens * on_cpu
             ),
-            kv_cache_memory_bytes=rollout.kv_cache_mib * 2**20,
+            **vllm_versions.platform_arguments(platform, rollout.kv_cache_mib * 2**20),
             logprobs_mode="processed_logprobs",
-            disable_cascade_attn=True,
+            disable_cascade_attn=not kernels.cascade_attention,
             enable_prefix_caching=rollout.prefix_caching,
             weight_transfer_config=WeightTransferConfig(backend=weight_transfer.BACKEND),
             disable_log_stats=True,
@@ -93,7 +105,7 @@ class VllmEngine:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        self._sampled_logprobs = SampledLogprobs(self._runner)
+        self._sampled_logprobs = SampledLogprobs(self._runner, vllm_versions.bookkeeping_places())
         self._routed_experts: RoutedExperts | None = None
         if config.records_routing:
             model = config.model
@@ -101,7 +113,8 @@ class VllmEngine:
                 self._runner, model.num_hidden_layers, model.num_experts_per_tok
             )
         self.act_max = 0.0
-        self._watch_range()
+        if not kernels.cuda_graphs:  # what is replayed calls no hook
+            self._watch_range()
 
     # ---- RolloutEngine -------------------------------------------------------------------
 
@@ -164,6 +177,23 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache over a weight sync")
         self.weight_version = weight_version
+
+    def sleep(self) -> None:
+        """Give back the KV cache, and the weights as `memory.engine_sleep` says; or do nothing.
+
+        Raises:
+            RuntimeError: with requests in flight.
+        """
+        if not self._sleep_level:
+            return
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} rollouts are in flight; they need the cache")
+        self.llm.sleep(self._sleep_level)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Take memory back: the weights before a sync, the KV cache when the trainer is aside."""
+        if self._sleep_level:
+            self.llm.wake_up([part])
 
     # ---- for the proof and the audit -----------------------------------------------------
 

@@ -75,6 +75,7 @@ class Trainer(Run):
 
     def assemble(self, sampled: Sampled) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
+        self._hand_over.to_trainer()
         versions = {rollout.weight_version for rollout in sampled.rollouts}
         if versions != {self.counters.weight_version}:
             raise RuntimeError(
@@ -232,7 +233,9 @@ class Trainer(Run):
         if self.actor.optimizer.applied_steps > 0:
             self.counters.weight_version = self.actor.optimizer.applied_steps
         with self._phase(self.counters.iteration, "sync"):
+            self._hand_over.before_sync()
             result = self.session.sync.push(self.counters.weight_version)
+            self._hand_over.to_engine()
         self._iteration |= {
             "sync/s": result.seconds,
             "sync/bytes": result.bytes,

@@ -28,6 +28,7 @@ from megatron_precision.train.checkpoints import Checkpoints, Standing, Written,
 from megatron_precision.train.clock import PhaseClock
 from megatron_precision.train.dumps import Dumper, Measured
 from megatron_precision.train.failed_grades import FailedGrades
+from megatron_precision.train.hand_over import HandOver
 from megatron_precision.train.session import Session
 from megatron_precision.train.state import Counters, counters, describe
 from megatron_precision.train.stopping import StopRequest
@@ -96,6 +97,7 @@ class Run:
         if found is not None:
             self.session.engine.weight_version = found.state["weight_version"]
         self._dtypes = self.session.check()
+        self._hand_over = HandOver(self.session, self.config)
         if found is not None:
             self._restore(found.state, of_rank)
         self._writer: MetricsWriter | None = None
@@ -171,7 +173,8 @@ class Run:
         with self._watchdog.phase(done, "checkpoint"):
             self._note(self._checkpoints.finished(wait=True))
             if self._checkpoints.last != done:
-                self._checkpoints.begin(self._standing)
+                with self._hand_over.trainer_present():
+                    self._checkpoints.begin(self._standing)
                 self._note(self._checkpoints.finished(wait=True))
         raise Stopped(f"stopped by {name} after {done} iterations; --resume goes on from there")
 
@@ -199,7 +202,8 @@ class Run:
         self._note(self._checkpoints.finished(wait=due))
         self._standing = self._stand()
         if due:
-            self._checkpoints.begin(self._standing)
+            with self._hand_over.trainer_present():
+                self._checkpoints.begin(self._standing)
             self._note(self._checkpoints.finished(wait=False))
         last = self.counters.iteration >= self.config.train.iterations
         if last:

@@ -17,7 +17,7 @@ from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import LossScaleConfig, OptimizerConfig, RunConfig
 from megatron_precision.data.tasks import Task
-from megatron_precision.platform import startup
+from megatron_precision.platform import startup, support
 from megatron_precision.precision import audit
 from megatron_precision.rollout.sampling import Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
@@ -40,6 +40,7 @@ class Session:
         task: Task,
         collective_timeout_s: float = parallel.COLLECTIVE_TIMEOUT_S,
     ) -> None:
+        support.check(config)
         parallel.open_world(startup.backend(), collective_timeout_s)
         parallel.divide_world(config.parallel, config.seed)
         self.config = config

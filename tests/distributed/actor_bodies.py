@@ -14,7 +14,7 @@ from megatron_precision.actor.batch import Batch
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.parallel import divide_world, open_world
 from megatron_precision.config import RunConfig
-from megatron_precision.platform.startup import start
+from megatron_precision.platform.startup import backend, start
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.gathering import full_tensors
 
@@ -22,7 +22,7 @@ from megatron_precision.weights.gathering import full_tensors
 def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:
     """A trainer in this process; an earlier one's layout is taken down first."""
     start(config.seed)
-    open_world("gloo")
+    open_world(backend())
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     divide_world(config.parallel, config.seed)

@@ -1,0 +1,158 @@
+"""What is measured, in order of priority: models, sizes, precisions and switches. No torch here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import recipes
+from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.overrides import examine
+from megatron_precision.weights.known_models import QWEN3_30B_A3B
+
+# Sources of the shapes: the config.json of Qwen/Qwen3-1.7B and Qwen3-4B. The MoE is a slice of
+# 30B-A3B: eight of its 48 layers, so that weights and optimizer fit one GPU.
+_QWEN3 = dataclasses.replace(
+    QWEN3_30B_A3B, model_type="qwen3", num_experts=0, num_experts_per_tok=0,
+    moe_intermediate_size=0, num_key_value_heads=8, tie_word_embeddings=True,
+)  # fmt: skip
+MODELS: dict[str, ModelConfig] = {
+    "qwen3-1.7b": dataclasses.replace(
+        _QWEN3, num_hidden_layers=28, num_attention_heads=16, intermediate_size=6144
+    ),
+    "qwen3-4b": dataclasses.replace(
+        _QWEN3, hidden_size=2560, num_hidden_layers=36, intermediate_size=9728
+    ),
+    "qwen3-moe-slice": dataclasses.replace(QWEN3_30B_A3B, num_hidden_layers=8),
+}
+_TINY_MOE = ModelConfig(
+    model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96
+)
+TINY: dict[str, ModelConfig] = {
+    "qwen3-1.7b": ModelConfig(),
+    "qwen3-4b": ModelConfig(num_hidden_layers=3),
+    "qwen3-moe-slice": _TINY_MOE,
+}
+PRECISIONS = ("fp16", "bf16")
+# Dense products of FP16 and BF16 without sparsity, by NVIDIA's data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measure; its name is its file's.
+
+    Attributes:
+        kind: `train` steps the trainer alone; `engine` has both sides: audit, proof, rollouts,
+            mismatch, sync, sleep and wake.
+        model: a key of `MODELS`.
+        precision: of both sides, or TRAIN/ROLLOUT.
+        length: tokens of a sequence, prompt and response.
+        switches: overrides that this case is about.
+    """
+
+    name: str
+    kind: str
+    model: str
+    precision: str
+    length: int
+    switches: tuple[str, ...] = ()
+
+
+def _train(model: str, length: int) -> list[Case]:
+    name = f"train-{model}-{length // 1024}k"
+    return [Case(f"{name}-{p}", "train", model, p, length) for p in PRECISIONS]
+
+
+def _engine(model: str, precision: str, label: str = "", *switches: str) -> Case:
+    name = f"engine-{model}-{precision.replace('/', '-in-')}{'-' if label else ''}{label}"
+    return Case(name, "engine", model, precision, 1024, switches)
+
+
+_DENSE = "qwen3-1.7b"
+CASES: tuple[Case, ...] = (
+    *_train(_DENSE, 4096),
+    *(_engine(_DENSE, precision) for precision in PRECISIONS),
+    *_train("qwen3-4b", 4096),
+    *_train("qwen3-moe-slice", 4096),
+    *(_engine(_DENSE, precision) for precision in ("bf16/fp16", "fp16/bf16", "fp32")),
+    *(_engine("qwen3-moe-slice", precision) for precision in PRECISIONS),
+    *(
+        _engine(_DENSE, precision, label, switch)
+        for label, switch in (
+            ("fused-rope", "kernels.fused_rope=true"),
+            ("fused-activation", "kernels.fused_activation=true"),
+            ("cuda-graphs", "kernels.cuda_graphs=true"),
+            ("cascade", "kernels.cascade_attention=true"),
+            ("local-trainer", "kernels.trainer=local"),
+        )
+        for precision in PRECISIONS
+    ),
+    *_train(_DENSE, 16384),
+    *_train("qwen3-4b", 16384),
+    *_train("qwen3-moe-slice", 16384),
+)
+# What the CPU platform refuses: left out of a run there, and said so.
+_GPU_ONLY = ("kernels.fused_rope", "kernels.cuda_graphs")
+
+
+def needs_gpu(case: Case) -> bool:
+    """Whether a case is about something that the CPU platform has not."""
+    return any(switch.startswith(_GPU_ONLY) for switch in case.switches)
+
+
+def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
+    """The configuration of a case.
+
+    Args:
+        tiny: models of a million weights and short sequences.
+        gpu: whether it is for CUDA; sleep is then a part of it.
+
+    Raises:
+        UserError: for switches that the configuration has not.
+    """
+    model = (TINY if tiny else MODELS)[case.model]
+    length = 128 if tiny else case.length  # the proof scores sequences of 78 tokens
+    values: dict[str, Any] = {
+        "rollout.max_response_tokens": length - 32,
+        "rollout.kv_cache_mib": 64 if tiny else 8192,
+        "rollout.record_routing": "false" if case.kind == "train" or gpu else "true",
+        "train.micro_batch_size": 4 if tiny else max(1, 8192 // length),
+        "memory.attention": "fused",
+        "memory.recompute": "none" if tiny or length < 8192 else "full",
+        "memory.engine_sleep": "keep_weights" if gpu and case.kind == "engine" else "off",
+    }
+    base = dataclasses.replace(
+        recipes.build("sanity.tiny_dense", case.precision),
+        recipe=f"bench.{case.name}",
+        model=dataclasses.replace(model, max_position_embeddings=max(256, length)),
+        parallel=ParallelConfig(world_size=1, tp_size=1, rollout_tp_size=1),
+    )
+    overrides = [f"{path}={value}" for path, value in values.items()]
+    built, problems = examine(base, [*overrides, *case.switches])
+    if problems:
+        from megatron_precision.errors import UserError
+
+        raise UserError(problems)
+    return built
+
+
+def flops_per_token(model: ModelConfig, length: int) -> float:
+    """Operations of one token, forward and backward, without recomputation: 6 a weight that is
+    multiplied with it, and its attention, of which the causal mask leaves half."""
+    heads = model.num_attention_heads * model.head_dim
+    kv = model.num_key_value_heads * model.head_dim
+    mlp = 3 * model.hidden_size * model.intermediate_size
+    if model.num_experts:
+        mlp = model.num_experts_per_tok * 3 * model.hidden_size * model.moe_intermediate_size
+        mlp += model.hidden_size * model.num_experts
+    layer = 2 * model.hidden_size * (heads + kv) + mlp
+    weights = model.num_hidden_layers * layer + model.vocab_size * model.hidden_size
+    attention = model.num_hidden_layers * 2 * heads * length  # half of 4 · heads · length
+    return 6.0 * weights + 3.0 * attention
+
+
+def peak_flops(device: str) -> float | None:
+    """Of a device by its name; None for one that is not in the table."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device), None)

@@ -1,0 +1,238 @@
+"""The measures themselves, in the one process of a one-rank world."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_precision.actor import parallel
+from megatron_precision.actor.actor import Actor, MicroLoss
+from megatron_precision.actor.batch import Batch, make_batch
+from megatron_precision.config import ModelConfig, RunConfig
+from megatron_precision.data.arithmetic import make_questions
+from megatron_precision.data.tasks import arithmetic_task
+from megatron_precision.gpu_bench.cases import flops_per_token, peak_flops
+from megatron_precision.planning import memory
+from megatron_precision.platform import startup
+from megatron_precision.precision.policy import DType
+from megatron_precision.rewards.grading import Grade, graded
+from megatron_precision.rl.mismatch import mismatch_stats
+from megatron_precision.rollout.engine import Rollout, Sampling
+from megatron_precision.rollout.sampling import Prompt
+from megatron_precision.train.session import Session
+from megatron_precision.weights.architectures import hf_shapes
+from megatron_precision.weights.hf_model import write_checkpoint
+from megatron_precision.weights.sync import WeightSync
+
+WARMUP, ROUNDS = 2, 5
+Facts = dict[str, Any]
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock tells what was done and not what was asked."""
+    if startup.device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(action: Callable[[], object], rounds: int = ROUNDS, warmup: int = WARMUP) -> Facts:
+    """Median, least and all seconds of an action after its warm-up."""
+    times = []
+    for number in range(warmup + rounds):
+        synchronize()
+        begin = time.perf_counter()
+        action()
+        synchronize()
+        if number >= warmup:
+            times.append(time.perf_counter() - begin)
+    return {"median_s": statistics.median(times), "least_s": min(times), "all_s": times}
+
+
+def allocated() -> Facts:
+    """Memory of the device that this process's tensors hold, now and at most; empty on a CPU."""
+    if startup.device().type != "cuda":
+        return {}
+    return {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
+        "free_bytes": torch.cuda.mem_get_info()[0],
+    }
+
+
+def weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Random weights by their Hugging Face names, BF16: both 16-bit dtypes start from the same."""
+    from megatron_precision.precision.dtypes import torch_dtype
+
+    generator = torch.Generator().manual_seed(seed)
+    dtype: DType = "bf16"
+    found = {}
+    for name, shape in hf_shapes(model).items():
+        if len(shape) == 1 and name.endswith("norm.weight"):
+            found[name] = torch.ones(shape, dtype=torch_dtype(dtype))
+            continue
+        values = torch.randn(shape, generator=generator) * model.initializer_range
+        found[name] = values.to(torch_dtype(dtype))
+    return found
+
+
+def batch_of(config: RunConfig, sequences: int, length: int) -> Batch:
+    """Random sequences of one length, of which all but 32 tokens are response."""
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (sequences, length)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator).tolist()
+    prompt = 32
+    zeros = [[0.0] * (length - prompt)] * sequences
+    heads, tails = [row[:prompt] for row in tokens], [row[prompt:] for row in tokens]
+    return make_batch(heads, tails, zeros, torch.ones(sequences))
+
+
+def train(config: RunConfig, _folder: Path) -> Facts:
+    """Optimizer steps of the trainer alone: tokens/s, MFU, and memory against the estimate."""
+    parallel.open_world(startup.backend())
+    parallel.divide_world(config.parallel, config.seed)
+    actor = Actor(config, config.optimizer, config.loss_scale)
+    actor.load(weights(config.model, config.seed))
+    length, sequences = config.max_sequence_tokens, 2 * config.train.micro_batch_size
+    batch = batch_of(config, sequences, length)
+    plan = actor.plan(batch, torch.arange(sequences))
+    count = float(batch.response_mask.sum())
+
+    def loss(_part: Batch, logprobs: torch.Tensor, _entropies: torch.Tensor) -> MicroLoss:
+        return MicroLoss(-logprobs.sum() / count, {}, {})
+
+    skipped = 0
+
+    def step() -> None:
+        nonlocal skipped
+        skipped += actor.step(batch, plan, loss).outcome.skipped
+
+    took = seconds(step)
+    tokens_per_s = sequences * length / took["median_s"]
+    device = str(startup.describe()["device"])
+    peak, flops = peak_flops(device), flops_per_token(config.model, length)
+    estimate = memory.of_run(config)
+    trainer = ("parameters", "gradients", "optimizer", "activations", "logits")
+    return {
+        "tokens_per_s": tokens_per_s,
+        "flops_per_token": flops,
+        "mfu": tokens_per_s * flops / peak if peak else None,
+        "skipped_steps": skipped,
+        "step": took,
+        "memory": allocated(),
+        "estimated_bytes": {name: getattr(estimate, name) for name in trainer},
+    }
+
+
+def engine(config: RunConfig, folder: Path) -> Facts:
+    """Both sides: audit and proof, rollout tokens/s, mismatch, sync, sleep and wake."""
+    model_dir = folder / "model"
+    write_checkpoint(model_dir, config.model, weights(config.model, config.seed))
+    questions = make_questions(config.task, split="train", count=64, seed=1)
+    task = arithmetic_task(config.task, questions, config.seed)
+    session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
+    session.load_start()
+    session.open_engine()
+    begin = time.perf_counter()
+    found: Facts = {"audit": session.check()}
+    found["audit_and_proof_s"] = time.perf_counter() - begin
+    found["memory"] = allocated()
+    found |= _rollouts(session, [Prompt(str(n), q.tokens) for n, q in enumerate(_prompts(session))])
+    found["sync"] = _sync(session)
+    found["sleep"] = _sleep(session)
+    session.close()
+    return found
+
+
+def _prompts(session: Session) -> list[Any]:
+    return [p for part in session.task.train.values() for p in part.prompts]
+
+
+def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
+    """Tokens/s of the second call (the first one warms up), and its mismatch with the trainer."""
+    config = session.config
+    sampling = Sampling(config.rollout.temperature, config.rollout.max_response_tokens)
+
+    def sample(iteration: int) -> tuple[list[Rollout], float]:
+        synchronize()
+        begin = time.perf_counter()
+        rollouts = session.sampler.sample(
+            prompts,
+            rollouts_per_prompt=4,
+            purpose="bench",
+            iteration=iteration,
+            sampling=sampling,
+            grade=_ungraded,
+        ).rollouts
+        return rollouts, time.perf_counter() - begin
+
+    sample(0)
+    rollouts, took = sample(1)
+    tokens = sum(len(rollout.tokens) for rollout in rollouts)
+    batch = make_batch(
+        [rollout.request.prompt_tokens for rollout in rollouts],
+        [rollout.tokens for rollout in rollouts],
+        [rollout.rollout_logprobs for rollout in rollouts],
+        torch.zeros(len(rollouts)),
+    )
+    logprobs = session.actor.logprobs(batch, list(torch.arange(len(batch)).split(32)))
+    stats = mismatch_stats(
+        old_logprobs=logprobs, rollout_logprobs=batch.rollout_logprobs, mask=batch.response_mask
+    )
+    mismatch = {n: v for n, v in stats.metrics().items() if not isinstance(v, list)}
+    return {
+        "rollout": {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took},
+        "mismatch": mismatch,
+    }
+
+
+def _ungraded(_rollout: Rollout) -> Future[Grade]:
+    return graded(0.0)
+
+
+def _sync(session: Session) -> Facts:
+    """A push with its proof, without, and a copy of as many bytes within the device."""
+    sync, version = session.sync, session.engine.weight_version
+    live = [parameter.data for parameter in session.engine.model.parameters()]
+    spare = [torch.empty_like(tensor) for tensor in live]
+
+    def bind() -> None:
+        session.sync = WeightSync(session.actor, session.engine, session.config)
+
+    return {
+        "bytes": sum(tensor.nbytes for tensor in live),
+        "copy": seconds(lambda: torch._foreach_copy_(spare, live)),
+        "push": seconds(lambda: session.engine.update_weights(version)),
+        "push_and_proof": seconds(lambda: sync.push(version)),
+        "plan_and_bind": seconds(bind, rounds=2, warmup=0),
+    }
+
+
+def _sleep(session: Session) -> Facts:
+    """Seconds and bytes of sleep and wake, and whether the weights are bit for bit what they were;
+    empty where the engine does not sleep."""
+    if session.config.memory.engine_sleep == "off":
+        return {}
+    before, synced = allocated(), session.sync
+    begin = time.perf_counter()
+    session.engine.sleep()
+    slept = time.perf_counter()
+    asleep = allocated()
+    session.engine.wake("weights")
+    woken = time.perf_counter()
+    session.engine.wake("kv_cache")
+    end = time.perf_counter()
+    return {
+        "sleep_s": slept - begin,
+        "wake_weights_s": woken - slept,
+        "wake_kv_cache_s": end - woken,
+        "given_back_bytes": asleep["free_bytes"] - before["free_bytes"],
+        "equal_regions": synced.prove(session.engine.weight_version).regions,
+    }
+
+
+MEASURES: dict[str, Callable[[RunConfig, Path], Facts]] = {"train": train, "engine": engine}

@@ -1,0 +1,46 @@
+"""What of a configuration a platform cannot do; looked at when the platform is known.
+
+A configuration is valid or not wherever it is read (`validation.py`); a cluster's configuration
+is looked at on a laptop. Only a process that is about to run it refuses what its platform lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_precision.config import RunConfig
+from megatron_precision.errors import Problem, UserError
+from megatron_precision.platform.choice import Choice, choose
+
+
+def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
+    """Everything that asks for a GPU on the CPU platform; nothing on CUDA."""
+    if choice.name == "cuda":
+        return
+    memory, kernels = config.memory, config.kernels
+    for path, value, neutral in (
+        ("memory.optimizer_offload", memory.optimizer_offload, 0.0),
+        ("memory.engine_sleep", memory.engine_sleep, "off"),
+        ("memory.offload_trainer", memory.offload_trainer, False),
+        ("kernels.cuda_graphs", kernels.cuda_graphs, False),
+        ("kernels.fused_rope", kernels.fused_rope, False),
+        ("kernels.fused_permute", kernels.fused_permute, False),
+    ):
+        if value != neutral:
+            yield Problem(
+                what="only a GPU can do this",
+                where=path,
+                got=f"{value} on the CPU platform ({choice.reason})",
+                expected=str(neutral),
+            )
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a configuration that this process's platform cannot run, before an engine loads.
+
+    Raises:
+        UserError: listing everything.
+    """
+    found = list(problems(config, choose()))
+    if found:
+        raise UserError(found)

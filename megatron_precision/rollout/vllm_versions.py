@@ -1,0 +1,76 @@
+"""What differs between the vLLM of the CPU (0.32) and that of GPU hosts with torch 2.11 (0.26).
+
+Names that both have are used where they are needed; `scripts/check_vllm_names.py` looks for all of
+them in an installed vLLM. What is left is here:
+
+- the model runner: 0.26 takes its second one for dense models, and has hooks for neither sampled
+  log-probs nor routed experts; the first is asked for, as the CPU build has it;
+- the places of values in what the runner's `_bookkeeping_sync` returns;
+- memory: 0.26 wants a share of the GPU to be free at its start even where it is told the size of
+  the KV cache, and counts the trainer's memory as taken.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from megatron_precision.platform.choice import Platform
+from megatron_precision.platform.patching import UpstreamChangedError
+
+
+@dataclass(frozen=True)
+class BookkeepingPlaces:
+    """Where `_bookkeeping_sync` returns what we read of it."""
+
+    logprobs: int
+    tokens: int
+    requests: int
+
+
+def bookkeeping_places() -> BookkeepingPlaces:
+    """The places, read from the annotation of the installed version.
+
+    Raises:
+        UpstreamChangedError: where the annotation says them no longer.
+    """
+    from vllm.v1.outputs import LogprobsLists
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    parts = get_args(GPUModelRunner._bookkeeping_sync.__annotations__["return"])
+    wanted = {"logprobs": LogprobsLists | None, "tokens": list[list[int]], "requests": list[str]}
+    found = {name: [i for i, p in enumerate(parts) if p == kind] for name, kind in wanted.items()}
+    unclear = [name for name, places in found.items() if len(places) != 1]
+    if unclear:
+        raise UpstreamChangedError(
+            "vllm: GPUModelRunner._bookkeeping_sync returns "
+            f"{parts}, in which the place of {', '.join(unclear)} is not clear. Use the pinned "
+            "versions (requirements/), or update rollout/vllm_versions.py for the new one."
+        )
+    return BookkeepingPlaces(**{name: places[0] for name, places in found.items()})
+
+
+def set_environment() -> None:
+    """What vLLM reads from the environment as it is imported."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def platform_arguments(platform: Platform, kv_cache_bytes: int) -> dict[str, Any]:
+    """`EngineArgs` of a platform: the KV cache's size, and the experts' kernel.
+
+    Args:
+        kv_cache_bytes: of one rank.
+    """
+    arguments: dict[str, Any] = {"kv_cache_memory_bytes": kv_cache_bytes}
+    if platform == "cuda":
+        # Checked against the free memory at start-up, and read for nothing else here.
+        arguments["gpu_memory_utilization"] = 0.01
+        # Left to itself vLLM takes kernels that exist for BF16 alone where it has them, and then
+        # FP16 and BF16 would differ in more than the dtype; and Triton's read weights as loaded.
+        arguments["moe_backend"] = "triton"
+    return arguments

@@ -1,0 +1,60 @@
+"""Every measure is a configuration that runs, of the size that its name says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from megatron_precision import validation
+from megatron_precision.config import to_dict
+from megatron_precision.gpu_bench import cases
+from megatron_precision.platform import support
+from megatron_precision.platform.choice import Choice
+from megatron_precision.weights.architectures import hf_shapes
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_a_measure_is_valid_here_and_on_a_gpu(case: cases.Case) -> None:
+    for tiny in (True, False):
+        for gpu in (True, False):
+            assert validation.problems(cases.config(case, tiny=tiny, gpu=gpu)) == []
+    found = list(support.problems(cases.config(case, tiny=True, gpu=False), Choice("cpu", "test")))
+    assert bool(found) == cases.needs_gpu(case)
+
+
+def test_the_pairs_of_a_measure_differ_in_precision_alone() -> None:
+    by_name = {case.name: case for case in cases.CASES}
+    assert len(by_name) == len(cases.CASES)
+    for name, case in by_name.items():
+        if case.precision != "fp16":
+            continue
+        other = by_name[name.replace("fp16", "bf16")]
+        one, two = (to_dict(cases.config(c, tiny=False, gpu=True)) for c in (case, other))
+        assert (one.pop("precision"), two.pop("precision")) == ("fp16", "bf16")
+        assert one.pop("recipe") != two.pop("recipe")
+        assert one == two
+
+
+def test_the_models_have_the_weights_that_their_names_say() -> None:
+    def billions(name: str) -> float:
+        return sum(math.prod(shape) for shape in hf_shapes(cases.MODELS[name]).values()) / 1e9
+
+    assert round(billions("qwen3-1.7b"), 2) == 1.72
+    assert round(billions("qwen3-4b"), 2) == 4.02
+
+
+def test_operations_are_six_a_weight_and_half_the_square_of_attention() -> None:
+    # By hand: 28 layers of 2048 × (2048 + 1024) × 2 + 3 × 2048 × 6144, a head of 151936 × 2048,
+    # and 3 × 28 × (4 × 2048 × 4096 / 2).
+    dense = cases.MODELS["qwen3-1.7b"]
+    weights = 28 * (2048 * 3072 * 2 + 3 * 2048 * 6144) + 151936 * 2048
+    assert cases.flops_per_token(dense, 4096) == 6 * weights + 3 * 28 * 8192 * 4096 / 2
+    shorter = cases.flops_per_token(dataclasses.replace(dense, num_hidden_layers=27), 4096)
+    assert shorter < cases.flops_per_token(dense, 4096)
+
+
+def test_a_peak_is_known_by_the_devices_name_or_not_at_all() -> None:
+    assert cases.peak_flops("NVIDIA H200") == 989e12
+    assert cases.peak_flops("CPU, 2 cores") is None
