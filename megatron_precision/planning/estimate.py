@@ -38,7 +38,7 @@ class Rates:
         mfu: share of it that passes and prefills reach, recomputation counted as work.
         hbm: bytes read.
         hbm_share: of it that decoding reaches.
-        layer_launch_s: of the host, for a layer of a decoding step: no CUDA graphs are used.
+        layer_launch_s: of the host, for a layer of a decoding step; 0 where steps are replayed.
         nvlink, nic: bytes, one way.
     """
 

@@ -114,7 +114,8 @@ def rates(args: argparse.Namespace, config: RunConfig, gpu_gb: int) -> Rates:
         mfu=args.mfu,
         hbm=(args.hbm or card.hbm) * 1e12,
         hbm_share=args.hbm_share,
-        layer_launch_s=args.launch_us * 1e-6,
+        # A replayed step is launched once, whatever its layers.
+        layer_launch_s=0.0 if config.kernels.cuda_graphs else args.launch_us * 1e-6,
         nvlink=args.nvlink * 1e9,
         nic=args.nic * 1e9,
     )

@@ -54,7 +54,8 @@ class Memory:
     """Bytes of one rank, by what they are for.
 
     Attributes:
-        parameters, gradients, optimizer: the trainer's; the optimizer's are this rank's share.
+        parameters, gradients, optimizer: the trainer's; the optimizer's are this rank's share of
+            what is not on the host (`memory.optimizer_offload`).
         activations: of the micro-batches under way, recomputation counted.
         logits: LM head and log-probs of one micro-batch; a last pipeline stage has them.
         engine_weights, kv_cache, engine_workspace: the engine's.
@@ -104,7 +105,9 @@ def of_stage(config: RunConfig, stage: int) -> Memory:
     return Memory(
         parameters=(held.dense + held.expert) * BYTES_PER_ELEMENT[policy.params],
         gradients=(held.dense + held.expert) * MAIN_GRAD_BYTES,
-        optimizer=share * (MOMENTS_BYTES + main_copy),
+        optimizer=round(
+            share * (MOMENTS_BYTES + main_copy) * (1 - config.memory.optimizer_offload)
+        ),
         activations=_activations(config, stage),
         logits=_logits(config) if stage == layout.pp_size - 1 else 0,
         engine_weights=engine_elements(config) * BYTES_PER_ELEMENT[policy.rollout_params],

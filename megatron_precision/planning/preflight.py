@@ -69,7 +69,10 @@ class Preflight:
             "phases": phases.totals(config, found),
             "states": phases.states(config),
             "stages": [dataclasses.asdict(s) | {"total": s.total} for s in self.stages],
-            "host_bytes": phases.dump_copy_bytes(config, found, self.moved.weights),
+            "host_bytes": {
+                "moved": phases.host_bytes(config, self.fullest),
+                "dumps": phases.dump_copy_bytes(config, found, self.moved.weights),
+            },
             "sync": dataclasses.asdict(self.moved),
             "rates": dataclasses.asdict(self.rates),
             "sampled_per_kept": self.sampled_per_kept,
@@ -115,6 +118,7 @@ def figures(verdict: search.Verdict) -> dict[str, Any]:
         "gpu_gb": verdict.gpu_gb,
         "parallel": dataclasses.asdict(config.parallel),
         "bytes": dataclasses.asdict(found) | {"total": found.total},
+        "needed": verdict.needed,
         "kv_sequences": round(memory.kv_sequences(config), 2),
         "fits": verdict.fits,
     }

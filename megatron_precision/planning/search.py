@@ -129,23 +129,30 @@ def _remedy(verdict: Verdict) -> str:
             break
     text = f"no layout of {gpus} GPUs of {gpu_gb} GB fits"
     text += f"; nearest that fit: {'; or '.join(found)}" if found else ""
-    return text + _offloaded(config, gpu_gb)
+    return text + _handed_over(config, gpu_gb)
 
 
-def _offloaded(config: RunConfig, gpu_gb: int) -> str:
-    """Whether the optimizer in host memory would do; this version keeps it on the GPU."""
-    fitting = [
-        v
-        for v in (judge(c, gpu_gb) for c in _candidates(config, config.parallel.world_size))
-        if v.needed - v.found.optimizer <= gpu_gb * GB
-    ]
-    if not fitting:
-        return ""
-    best = min(fitting, key=lambda v: (*_distance(v.config, config), v.needed))
-    return (
-        f"; with the optimizer's {best.found.optimizer / GB:.1f} GB a rank in host memory "
-        f"{describe(best.config.parallel)} would fit, but this version keeps it on the GPU"
+def _handed_over(config: RunConfig, gpu_gb: int) -> str:
+    """Whether handing memory over would do, or the optimizer on the host besides."""
+    words = ["memory.engine_sleep=drop_weights"]
+    trainer = config.policy.params != "fp32"
+    words += ["memory.offload_trainer=true"] if trainer else []
+    handed = dataclasses.replace(
+        config.memory, engine_sleep="drop_weights", offload_trainer=trainer
     )
+    on_host = dataclasses.replace(handed, optimizer_offload=1.0)
+    for saved, more in ((handed, []), (on_host, ["memory.optimizer_offload=1.0"])):
+        if saved == config.memory:
+            continue
+        found = nearest(dataclasses.replace(config, memory=saved), gpu_gb)
+        if found is not None:
+            layout = describe(found.config.parallel)
+            return (
+                f"; with {' '.join([*words, *more])} {layout} "
+                f"rollout.kv_cache_mib={found.config.rollout.kv_cache_mib} would fit "
+                f"({_total(found)}; never run on a GPU)"
+            )
+    return ""
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:

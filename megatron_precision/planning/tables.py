@@ -74,6 +74,9 @@ def _memory(found: Preflight) -> Iterator[str]:
     )
     yield f"  {'what has to fit':<38}{phases.needed(config, rank) / GB:>10.2f}"
     yield from _wrapped(phases.says(config), "  ")
+    moved = phases.host_bytes(config, stage)
+    if moved:
+        yield f"  {'host memory, for what is moved there':<38}{moved / GB:>10.2f}"
     copy = phases.dump_copy_bytes(config, rank, found.moved.weights)
     if copy:
         yield f"  {'host memory, for dumps':<38}{copy / GB:>10.2f}"
@@ -160,8 +163,8 @@ def _assumptions(found: Preflight) -> Iterator[str]:
     )
     yield (
         f"decoding reads {rates.hbm / 1e12:g} TB/s × {rates.hbm_share:.0%} (--hbm, --hbm-share) "
-        f"and launches a layer in {rates.layer_launch_s * 1e6:g} µs (--launch-us; the engines use "
-        "no CUDA graphs)"
+        f"and launches a layer in {rates.layer_launch_s * 1e6:g} µs (--launch-us; "
+        "kernels.cuda_graphs takes 0)"
     )
     yield (
         f"{mean.decoding:,} sequences at once are bound by {mean.decoding_limit}"
