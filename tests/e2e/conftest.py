@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-
-def _load(name: str) -> ModuleType:
-    # Test folders are not packages; a helper is loaded by its path, under a name of its own.
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-real_jobs = sys.modules.get("real_jobs") or _load("real_jobs")
+import real_jobs
 
 
 @pytest.fixture(scope="session")

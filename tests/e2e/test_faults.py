@@ -72,11 +72,13 @@ def test_a_rank_killed_inside_a_collective_ends_the_job_and_is_named(
 
 
 def test_a_rank_that_raises_in_the_loop_is_shown_and_not_its_peers_broken_collective(
-    dense_start: Path, tmp_path: Path
+    dense_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = real_jobs.launch_command(*train_words(dense_start, "raised", **LONG))
-    broken = Path(__file__).with_name("broken_rank")
-    with real_jobs.started(command, tmp_path, (broken,)) as job:
+    fault = {"rank": 1, "phase": "train", "iteration": 1, "after_s": 0.0, "action": "raises"}
+    monkeypatch.setenv("FAULT", json.dumps(fault))
+    inject = Path(__file__).parents[1] / "faults" / "inject"
+    with real_jobs.started(command, tmp_path, (inject,)) as job:
         ranks = real_jobs.wait_until(lambda: real_jobs.find_ranks(Path("raised")), job)
         stdout, stderr = job.communicate(timeout=real_jobs.PATIENCE_S)
     assert job.returncode == 1
@@ -86,7 +88,7 @@ def test_a_rank_that_raises_in_the_loop_is_shown_and_not_its_peers_broken_collec
     assert "the job failed" in shown[0]
     assert shown[1] == "rank 1 failed first:"
     assert shown[2].startswith("Traceback")
-    assert "ZeroDivisionError: the original reason, of rank 1" in stderr
+    assert "ZeroDivisionError: the original reason, of this rank" in stderr
     assert stderr.count("Traceback (most recent call last)") == 1
     assert "Traceback" not in stdout
     assert_metrics_are_readable(tmp_path / "raised")

@@ -6,7 +6,6 @@ Nothing here imports an engine.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -25,20 +23,11 @@ ITERATIONS = 6
 OF_THE_MACHINE = ("time/", "memory/", "throughput/", "time_s", "sync/s", "sync/proof_s")
 
 
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "e2e")]
 
+import real_jobs  # noqa: E402
 
-sys.path.insert(0, str(HERE.parents[1]))
 from megatron_precision.platform import process  # noqa: E402
-
-real_jobs = sys.modules.get("real_jobs") or _load(HERE.parent / "e2e" / "real_jobs.py")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DENSE
 
+from megatron_precision.checkpoint import manifest
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_precision.weights import megatron_checkpoint
 from megatron_precision.weights.megatron_layout import megatron_parameters, megatron_pieces
@@ -27,7 +28,6 @@ from tools.checkpoint_convert import (
     casting,
     convert,
     cutting,
-    manifest,
     safetensors_folder,
     source,
     torch_dist_folder,
