@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 # The stamp holds a hash of what was installed: a file that is only newer installs nothing.
 KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml; } | cksum | tr ' ' '-')
 
-FAST := not slow and not gpu and not multigpu
-SLOW := slow and not gpu and not multigpu
+FAST := not slow and not exhaustive and not gpu and not multigpu
+SLOW := slow and not exhaustive and not gpu and not multigpu
 
-.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-gpu check doctor clean
+.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu check doctor clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -23,6 +23,7 @@ help:
 	@echo 'make sweep       every algorithm on the tiny models, resumable; fills the table of docs/sweep.md'
 	@echo 'make test        the tests'
 	@echo 'make test-slow   the tests that take minutes'
+	@echo 'make test-exhaustive  every pair of layouts of up to 16 ranks, where the slow tests take a sample'
 	@echo 'make test-gpu    the tests of one GPU, in the environment of a GPU host (docs/gpu.md)'
 	@echo 'make check       ruff and mypy'
 	@echo 'make doctor      what is installed, and what is wrong with it'
@@ -49,6 +50,9 @@ test: install
 # pytest ends with 5 when no test has the mark; that is no failure, and every other code is.
 test-slow: install
 	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
+
+test-exhaustive: install
+	$(BIN)/python -m pytest -m exhaustive
 
 # On a GPU host, with the interpreter of its environment (docs/gpu.md): make test-gpu GPU_PYTHON=...
 GPU_PYTHON ?= python
