@@ -126,6 +126,7 @@ def test_every_problem_of_a_replay_is_listed(tmp_path: Path) -> None:
 def test_another_model_than_the_dumps_is_refused(tmp_path: Path) -> None:
     from megatron_precision.weights.hf_config import hf_config
 
+    (tmp_path / "model.safetensors").touch()  # that there are weights is looked at, not which
     other = dataclasses.replace(DENSE.model, num_hidden_layers=3)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(other, "float32")))
     found = dump.read_dump(write(tmp_path / "dump"))
