@@ -46,7 +46,7 @@ def uninterrupted() -> Iterator[None]:
     """Within, a signal waits for the end of the block; processes started begin with it blocked."""
     global _held, _waiting
     _held = True
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
