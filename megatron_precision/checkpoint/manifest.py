@@ -45,6 +45,11 @@ class Manifest:
     sizes: dict[str, int]
     files: dict[str, str]
 
+    @property
+    def is_by_file(self) -> bool:
+        """Whether every file is hashed, and so no tensor, as in a trainer's checkpoint."""
+        return not self.tensors and not self.sizes
+
     def hash_of(self, name: str) -> str | None:
         """The hash of a tensor, where it is known."""
         return self.tensors.get(name)

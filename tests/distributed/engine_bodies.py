@@ -528,7 +528,9 @@ def engine_tensors(session: Session) -> dict[str, torch.Tensor]:
     for parameter in engine.parameters:
         for read in engine.reads(parameter.name):
             for piece in vllm_pieces(parameter.name, parameter.shape, model, ShardCoordinates()):
-                found[piece.hf_name] = read.view(piece.view)[piece.spans].reshape(piece.shape)
+                # A copy: the kernel's own memory changes with the next push.
+                part = read.view(piece.view)[piece.spans].reshape(piece.shape).clone()
+                found[piece.hf_name] = part
     return found
 
 

@@ -156,7 +156,7 @@ def checked_blocks(
         UserError: where the bytes are not those that were written.
     """
     if digest is None:
-        if source.manifest is None or not source.manifest.tensors:
+        if source.manifest is None or source.manifest.is_by_file:
             yield from source.blocks(name)
             return
         digest = BlockHash()
@@ -164,7 +164,7 @@ def checked_blocks(
         digest.add(block)
         yield block
         digest.wait()
-    if source.manifest is None or not source.manifest.tensors:  # its files have been checked
+    if source.manifest is None or source.manifest.is_by_file:  # its files have been checked
         return
     found, expected = digest.hexdigest(), source.manifest.hash_of(name) or "no hash"
     if found != expected:
