@@ -32,7 +32,7 @@ def train_words(start: Path, out: str, *more: str, **changed: object) -> list[st
         "train__dump_every": 1,
         "eval__every": 2,
         "loss_scale__initial": "fixed_start",
-        "loss_scale__initial_scale": "2**30",
+        "loss_scale__initial_scale": "2**24",
         "loss_scale__growth_interval": 2,
         "checkpoint__every": 3,
     }
