@@ -68,13 +68,13 @@ def superfluous(states: dict[Path, dict[str, Any]], keep: int) -> list[Path]:
 def finish(partial: Path, keep: int) -> Path:
     """Give a complete checkpoint its name, and remove those that are no longer kept."""
     for path in partial.rglob("*"):
-        _to_disk(path)
-    _to_disk(partial)
+        to_disk(path)
+    to_disk(partial)
     folder = partial.with_suffix("")
     if folder.exists():  # of the same iteration, when a run was stopped twice there
         shutil.rmtree(folder)
     partial.rename(folder)
-    _to_disk(folder.parent)
+    to_disk(folder.parent)
     shutil.rmtree(folder.with_suffix(DAMAGED), ignore_errors=True)
     states = {path: _known(path) for path in finished(folder.parent.parent)}
     for old in superfluous(states, keep):
@@ -105,7 +105,8 @@ def remove_partial(out: Path) -> None:
         shutil.rmtree(path)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from megatron_precision.checkpoint.folders import to_disk
 from megatron_precision.errors import Problem, UserError
 from tools.checkpoint_convert.folders import PARTIAL, target_problems
 from tools.checkpoint_convert.signals import uninterrupted
@@ -57,13 +57,13 @@ def new_folder(source: Path, target: Path, size: int) -> Iterator[Path]:
             _refuse_short_room(target.parent, size + _ROOM_FOR_THE_REST)
             partial.mkdir()
             yield partial
-            _sync_folder(partial)
+            to_disk(partial)
             partial.rename(target)
         except BaseException:
             with uninterrupted():
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        _sync_folder(target.parent)
+        to_disk(target.parent)
 
 
 def _refuse_short_room(folder: Path, size: int) -> None:
@@ -108,11 +108,3 @@ def _taken(path: Path, target: Path) -> TextIO:
             Problem("another conversion is writing it", str(target), "a lock", "one at a time")
         ) from None
     return lock
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
