@@ -103,10 +103,10 @@ def run(work: Callable[[], None], out: Path) -> int:
         interpreter shuts down, so the process ends at once, with exit code 2 for a user error,
         75 where a signal stopped the run, and 1 for any other failure.
     """
-    launched = process.JOB_VARIABLE in os.environ
     if "TORCHELASTIC_RUN_ID" in os.environ:
         process.die_with_parent()
     job = process.adopt_job()
+    launched = process.is_launchers(job)
     _local_defaults()
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first_here and not launched:
