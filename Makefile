@@ -1,4 +1,5 @@
-# Each target sets up .venv first, from the pinned lists; a second call installs nothing.
+# Each target sets up .venv first, from the pinned lists; a second call installs nothing. It is
+# compiled there and then: every rank of every job imports some 6,000 files.
 PYTHON ?= python3
 TORCH := torch==2.13.0
 UV := uv==0.13.9
@@ -86,7 +87,8 @@ install:
 	@echo 'setting up $(VENV), once'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(UV) $(TORCH)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/cpu.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode \
+	  -r requirements/cpu.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@echo '$(KEY)' > $(STAMP)
 

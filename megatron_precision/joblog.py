@@ -23,11 +23,11 @@ SLURM_ERRORS = "log-*.err"
 POLL_S = 0.2
 TAIL_LINES = 25
 _MARK = re.compile(r"\[default\d+\]:")
-_ROOT_CAUSE = re.compile(
-    r"Root Cause \(first observed failure\):.*?"
-    r"rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*(-?\d+)",
-    re.DOTALL,
+_FAILURES = re.compile(
+    r"^(?:Failures:\n(?P<others>.*?))?Root Cause \(first observed failure\):(?P<first>.*)",
+    re.DOTALL | re.MULTILINE,
 )
+_FAILURE = re.compile(r"rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)
 
 
 class Lines:
@@ -104,14 +104,25 @@ class Death:
     local_rank: int
     exit_code: int
 
+    @property
+    def was_killed(self) -> bool:
+        """By a signal that torchrun, which ends the other ranks with SIGTERM, does not send."""
+        return self.exit_code < 0 and self.exit_code != -signal.SIGTERM
+
 
 def first_death(*folders: Path) -> Death | None:
-    """What torchrun reported as the root cause in the newest log under the folders, if it could."""
+    """What torchrun reported as the cause in the newest log under the folders, if it could.
+
+    Of ranks that it finds dead at the same look, it calls the lowest the first. One that was
+    killed broke the collective of one that raised, never the other way round.
+    """
     logs = [path for name in (COMBINED, SLURM_ERRORS) for path in _under(folders, name)]
     for path in logs:
-        found = _ROOT_CAUSE.search(path.read_text(encoding="utf-8", errors="replace"))
-        if found:
-            return Death(*map(int, found.groups()))
+        found = _FAILURES.search(path.read_text(encoding="utf-8", errors="replace"))
+        if found and (root := _FAILURE.search(found["first"])):
+            others = _FAILURE.findall(found["others"] or "")
+            deaths = [Death(*map(int, words)) for words in (root.groups(), *others)]
+            return next((death for death in deaths if death.was_killed), deaths[0])
     return None
 
 
@@ -126,9 +137,7 @@ def describe_failure(run: Path, *logs: Path) -> str:
     if failure is not None and failure.user_error:
         return failure.text
     parts = [f"{'=' * 30} the job failed {'=' * 30}"]
-    # torchrun ends the other ranks with SIGTERM, which is no cause.
-    was_killed = death is not None and death.exit_code < 0 and death.exit_code != -signal.SIGTERM
-    if death is not None and was_killed:
+    if death is not None and death.was_killed:
         name = signal.Signals(-death.exit_code).name
         parts.append(f"rank {death.rank} was killed by {name}; it could leave no traceback.")
         if failure is not None:

@@ -167,6 +167,21 @@ def test_torchruns_summary_names_the_rank_that_was_killed(tmp_path: Path) -> Non
     assert "rank 3 was killed by SIGKILL" in joblog.describe_failure(tmp_path, tmp_path)
 
 
+def test_of_ranks_found_dead_together_the_killed_one_is_the_cause(tmp_path: Path) -> None:
+    def failed(rank: int, code: int) -> str:
+        return f"  rank      : {rank} (local_rank: {rank})\n  exitcode  : {code} (pid: 42)\n"
+
+    log = tmp_path / "combined.log"
+    for killed, code in ((1, -9), (2, -6)):
+        others = "".join(failed(rank, code if rank == killed else -15) for rank in (1, 2))
+        log.write_text(
+            f"x FAILED\n---\nFailures:\n{others}---\n"
+            f"Root Cause (first observed failure):\n{failed(0, 1)}===\n",
+            encoding="utf-8",
+        )
+        assert joblog.first_death(tmp_path) == joblog.Death(killed, killed, code)
+
+
 def test_a_rank_that_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
     log = tmp_path / "log-x.train_7_0.err"
     log.write_text(

@@ -32,6 +32,7 @@ JOB_PREFIX = "mpjob-"
 _JOB_IN_NAME = re.compile(re.escape(JOB_PREFIX) + r"(\d+-\d+|[0-9a-f]+)")
 TRACKER_GRACE_S = 3.0
 _PR_SET_PDEATHSIG = 1
+_WATCHING = b"watching\n"
 
 
 def new_job_id() -> str:
@@ -192,11 +193,17 @@ class Guard:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, job],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             env=environment,
             cwd=Path(__file__).resolve().parents[2],
             start_new_session=True,
         )
+        # What the job's processes make is guarded from the first: a Slurm step whose torchrun has
+        # ended is killed, with a guard that is still importing. An empty line: it could not start.
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != _WATCHING:
+            raise OSError(f"the guard of {job} could not start: exit code {self._process.wait()}")
+        self._process.stdout.close()
 
     def close(self) -> None:
         """End what is left of the job and wait until it is gone."""
@@ -210,6 +217,7 @@ def main() -> None:
     # Slurm sends a job's signal to every process of it; this one has its work when they end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.write(sys.stdout.fileno(), _WATCHING)
     sys.stdin.buffer.read()
     end_job(sys.argv[1])
 
