@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,15 +109,21 @@ def make(case: Case, runs: Path) -> dict[str, Any]:
     config = recipes.build(f"sanity.tiny_{case.model}")
     if launching.ensure_start(config):
         raise SystemExit("the start could not be made")
-    out = runs / case.name
-    line = [sys.executable, str(ROOT / "launch.py"), f"sanity.tiny_{case.model}"]
-    line += ["--precision", case.precision, "--algo", case.algorithm, "--out", str(out)]
-    line += ["--overwrite", "--start-from", str(start_dir(config)), "--set", *case.settings]
+    out, ranks = runs / case.name, config.parallel.world_size
+    # By hand: what launch.py adds is a console and ten seconds.
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += ["--nproc-per-node", str(ranks), "-m", "megatron_precision", "train"]
+    line += [config.recipe, "--precision", case.precision, "--algo", case.algorithm]
+    line += ["--out", str(out), "--overwrite", "--start-from", str(start_dir(config))]
+    line += ["--set", *case.settings]
     print(f"\n{case.name}", flush=True)
-    code = subprocess.run(line, check=False).returncode
-    summary = summed_up(out / "metrics.jsonl")
-    shutil.rmtree(out / "launcher", ignore_errors=True)
-    return {**asdict(case), "fingerprint": case.fingerprint, "exit_code": code, **summary}
+    begin = time.monotonic()
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | launching.environment(ranks) | {"PYTHONPATH": paths}
+    code = subprocess.run(line, check=False, env=environment).returncode
+    seconds = round(time.monotonic() - begin, 1)
+    summary = {"exit_code": code, "seconds": seconds, **summed_up(out / "metrics.jsonl")}
+    return {**asdict(case), "fingerprint": case.fingerprint, **summary}
 
 
 def summed_up(path: Path) -> dict[str, Any]:
@@ -139,7 +146,6 @@ def summed_up(path: Path) -> dict[str, Any]:
         ),
         "weight_max": max(e["loss/weight_max"] for e in of["step"]),
         "skipped": sum(e["precision/skipped"] for e in of["step"]),
-        "seconds": ends[-1]["time/total_s"] if ends else None,
     }
 
 

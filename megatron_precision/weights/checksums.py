@@ -1,10 +1,11 @@
 """Checksums of regions: what both sides of a sync compare, computed on bit patterns.
 
 A region [rows, columns] is summed along rows and along columns, as integers, and both sums are
-weighted by position: Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64. One changed element always
-changes it. So do elements that changed places, but for a chance of about 2^-15 where they are two,
-and 2^-60 where they are rows, columns or whole regions. On the CPU both sums are taken block by
-block, while a block is in the cache: memory is read once.
+weighted by position: Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64, u odd and v even. An element's
+own weight u_r + v_c is odd, so one that changed always changes the sum, its highest bit too. So
+do elements that changed places, but for a chance of about 2^-15 where they are two, and 2^-60
+where they are rows, columns or whole regions. On the CPU both sums are taken block by block,
+while a block is in the cache: memory is read once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 
 import torch
 
-_BLOCK_ROWS = 128
+_BLOCK_BYTES = 2 * 2**20  # of a cache that the two sums share
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -35,15 +36,21 @@ def checksum(view: torch.Tensor, columns: int) -> torch.Tensor:
     words = view.view(_INTEGERS[size])
     if words.ndim == 1:
         words = words[None]
-    inner = math.prod(words.shape[1:-1])
-    step = max(1, _BLOCK_ROWS // inner) if view.device.type == "cpu" else len(words)
-    row_sums, column_sums = [], []
-    for block in words.split(step):
-        row_sums.append(block.sum(-1, dtype=torch.int64).flatten())
-        column_sums.append(block.sum(tuple(range(words.ndim - 1)), dtype=torch.int64))
-    by_row, by_column = torch.cat(row_sums), torch.stack(column_sums).sum(0)
+    step = len(words)
+    if view.device.type == "cpu":
+        step = max(1, _BLOCK_BYTES // (size * math.prod(words.shape[1:])))
+    if step >= len(words):
+        by_row, by_column = _both_sums(words)
+    else:
+        row_sums, column_sums = zip(*map(_both_sums, words.split(step)), strict=True)
+        by_row, by_column = torch.cat(row_sums), torch.stack(column_sums).sum(0)
     total = (by_row * _weights(len(by_row), 0, view.device)).sum()
     return total + (by_column * _weights(len(by_column), 1, view.device)).sum()
+
+
+def _both_sums(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = block.sum(-1, dtype=torch.int64).flatten()
+    return rows, block.sum(tuple(range(block.ndim - 1)), dtype=torch.int64)
 
 
 def _viewable(view: torch.Tensor, size: int) -> bool:
@@ -54,11 +61,12 @@ def _viewable(view: torch.Tensor, size: int) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _weights(count: int, stream: int, device: torch.device) -> torch.Tensor:
-    """Odd 64-bit numbers, one a position, without a pattern (splitmix64)."""
+    """64-bit numbers, one a position, without a pattern (splitmix64); odd in the first stream."""
     z = (torch.arange(1, count + 1, device=device) + (stream << 40)) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
-    return z ^ ((z >> 31) & (2**33 - 1)) | 1
+    z = z ^ ((z >> 31) & (2**33 - 1))
+    return z | 1 if stream == 0 else z & -2
 
 
 def columns_of(shape: tuple[int, ...]) -> int:

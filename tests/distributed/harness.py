@@ -1,17 +1,26 @@
-"""Run a function on real processes with gloo, as torchrun would start them."""
+"""Run a function on real processes with gloo, as torchrun would start them.
+
+The processes are forked from one that has imported what is not under test (`preloaded.py`).
+"""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib
+import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +28,14 @@ from megatron_precision.platform.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+_COMMON = {
+    "PYTHONPATH": f"{ROOT}:{HERE}",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "VLLM_HOST_IP": "127.0.0.1",
+    # A failed rank's message is to be found in its log.
+    "PYTHONWARNINGS": "ignore",
+}
 
 
 def free_port() -> int:
@@ -39,34 +56,22 @@ def run_distributed(body: str, world_size: int, *args: Any, timeout_s: float = 4
         AssertionError: with every rank's output, where a rank failed or time ran out.
     """
     job = f"test-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder:
         Path(folder, "args.pkl").write_bytes(pickle.dumps(args))
         common = {
             **os.environ,
-            "PYTHONPATH": f"{ROOT}:{HERE}",
             "WORLD_SIZE": str(world_size),
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
             "MEGATRON_PRECISION_JOB": job,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "VLLM_HOST_IP": "127.0.0.1",
-            # A failed rank's message is to be found in its log.
-            "PYTHONWARNINGS": "ignore",
+            **_COMMON,
         }
-        processes = []
+        processes: list[BaseProcess] = []
         for rank in range(world_size):
-            log = stack.enter_context(Path(folder, f"rank{rank}.log").open("wb"))
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, str(Path(__file__)), body, folder],
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=folder,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
+            variables = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(_ranks().Process(target=_rank, args=(body, folder, variables)))
+            processes[-1].start()
         codes = _wait(processes, timeout_s)
         for leftover in Path("/dev/shm").glob(f"*{job}*"):
             leftover.unlink()
@@ -79,35 +84,61 @@ def run_distributed(body: str, world_size: int, *args: Any, timeout_s: float = 4
         return pickle.loads(Path(folder, "result.pkl").read_bytes())
 
 
-def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> list[int]:
+@functools.cache
+def _ranks() -> ForkServerContext:
+    """Starts ranks as forks of one process, which imports `preloaded` first and ends with us."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["preloaded"])
+    # What is read when PyTorch and its BLAS are imported must be there by then.
+    with _variables(_COMMON):
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _wait(processes: list[BaseProcess], timeout_s: float) -> list[int]:
     """Exit codes in order; when one rank fails its peers wait for it in vain and are ended."""
     deadline = time.monotonic() + timeout_s
     try:
-        while (running := [p for p in processes if p.poll() is None]) and (
+        while (running := [p for p in processes if p.exitcode is None]) and (
             time.monotonic() < deadline
         ):
-            if any(process.poll() not in (None, 0) for process in processes):
+            if any(process.exitcode not in (None, 0) for process in processes):
                 # The peer's own message is worth a moment.
                 deadline = min(deadline, time.monotonic() + 5.0)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                running[0].wait(timeout=0.5)
-        return [-1 if process.poll() is None else process.returncode for process in processes]
+            running[0].join(timeout=0.5)
+        return [-1 if process.exitcode is None else process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
 
 
-def main() -> None:
+def _rank(body: str, folder: str, variables: dict[str, str]) -> None:
+    """A rank's own process; like a rank of torchrun it has its environment, folder and log."""
     # A killed pytest must leave no rank behind.
     die_with_parent()
-    body, folder = sys.argv[1:]
+    with open(Path(folder, f"rank{variables['RANK']}.log"), "wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(variables)
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    os.chdir(folder)
     module, _, function = body.rpartition(".")
     args = pickle.loads(Path(folder, "args.pkl").read_bytes())
     result = getattr(importlib.import_module(module), function)(*args)
-    if os.environ["RANK"] == "0":
+    if variables["RANK"] == "0":
         Path(folder, "result.pkl").write_bytes(pickle.dumps(result))
-
-
-if __name__ == "__main__":
-    main()
+    # multiprocessing ends without these, and engines remove shared memory in them.
+    atexit._run_exitfuncs()

@@ -70,7 +70,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if "qwen3" in name else pytest.mark.slow) for name in MODELS],
+)
 def test_megatron_loads_it_at_another_layout_and_what_it_saves_exports(
     name: str, tmp_path: Path
 ) -> None:

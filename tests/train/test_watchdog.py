@@ -33,7 +33,7 @@ def test_where_all_live_in_the_same_phase_nobody_is_accused() -> None:
     assert line.startswith("every rank lives")
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stopped_rank_is_named_by_its_peer(stopped: int, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="7"):
         run_distributed("watchdog_bodies.one_stops", 2, stopped, str(tmp_path), timeout_s=120)
