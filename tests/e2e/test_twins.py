@@ -19,6 +19,8 @@ import recipes
 from megatron_precision.config import RunConfig, to_dict
 from recipes.twins import twin
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 WRITE = """
 import sys
@@ -36,8 +38,6 @@ FILES = [
     "task.eval_sets=held_out=held_out.jsonl",
     "task.scorer=chat_scorers:parity",
 ]
-# One of them runs with every change; the others behind `slow`.
-FAST = "dense14b.dapo"
 
 
 def run_twin(small: RunConfig, folder: Path) -> list[dict[str, Any]]:
@@ -65,10 +65,7 @@ def per_token(event: dict[str, Any]) -> float:
     return statistics.median(ratios) / float(event["response/tokens_mean"])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n == FAST else pytest.mark.slow) for n in recipes.SIZED],
-)
+@pytest.mark.parametrize("name", recipes.SIZED)
 def test_the_twin_of_a_recipe_trains(name: str, tmp_path: Path) -> None:
     iterations = run_twin(twin(recipes.build(name)), tmp_path)
     assert len(iterations) == 2
@@ -78,7 +75,6 @@ def test_the_twin_of_a_recipe_trains(name: str, tmp_path: Path) -> None:
         assert event["mismatch/num_tokens"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "bf16/fp32"])
 def test_a_twin_runs_in_other_precisions(precision: str, tmp_path: Path) -> None:
     small = twin(recipes.build("moe.grpo_token_tis", precision))
@@ -86,7 +82,6 @@ def test_a_twin_runs_in_other_precisions(precision: str, tmp_path: Path) -> None
     assert [event["sync/verified"] for event in iterations] == [1, 1]
 
 
-@pytest.mark.slow
 def test_the_pipeline_of_a_recipe_runs(tmp_path: Path) -> None:
     small = twin(recipes.build("moe.pg_seq_tis"), pipeline=True)
     iterations = run_twin(small, tmp_path)

@@ -108,7 +108,10 @@ def test_every_patch_finds_its_name_in_the_installed_megatron_and_only_once_wrap
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("earlier", ["", "with torch.device('meta'): torch.empty(1)\n"])
+@pytest.mark.parametrize(
+    "earlier",
+    [pytest.param("", marks=pytest.mark.slow), "with torch.device('meta'): torch.empty(1)\n"],
+)
 def test_a_device_context_acts_on_patched_factories(earlier: str) -> None:
     """transformers builds under `meta`, and leaves what it finds elsewhere uninitialised."""
     result = in_a_process(

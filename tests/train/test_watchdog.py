@@ -45,6 +45,7 @@ def test_a_stopped_rank_is_named_by_its_peer(stopped: int, tmp_path: Path) -> No
     assert "watchdog_bodies.py" in text  # where the peer waited
 
 
+@pytest.mark.slow
 def test_a_slow_phase_ends_at_its_own_limit_and_one_without_a_limit_does_not(
     tmp_path: Path,
 ) -> None:

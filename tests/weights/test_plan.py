@@ -293,7 +293,7 @@ def main_copies(draw: st.DrawFn) -> tuple[Planner, FlatRanges]:
 
 
 @given(main_copies())
-@settings(max_examples=40, deadline=None, suppress_health_check=BUSY)
+@settings(max_examples=15, deadline=None, suppress_health_check=BUSY)
 def test_main_copies_in_flat_ranges(made: tuple[Planner, FlatRanges]) -> None:
     """A rank has the numbers of its ranges alone: whatever else is sent from it arrives as -1."""
     planner, ranges = made
