@@ -43,6 +43,14 @@ sys.exit(code)
         assert told + "    expected: 1 or more" in done.stderr
 
 
+def test_a_million_workers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(DENSE, tmp_path / "hf")
+    words = ["import", str(tmp_path / "hf"), str(tmp_path / "out"), "--workers", "1000000"]
+    assert main(words) == 2
+    assert "too many processes\n    where:    --workers\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_misspelt_command_gets_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["imprt", "a", "b"]) == 2
     error = capsys.readouterr().err

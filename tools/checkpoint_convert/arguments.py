@@ -19,6 +19,7 @@ from tools.checkpoint_convert.folders import (
 # The arguments that are paths, as the usage names them.
 _SOURCES = {"source": "FROM", "first": "A", "second": "B", "folder": "DIR"}
 _PATHS = _SOURCES | {"target": "TO", "config": "--config"}
+MOST_WORKERS = 256
 _NUMBERS = ("workers", "tp", "pp", "ep", "etp")
 
 
@@ -33,7 +34,7 @@ def refuse_arguments(args: argparse.Namespace) -> None:
 
     Raises:
         UserError: lists every path that is empty, or is not what the command reads or writes
-            there, and every number below 1.
+            there, every number below 1, and more workers than any machine has use for.
     """
     problems = []
     for name, label in _PATHS.items():
@@ -46,6 +47,11 @@ def refuse_arguments(args: argparse.Namespace) -> None:
             )
     problems += _path_problems(args)
     problems += below_one({n: getattr(args, n) for n in _NUMBERS if hasattr(args, n)})
+    if getattr(args, "workers", 1) > MOST_WORKERS:
+        problems.append(
+            Problem("too many processes", "--workers", str(args.workers), f"up to {MOST_WORKERS}",
+                    "one a core is the most that helps")
+        )  # fmt: skip
     if problems:
         raise UserError(problems)
 
