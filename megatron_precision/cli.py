@@ -100,9 +100,12 @@ def _train(args: argparse.Namespace) -> int:
     if args.resume and nothing_left(config, out):
         return 0
     arguments.require_inputs(config, args.start_from, lines[0])
-    if rank.number() == 0 and not args.claimed:
-        run_folder.claim(out, args.overwrite, args.resume)
-        run_folder.write_config(config, out)
+    if rank.number() == 0:
+        if not args.claimed:
+            run_folder.claim(out, args.overwrite, args.resume)
+        run_folder.hold(out)
+        if not args.claimed:
+            run_folder.write_config(config, out)
 
     def work() -> None:
         from megatron_precision.platform import startup

@@ -9,13 +9,16 @@ checkpoints/     what a resume goes on from (`checkpoint/folders.py`)
 errors/          rank<k>.txt, what ended a rank that failed
 alive/           rank<k>.json, which phase each rank is in (`train/watchdog.py`)
 launcher/        nemo-run's files and the logs of every rank
+lock             held by rank 0 for as long as it lives
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ DUMPS = "dumps"
 _WAYS_ON = "go on with --resume, replace it with --overwrite, or choose another --out"
 ERRORS = "errors"
 ALIVE = "alive"
+LOCK = "lock"
 
 
 def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
@@ -49,13 +53,60 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
     if found:
         raise UserError(found)
     try:
-        if not resume and out.is_dir() and any(out.iterdir()):
+        if not resume and out.is_dir() and _has_files(out):
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
     except OSError as wrong:
         raise UserError(
             Problem("cannot use the run folder", f"--out {out}", str(wrong), "a writable folder")
         ) from wrong
+
+
+def hold(out: Path) -> None:
+    """Keep other runs out of the folder for as long as this process lives, however it ends.
+
+    Raises:
+        UserError: when another run's rank 0 lives there.
+    """
+    lock = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(_in_use(out)) from None
+    except OSError as wrong:  # a file system that has no locks
+        print(f"{out} cannot be locked against a second run: {wrong}", file=sys.stderr)
+    # A writer of checkpoints or a worker that outlives this process must not hold it.
+    os.register_at_fork(after_in_child=lambda: os.close(lock))
+
+
+def is_held(out: Path) -> bool:
+    """Whether a run lives there."""
+    try:
+        lock = os.open(out / LOCK, os.O_RDWR)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system that has no locks: `hold` says so
+        return False
+    finally:
+        os.close(lock)
+    return False
+
+
+def _has_files(out: Path) -> bool:
+    """More than the lock of a run that died before it wrote anything."""
+    return any(path.name != LOCK for path in out.iterdir())
+
+
+def _in_use(out: Path) -> Problem:
+    return Problem(
+        "another run is writing there", f"--out {out}", "a lock that its rank 0 holds",
+        "a folder that no other run uses", "wait for it, stop it, or choose another --out",
+    )  # fmt: skip
 
 
 def holds_run(out: Path) -> bool:
@@ -77,7 +128,9 @@ def claim_problems(out: Path, overwrite: bool = False, resume: bool = False) -> 
             )
         )  # fmt: skip
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if is_held(out):
+            found.append(_in_use(out))
+        elif out.exists() and (not out.is_dir() or _has_files(out)):
             found += _not_a_run(out) if resume else _occupied(out, overwrite)
     except OSError as wrong:
         found.append(
