@@ -53,7 +53,7 @@ test-slow: install
 	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
 
 test-exhaustive: install
-	$(BIN)/python -m pytest -m exhaustive
+	$(BIN)/python -m pytest -m exhaustive --timeout 3600
 
 # On a GPU host, with the interpreter of its environment (docs/gpu.md): make test-gpu GPU_PYTHON=...
 GPU_PYTHON ?= python

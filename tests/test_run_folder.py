@@ -19,10 +19,8 @@ out = Path(sys.argv[1])
 run_folder.claim(out)
 run_folder.hold(out)
 (out / "config.json").write_text("{}")
-child = os.fork()
-if child == 0:
-    time.sleep(60)  # a writer that outlives the run
-print(child, flush=True)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)  # a writer that outlives the run
 time.sleep(60)
 """
 

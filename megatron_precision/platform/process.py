@@ -160,6 +160,9 @@ def end_job(job: str, grace_s: float = 5.0) -> list[int]:
     Returns:
         The processes that were still alive.
     """
+    # First, since whoever ends us has little patience: what is mapped stays mapped. And again at
+    # the end, for what was made in between.
+    _remove_segments(job)
     left = members(job)
     _signal(left, signal.SIGTERM)
     deadline = time.monotonic() + grace_s
@@ -174,9 +177,7 @@ def end_job(job: str, grace_s: float = 5.0) -> list[int]:
         patient = time.monotonic() < deadline
         _signal([pid for pid in alive if not (patient and pid in trackers)], signal.SIGKILL)
         time.sleep(0.1)
-    for path in segments(job):
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+    _remove_segments(job)
     return left
 
 
@@ -220,6 +221,12 @@ def main() -> None:
     os.write(sys.stdout.fileno(), _WATCHING)
     sys.stdin.buffer.read()
     end_job(sys.argv[1])
+
+
+def _remove_segments(job: str) -> None:
+    for path in segments(job):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
 
 
 def _signal(pids: list[int], number: signal.Signals) -> None:

@@ -24,6 +24,11 @@ def main() -> int:
 
 
 def work(ending: str, out: Path, number: int) -> None:
+    # As with an engine, shared memory is made once the ranks have met, and so after the guard.
+    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    (out / f"here{number}.{start}").touch()
+    while not (out / f"here{1 - number}.{start}").exists():
+        time.sleep(0.02)
     named = process.SHARED_MEMORY / f"tiny-{number}-{process.adopt_job()}"
     named.write_bytes(b"segment")
     (out / f"named{number}").write_text(str(named), encoding="utf-8")
