@@ -6,7 +6,6 @@ The processes are forked from one that has imported what is not under test (`pre
 from __future__ import annotations
 
 import atexit
-import contextlib
 import functools
 import importlib
 import multiprocessing
@@ -17,12 +16,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megatron_precision.platform.process import die_with_parent
 
@@ -90,20 +89,9 @@ def _ranks() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["preloaded"])
     # What is read when PyTorch and its BLAS are imported must be there by then.
-    with _variables(_COMMON):
+    with mock.patch.dict(os.environ, _COMMON):
         forkserver.ensure_running()
     return context
-
-
-@contextlib.contextmanager
-def _variables(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _wait(processes: list[BaseProcess], timeout_s: float) -> list[int]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from engine_worlds import engine_world, every_world, mismatch_world
 
+from megatron_precision.platform import wide_products
+
 
 @every_world
 def test_the_same_seeds_give_the_same_tokens_whatever_is_submitted_with_them(world: str) -> None:
@@ -13,12 +15,14 @@ def test_the_same_seeds_give_the_same_tokens_whatever_is_submitted_with_them(wor
     assert len(first) == 16
     assert len(set(first.values())) > 12
     assert again == first
-    # In two halves, one by one while others run, and in reverse: a product of another number of
-    # rows can round otherwise in its last bit, and now and then a draw goes the other way.
+    # In two halves, one by one while others run, and in reverse. A BF16 product taken wide can
+    # round otherwise in its last bit for another number of rows, and now and then turn a draw.
+    rounds_otherwise = "bf16" in world and torch.bfloat16 in wide_products.not_native()
+    alike = 14 if rounds_otherwise else 16
     assert len(others) == 3
     for other in others:
         assert other.keys() == first.keys()
-        assert sum(other[request] == tokens for request, tokens in first.items()) >= 14
+        assert sum(other[request] == tokens for request, tokens in first.items()) >= alike
 
 
 @every_world
