@@ -66,7 +66,7 @@ def _row(case: tuple[Any, ...], values: dict[str, Any]) -> str:
         f"{statistics.median(seconds['by plan']):.2f} s",
         f"{ratio('full gather', 'by plan'):.1f} ×",
         f"{ratio('by plan', 'memory copy'):.1f}",
-        f"{ratio('proof', 'by plan'):.2f}",
+        f"{ratio('proof', 'by plan'):.2f} / {ratio('sums compared', 'by plan'):.4f}",
         f"{extra['by plan'] / mib:.0f} / {extra['full gather'] / mib:.0f}",
     ]
     return f"| {' | '.join(cells)} |"

@@ -28,7 +28,10 @@ from megatron_precision.weights.plan import Planner, rank_groups
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transfer import Transfer
 
-COPY, PLANNED, PROOF, GATHER = "memory copy", "by plan", "proof", "full gather"
+COPY, PLANNED, GATHER = "memory copy", "by plan", "full gather"
+# The proof, and of it what travels: the checksums themselves are of the trainer's memory and the
+# engine's, wherever these are.
+PROOF, COMPARISON = "proof", "sums compared"
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,12 @@ def run(
         gather = FullGather(planner, weights, targets, wire=wire, device=device)
         gather.run()
     _require_equal(transfer, GATHER)
+    held = transfer.proof.held()
     ways = {
         COPY: _plain_copy(list(tensors.values())),
         PLANNED: transfer.run,
         PROOF: transfer.prove,
+        COMPARISON: lambda: transfer.proof.arrived(held),
         GATHER: gather.run,
     }
     return Execution(

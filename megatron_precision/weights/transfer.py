@@ -102,6 +102,9 @@ class Transfer:
         batch_bytes: what is under way to a rank at once; two such buffers are held at most.
         firsts: by parameter of which a range of elements is held, flat, its first element.
 
+    Attributes:
+        proof: the trainers' part of the proof.
+
     Raises:
         PlanError: names what either side has otherwise than planned, and both layouts.
         EngineLayoutError: for a kernel whose layout is not known.
@@ -149,10 +152,8 @@ class Transfer:
         )
         views = Views(sources, "the trainer", firsts)
         self._dtype = dtype
-        self._proofs = [RegionProof(plan, views, wire=wire, engine=dtype) for plan in groups]
-        self._needed = [
-            _by_parameter(proof.needed, Views(targets, "the engine")) for proof in self._proofs
-        ]
+        self.proof = RegionProof(groups, views, wire=wire, engine=dtype)
+        self._needed = _by_parameter(self.proof.needed, Views(targets, "the engine"))
 
     @property
     def staging_bytes(self) -> int:
@@ -174,18 +175,13 @@ class Transfer:
     @torch.no_grad()
     def prove(self) -> Proof:
         """Compare what the trainers hold with what the kernels read; every rank calls it."""
-        lines: list[str] = []
-        regions = 0
-        for proof, needed in zip(self._proofs, self._needed, strict=True):
-            expected = proof.expected()
-            regions += len(expected)
-            for name, cells in needed.items():
-                differing = self._differing(name, cells, expected)
-                lines += [
-                    f"{name}: {list(cell.shape)} of {cell.hf_name} from {list(cell.start)} differs"
-                    for cell in differing
-                ]
-        return Proof(regions, lines)
+        expected = self.proof.arrived(self.proof.held())
+        lines = [
+            f"{name}: {list(cell.shape)} of {cell.hf_name} from {list(cell.start)} differs"
+            for name, cells in self._needed.items()
+            for cell in self._differing(name, cells, expected)
+        ]
+        return Proof(len(expected), lines)
 
     def _differing(
         self, name: str, cells: list[tuple[Cell, Piece]], expected: Mapping[Cell, int]

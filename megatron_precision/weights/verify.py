@@ -8,13 +8,13 @@ dropped, duplicated or sent to the wrong place is a cell that differs, with its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_precision.weights.checksums import checksum, columns_of
-from megatron_precision.weights.plan import Cell, RankPlan
+from megatron_precision.weights.plan import Cell, Exchange, RankPlan
 from megatron_precision.weights.transport import Views
 
 
@@ -22,7 +22,7 @@ class RegionProof:
     """One rank's part of the proof, bound to the trainer's tensors.
 
     Args:
-        plan: of this rank.
+        groups: this rank's plans, as the transport carries them out.
         sources: the trainer's cells on this rank.
         wire: dtype of what is sent.
         engine: dtype of the engine's parameters.
@@ -35,46 +35,58 @@ class RegionProof:
     """
 
     def __init__(
-        self, plan: RankPlan, sources: Views, *, wire: torch.dtype, engine: torch.dtype
+        self, groups: Sequence[RankPlan], sources: Views, *, wire: torch.dtype, engine: torch.dtype
     ) -> None:
-        self._plan, self._wire, self._engine = plan, wire, engine
-        self._held = {cell: sources.of(cell) for cell in plan.held}
-        self.needed = plan.needed
+        self._wire, self._engine = wire, engine
+        self._held = {cell: sources.of(cell) for plan in groups for cell in plan.held}
+        self._copies = [cell for plan in groups for cell in plan.copies]
+        # Those of all groups travel together: one message a peer, whatever the number of layers.
+        self._direct = _merged([plan.direct for plan in groups])
+        self._fan_out = _merged([plan.fan_out for plan in groups])
+        self.needed = [cell for plan in groups for cell in plan.needed]
 
     @torch.no_grad()
-    def expected(self) -> dict[Cell, int]:
-        """The trainer's checksum of each cell that this rank needs; every rank calls it."""
-        held = dict(zip(self._held, self._sums(), strict=True))
-        direct, fan_out = self._plan.direct, self._plan.fan_out
-        known = {cell: held[cell] for cell in self._plan.copies}
-        known |= _exchanged(direct.sends, held, direct.receives)
-        return known | _exchanged(fan_out.sends, known, fan_out.receives)
-
-    def _sums(self) -> list[int]:
+    def held(self) -> dict[Cell, int]:
+        """The trainer's checksum of each cell that it sends or copies from this rank."""
         if not self._held:
-            return []
+            return {}
         cast = ((c, view.to(self._wire).to(self._engine)) for c, view in self._held.items())
         sums = torch.stack([checksum(view, columns_of(cell.shape)) for cell, view in cast])
-        return sums.tolist()  # type: ignore[no-any-return]
+        return dict(zip(self._held, sums.tolist(), strict=True))
+
+    def arrived(self, held: Mapping[Cell, int]) -> dict[Cell, int]:
+        """The trainer's checksum of each cell that this rank needs; every rank calls it."""
+        known = {cell: held[cell] for cell in self._copies}
+        known |= _exchanged(self._direct, held)
+        return known | _exchanged(self._fan_out, known)
 
 
-def _exchanged(
-    sends: Mapping[int, list[Cell]], known: Mapping[Cell, int], receives: Mapping[int, list[Cell]]
-) -> dict[Cell, int]:
+def _merged(exchanges: Iterable[Exchange]) -> Exchange:
+    """Each peer's cells of all groups, in their order, which is the same on both sides."""
+    found = Exchange()
+    for exchange in exchanges:
+        for peer, cells in exchange.sends.items():
+            found.sends.setdefault(peer, []).extend(cells)
+        for peer, cells in exchange.receives.items():
+            found.receives.setdefault(peer, []).extend(cells)
+    return found
+
+
+def _exchanged(exchange: Exchange, known: Mapping[Cell, int]) -> dict[Cell, int]:
     """Send each peer its cells' checksums, and receive those of the cells that come from it."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     buffers = {
         peer: torch.empty(len(cells), dtype=torch.int64, device=device)
-        for peer, cells in receives.items()
+        for peer, cells in exchange.receives.items()
     }
     operations = [dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in buffers.items()]
-    for peer, cells in sends.items():
+    for peer, cells in exchange.sends.items():
         values = torch.tensor([known[cell] for cell in cells], dtype=torch.int64, device=device)
         operations.append(dist.P2POp(dist.isend, values, peer))
     for work in dist.batch_isend_irecv(operations) if operations else ():
         work.wait()
     return {
         cell: value
-        for peer, cells in receives.items()
+        for peer, cells in exchange.receives.items()
         for cell, value in zip(cells, buffers[peer].tolist(), strict=True)
     }

@@ -32,7 +32,7 @@ from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.gathering import full_tensors
 from megatron_precision.weights.hf_model import write_checkpoint
 from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
-from megatron_precision.weights.plan import rank_groups
+from megatron_precision.weights.plan import RankPlan, rank_groups
 from megatron_precision.weights.proof import prove_sync
 from megatron_precision.weights.sync import WeightSyncError
 from megatron_precision.weights.transfer import Proof
@@ -273,11 +273,15 @@ class Pieces:
     source: list[torch.Tensor]
 
 
+def plans(session: Session) -> list[RankPlan]:
+    """This rank's, a group of layers each."""
+    return rank_groups(session.sync.transfer._planner, dist.get_rank())
+
+
 def local_copies(session: Session) -> Pieces:
     """Those of the first group of layers."""
-    transfer = session.sync.transfer
-    group = transfer.transport._groups[1]
-    names = [cell.hf_name for cell in transfer._proofs[1]._plan.copies]
+    group = session.sync.transfer.transport._groups[1]
+    names = [cell.hf_name for cell in plans(session)[1].copies]
     return Pieces(names, group.copy_to, group.copy_from)
 
 
@@ -292,11 +296,10 @@ def arriving(session: Session) -> tuple[list[Any], int] | None:
 
 def arriving_message(session: Session) -> Pieces:
     """The pieces of the first packed message from the other rank; of some ranks, none."""
-    transfer = session.sync.transfer
-    for proof, steps in zip(transfer._proofs, transfer.transport._steps, strict=True):
+    for plan, steps in zip(plans(session), session.sync.transfer.transport._steps, strict=True):
         for step in steps:
             if step.receive.views:
-                (cells,) = proof._plan.direct.receives.values()
+                (cells,) = plan.direct.receives.values()
                 assert len(cells) == len(step.receive.views)
                 names = [cell.hf_name for cell in cells]
                 return Pieces(names, step.receive.views, step.receive.slices)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import real_jobs
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CHAT = {
     "task.name": "chat",
@@ -111,7 +113,6 @@ def test_the_trainer_and_the_engine_hold_the_same_sharded_checkpoint(run: Path) 
     assert first["sync/verified"] == 1
 
 
-@pytest.mark.slow
 def test_the_perfectible_set_is_what_the_checkpoint_answers_sometimes_however_it_was_made(
     folder: Path,
 ) -> None:

@@ -12,6 +12,8 @@ import pytest
 import real_jobs
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def dump(dense_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

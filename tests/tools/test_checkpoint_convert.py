@@ -125,7 +125,7 @@ def test_every_layout_there_and_another_back(
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("qwen3", ["--tp", "2", "--pp", "2"]),
+        pytest.param("qwen3", ["--tp", "2", "--pp", "2"], marks=pytest.mark.slow),
         ("qwen3_moe", ["--tp", "2", "--ep", "2", "--etp", "2"]),
     ],
 )

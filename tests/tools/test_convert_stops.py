@@ -98,7 +98,9 @@ def test_a_conversion_that_is_stopped_anywhere_leaves_nothing(
     ("moment", "number", "line"),
     [
         ("", signal.SIGINT, "interrupted\n"),
-        ("out.partial/*.distcp", signal.SIGINT, "interrupted\n"),
+        pytest.param(
+            "out.partial/*.distcp", signal.SIGINT, "interrupted\n", marks=pytest.mark.slow
+        ),
         ("out.partial/*.distcp", signal.SIGTERM, "terminated\n"),
     ],
 )
