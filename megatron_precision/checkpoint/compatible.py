@@ -37,8 +37,9 @@ _ROUNDING = {
     "rollout.kv_cache_mib": "the engine's batches",
     "rollout.prefix_caching": "the engine's batches",
 }
-# Counts of restarts that the schedulers keep.
-_RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+# Counts of restarts that the schedulers keep, and of earlier tasks of an array that is one job
+# (`launching/slurm_setup.sh`).
+_RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "EARLIER_ARRAY_TASKS")
 
 
 def was_restarted() -> bool:

@@ -87,7 +87,7 @@ def _missing(
             "the project's environment", "make install, then .venv/bin/python launch.py ...",
         )  # fmt: skip
     if launch is not None and launch.executor == "slurm":
-        yield from slurm.require_slurm()
+        yield from slurm.require_slurm(launch)
     if config.start.kind == "checkpoint":
         yield from inputs.problems(_as_on_host(config, launch))
 

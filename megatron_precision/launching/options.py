@@ -32,6 +32,7 @@ _TAKEN_BY = {
     "time": ("slurm",),
     "srun_args": ("slurm",),
     "restarts": ("slurm",),
+    "array": ("slurm",),
     "container_image": ("slurm", "docker", "kubeflow", "skypilot"),
     "mounts": ("slurm", "docker"),
     "env": ("slurm", "kubeflow"),
@@ -64,6 +65,7 @@ class Options:
         retries: how often a job that failed is started again.
         restarts: how often a job that was stopped (at its time limit, or for another's sake) goes
             on from its last checkpoint.
+        array: as how many tasks of a job array it is submitted, where it is one.
         wait: stay until the job ends.
     """
 
@@ -80,6 +82,7 @@ class Options:
     srun_args: tuple[str, ...]
     retries: int
     restarts: int
+    array: int
     experiment_name: str
     wait: bool
     site: Site
@@ -109,6 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--restarts",
         metavar="N",
         help="go on from the last checkpoint after the time limit or a pre-emption, N times",
+    )
+    add(
+        "--array",
+        metavar="N",
+        help="the same where jobs may not be queued again: N tasks of an array, one after another",
     )
     add("--experiment-name", metavar="NAME", help="default: the recipe")
     add("--wait", action="store_true", help="stay until the job ends, and exit as it (default)")
@@ -148,6 +156,7 @@ def resolve(
         srun_args=said.srun_args(),
         retries=said.count("retries", 0, default=0),
         restarts=said.count("restarts", 0, default=0),
+        array=said.count("array", 1, default=0),
         experiment_name=said.title(config),
         wait=not args.detach,
         site=site,
@@ -155,6 +164,14 @@ def resolve(
     problems += said.problems
     if args.wait and args.detach:
         problems.append(Problem("waiting and not waiting", "--wait --detach", "both", "one"))
+    if options.array and options.restarts:
+        problems.append(
+            Problem(
+                "two ways to go on after a time limit", "--array --restarts",
+                f"{options.array} and {options.restarts}",
+                "--restarts, or --array where jobs may not be queued again",
+            )
+        )  # fmt: skip
     problems += _container_problems(options, args)
     if config is not None and not any(p.where in _SIZES for p in problems):
         options = _sized(options, config)

@@ -35,6 +35,7 @@ DEFAULTS = {
     "gpus_per_node": _COUNT,
     "retries": _COUNT,
     "restarts": _COUNT,
+    "array": _COUNT,
     "mounts": _TEXTS,
     "env": _TEXTS,
     "srun_args": _TEXTS,

@@ -13,6 +13,7 @@ import re
 import secrets
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ _EXPORTED = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH")
 # Below the ports that the kernel gives to outgoing connections.
 _PORTS = range(20000, 30000)
 _TORCHRUN = re.compile(r"\btorchrun --.*")
+# Slurm's words for a node that nothing can be started on; those that do not answer have a star.
+_GONE = ("down", "error", "fail", "unknown", "powered_down")
 _SETUP = Path(__file__).with_name("slurm_setup.sh")
 
 
@@ -43,7 +46,8 @@ class Submitted:
     Attributes:
         job: what was submitted.
         number: Slurm's own id of it.
-        logs: the folder of `log-*_<number>_<restart>.out` and `.err`.
+        logs: the folder of `log-*_<number>_<restart>.out` and `.err`; a task of an array has a
+            number of its own.
     """
 
     job: Job
@@ -52,8 +56,7 @@ class Submitted:
 
     def outputs(self) -> list[Path]:
         """What torchrun of every start printed, in their order."""
-        found = self.logs.glob(f"log-*_{self.number}_*.out")
-        return sorted(found, key=lambda path: (len(path.name), path.name))
+        return sorted(self.logs.glob("log-*_*_*.out"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def problems(out: Path, options: Options) -> list[Problem]:
@@ -122,14 +125,42 @@ def submit(jobs: Sequence[Job], config: RunConfig, options: Options) -> list[Sub
         ]
 
 
-def require_slurm() -> list[Problem]:
-    """What is missing on this machine to submit."""
+def require_slurm(options: Options) -> list[Problem]:
+    """What is missing on this machine to submit, and on the cluster to start the job."""
     if shutil.which("sbatch"):
-        return []
+        return _unreachable(options)
     return [
         Problem(
             "no Slurm on this machine", "--executor slurm", "no sbatch on PATH",
             "a login node of the cluster", "--dryrun prints the script anywhere",
+        )
+    ]  # fmt: skip
+
+
+def _unreachable(options: Options) -> list[Problem]:
+    """Nodes that are down or do not answer, where too few are left: the job would wait for ever.
+
+    What Slurm itself says of a partition or a controller that is not there comes with `sbatch`.
+    """
+    words = ["sinfo", "--noheader", "--Node", "--format", "%P %N %T"]
+    words += [f"--partition={options.partition}"] if options.partition else []
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    # The partition that a job gets which names none has a star.
+    states = {
+        node: state
+        for partition, node, state in lines
+        if options.partition or partition.endswith("*")
+    }
+    gone = [node for node, state in states.items() if state.endswith("*") or state in _GONE]
+    left = len(states) - len(gone)
+    if not gone or left >= options.nodes:
+        return []
+    return [
+        Problem(
+            "too few nodes can be reached", "--nodes",
+            f"{options.nodes}, but {', '.join(f'{n} is {states[n]}' for n in gone)}",
+            f"at most {left}", f"scontrol show node {gone[0]} says why",
         )
     ]  # fmt: skip
 
@@ -154,6 +185,8 @@ def _add(experiment: Any, jobs: Sequence[Job], config: RunConfig, options: Optio
     before: list[str] = []
     for job in jobs:
         executor = _executor(nemo_run, job, config, options, _home(jobs[-1]), bool(before))
+        if options.array and job is jobs[-1]:  # a start is made once
+            executor.array = f"1-{options.array}%1"
         script = nemo_run.Script(
             path=job.module, args=job.command_line, entrypoint="python", m=True
         )

@@ -31,12 +31,12 @@ _FORGOTTEN = "FORGOTTEN"
 
 @dataclass(frozen=True)
 class State:
-    """What Slurm says of a job.
+    """What Slurm says of a job, or of the task of an array that tells how the array does.
 
     Attributes:
         name: Slurm's word.
         exit_code: of the batch script.
-        restarts: how often it was queued again.
+        restarts: how often it was queued again, and which tasks were before this one.
         reason: why it waits.
     """
 
@@ -57,12 +57,35 @@ def state(number: str) -> State:
         ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
     )
     if done.returncode == 0:
-        found = dict(re.findall(r"\b(JobState|ExitCode|Restarts|Reason)=(\S+)", done.stdout))
-        code = int(found["ExitCode"].partition(":")[0])
-        return State(found["JobState"], code, int(found["Restarts"]), found["Reason"])
+        return of_record(telling(done.stdout.splitlines()))
     if "Invalid job id" not in done.stderr:
         return State("UNKNOWN", reason=done.stderr.strip())
     return _from_accounting(number)
+
+
+def of_record(record: str) -> State:
+    """Read a line of `scontrol -o show job`."""
+    found = dict(re.findall(r"\b(JobState|ExitCode|Restarts|Reason|ArrayTaskId)=(\S+)", record))
+    code = int(found["ExitCode"].partition(":")[0])
+    # Tasks that wait are one record, with a range: 2-3%1.
+    task = int(re.match(r"\d+", found.get("ArrayTaskId", "1"))[0])  # type: ignore[index]
+    return State(found["JobState"], code, task - 1 + int(found["Restarts"]), found["Reason"])
+
+
+def telling(records: Sequence[str]) -> str:
+    """The record, of an array's tasks, that says how the array does.
+
+    Tasks run one at a time. It is the one that runs, else one that waits; at the end the last that
+    ran, since those that were not needed are cancelled.
+    """
+
+    def order(record: str) -> tuple[bool, bool, bool, str]:
+        found = dict(re.findall(r"\b(JobState|NodeList|EndTime)=(\S+)", record))
+        alive = found["JobState"] not in _ENDED
+        ran = found.get("NodeList", "(null)") != "(null)"
+        return alive, alive and found["JobState"] != "PENDING", ran, found.get("EndTime", "")
+
+    return max((record for record in records if record.strip()), key=order)
 
 
 def _from_accounting(number: str) -> State:

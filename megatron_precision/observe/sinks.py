@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -140,6 +141,10 @@ class ConsoleSink:
 class WandbSink:
     """Weights & Biases. Its folder lies in the run's; offline mode touches no network.
 
+    A run that is resumed goes on as the run that it was: its id is in `wandb_id` of the run's
+    folder. Iterations after the last checkpoint, which are done again, are drawn again: what was
+    sent is not taken back.
+
     Args:
         mode: `offline` writes files that `wandb sync` uploads later; `online` uploads.
         run_dir: the run's folder.
@@ -150,9 +155,14 @@ class WandbSink:
 
         self._wandb = wandb
         run_dir.mkdir(parents=True, exist_ok=True)
+        kept = run_dir / "wandb_id"
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(4), encoding="ascii")
         self._run: Any = wandb.init(
             project="megatron-precision",
             name=run_dir.name,
+            id=kept.read_text(encoding="ascii"),
+            resume="allow",
             mode=mode,
             dir=str(run_dir),
             settings=wandb.Settings(

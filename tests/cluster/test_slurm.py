@@ -1,8 +1,8 @@
 """Jobs through a real Slurm with two node daemons: results, logs, exit codes, ends and restarts.
 
-The endings are those of `launch_jobs/tiny_job.py`, real ranks without an engine; the last test
-trains the tiny recipe. Not covered: GPUs, containers, a network between machines, accounting, and
-a pre-emption by Slurm itself (its signal is sent by hand).
+The endings are those of `launch_jobs/tiny_job.py`, real ranks without an engine; the last two
+tests train the tiny recipe. Not covered: GPUs, containers, a network between machines, accounting,
+and a pre-emption by Slurm itself (its signal is sent by hand).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import chat_run
 import pytest
 import real_jobs
 
+from megatron_precision.launching import command
 from megatron_precision.platform import process
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,8 @@ LAUNCHES = {
     "refuse": "refuse --retries 3 --restarts 3 --nodes 1",
     "kill": "kill --nodes 1",
     "again": "again --restarts 2 --nodes 1",
+    "array": "again --array 3 --nodes 1",
+    "refused_array": "refuse --array 3 --retries 1 --nodes 1",
     "cancelled": "hang --restarts 2 --nodes 1",
     "interrupted": "hang --restarts 2 --nodes 1",
     "secrets": "secrets --env NAMED_SECRET --nodes 2",
@@ -90,14 +93,15 @@ def ended(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, E
         "NAMED_SECRET": SECRET, "OTHER_SECRET": SECRET,
     }  # fmt: skip
     lines = [f"{name} {line} --site {site}" for name, line in LAUNCHES.items()]
-    command = [sys.executable, str(TESTS / "launch_jobs" / "launch_on_slurm.py"), str(folder)]
+    line = [sys.executable, str(TESTS / "launch_jobs" / "launch_on_slurm.py"), str(folder)]
     with open(folder / "log", "w") as log:
         launches = subprocess.Popen(
-            [*command, *lines], env=environment, cwd=folder, stdout=log, stderr=log
+            [*line, *lines], env=environment, cwd=folder, stdout=log, stderr=log
         )
         try:
             # What Slurm does before the time limit: the steps are told, the script is not.
             cluster.run("scancel", "--signal=TERM", wait_for_ranks(folder / "again"))
+            cluster.run("scancel", "--signal=TERM", wait_for_ranks(folder / "array") + "_1")
             cluster.run("scancel", wait_for_ranks(folder / "cancelled"))
             wait_for_ranks(folder / "interrupted")
             pid = int((folder / "interrupted" / "pid").read_text(encoding="ascii"))
@@ -169,6 +173,28 @@ def test_a_job_that_failed_is_started_again_as_often_as_retries_say(
     assert "the original reason" in (kept / "rank1.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "states"),
+    [
+        ("array", 0, {"1": "FAILED", "2": "COMPLETED", "3": "CANCELLED"}),
+        ("refused_array", 2, {"1": "FAILED", "2": "CANCELLED", "3": "CANCELLED"}),
+    ],
+)
+def test_the_tasks_of_an_array_go_on_one_after_another_while_there_is_something_to_do(
+    ended: dict[str, Ended], cluster: Any, name: str, code: int, states: dict[str, str]
+) -> None:
+    assert ended[name].code == code, ended[name].stdout + ended[name].stderr
+    found = {}
+    for record in cluster.run("scontrol", "-o", "show", "job", ended[name].number).splitlines():
+        (tasks,) = re.findall(r"ArrayTaskId=(\d+)(?:-(\d+))?", record)
+        (state,) = re.findall(r"JobState=(\w+)", record)
+        found |= {str(n): state for n in range(int(tasks[0]), int(tasks[1] or tasks[0]) + 1)}
+    assert found == states
+    lines = ended[name].stdout.splitlines()
+    assert lines.count("hello from rank 0") == sum(s != "CANCELLED" for s in states.values())
+    assert (f"slurm job {ended[name].number}: running, start 2" in lines) == (name == "array")
+
+
 @pytest.mark.parametrize("name", ["refuse", "cancelled", "interrupted"])
 def test_neither_a_users_mistake_nor_a_cancelled_job_is_started_again(
     ended: dict[str, Ended], cluster: Any, name: str
@@ -193,7 +219,7 @@ def test_a_variable_reaches_the_ranks_by_its_name_alone(ended: dict[str, Ended])
 
 def test_nothing_is_left_of_a_job_that_ended_by_itself(ended: dict[str, Ended]) -> None:
     # Slurm may kill the guard of a job that it stops before that has removed the shared memory.
-    stopped = ("again", "cancelled", "interrupted")
+    stopped = ("again", "array", "cancelled", "interrupted")
 
     def left() -> list[Path]:
         paths = []
@@ -211,17 +237,62 @@ def test_nothing_is_left_of_a_job_that_ended_by_itself(ended: dict[str, Ended]) 
     assert left() == []
 
 
+def test_a_job_that_waits_for_a_node_that_is_gone_is_not_submitted(
+    cluster: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    words = ["sanity.tiny_dense", "--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1"]
+    words += ["--out", str(tmp_path / "out"), "parallel.rollout_tp_size=1"]
+    before = cluster.run("squeue", "-h", "-o", "%i")
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    try:
+        assert command.main(words) == 2
+    finally:
+        cluster.run("scontrol", "update", "nodename=n2", "state=resume")
+    said = capsys.readouterr().err
+    for part in ("too few nodes can be reached", "n2 is down", "at most 1", "show node n2"):
+        assert part in said
+    assert cluster.run("squeue", "-h", "-o", "%i") == before
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_tiny_recipe_trains_on_two_nodes(
     cluster: Any, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
     words = ["--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
-    command = real_jobs.launch_command(
+    line = real_jobs.launch_command(
         "sanity.tiny_dense", "--out", "on_slurm", *words, *chat_run.WORDS
     )
-    with real_jobs.started(command, chat_folder, (chat_run.E2E,)) as job:
+    with real_jobs.started(line, chat_folder, (chat_run.E2E,)) as job:
         stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stdout + stderr
     chat_run.assert_trained(chat_folder / "on_slurm")
     assert "run folder: on_slurm" in stdout
+
+
+def test_a_run_that_slurm_stops_is_queued_again_and_goes_on_where_it_was(
+    cluster: Any, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    words = ["--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
+    words += ["--restarts", "2", *chat_run.WORDS, "train.iterations=4", "checkpoint.every=1"]
+    line = real_jobs.launch_command("sanity.tiny_dense", "--out", "stopped", *words)
+    out = chat_folder / "stopped"
+    with real_jobs.started(line, chat_folder, (chat_run.E2E,)) as job:
+        real_jobs.wait_until(lambda: real_jobs.events(out, "checkpoint"), job)
+        (log,) = out.glob("launcher/experiments/*/*/*/sbatch_*.out")
+        number = log.stem.rpartition("_")[2]
+        cluster.run("scancel", "--signal=TERM", number)
+        stdout, stderr = job.communicate(timeout=PATIENCE_S)
+    assert job.returncode == 0, stdout + stderr
+    assert "Restarts=1 " in cluster.run("scontrol", "-o", "show", "job", number)
+    assert [event["iteration"] for event in real_jobs.events(out, "iteration")] == [0, 1, 2, 3]
+    (resumed,) = real_jobs.events(out, "resume")
+    assert resumed["iteration"] >= 1
+    assert [event["status"] for event in real_jobs.events(out, "end")][-1] == "completed"

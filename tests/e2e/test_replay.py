@@ -72,6 +72,28 @@ def test_in_fp32_and_another_layout_they_do_not(dump: Path) -> None:
     assert "bit for bit" not in printed
 
 
+def test_a_run_with_the_engine_s_experts_comes_back_bit_for_bit(
+    dense_start: Path, tmp_path: Path
+) -> None:
+    maker = Path(__file__).with_name("moe_start.py")
+    made = real_jobs.run([sys.executable, str(maker), str(dense_start), "start"], tmp_path)
+    assert made.returncode == 0, made.stderr
+    finished = real_jobs.torchrun(
+        tmp_path, 2, "train", "sanity.tiny_moe", "--precision", "bf16", "--out", "run",
+        "--start-from", "start", *real_jobs.settings(
+            model__moe_intermediate_size=384, train__routing_replay="true", train__dump_every=1,
+            algo__name="PPO",
+        ),
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = tmp_path / "run" / "dumps" / "000001"
+    figures, _, printed = replayed(found)
+    assert "The replay's log-probs are the trainer's, bit for bit." in printed
+    (event,) = real_jobs.events(tmp_path / "run", "iteration")[1:]
+    assert figures["engine_flips"] == pytest.approx(event["mismatch/router_flip_share_by_layer"])
+    assert figures["by_router_flips"][0]["low"] == 0
+
+
 def test_a_folder_that_is_no_dump_is_refused_at_once(dump: Path) -> None:
     words = real_jobs.module_words("replay", str(dump.parent))
     finished = real_jobs.run([sys.executable, *words], dump.parent)

@@ -25,7 +25,9 @@ def main() -> int:
 
 def work(ending: str, out: Path, number: int) -> None:
     # As with an engine, shared memory is made once the ranks have met, and so after the guard.
-    start = os.environ.get("SLURM_RESTART_COUNT", "0")
+    start = sum(
+        int(os.environ.get(name, "0")) for name in ("SLURM_RESTART_COUNT", "EARLIER_ARRAY_TASKS")
+    )
     (out / f"here{number}.{start}").touch()
     while not (out / f"here{1 - number}.{start}").exists():
         time.sleep(0.02)
@@ -46,7 +48,7 @@ def work(ending: str, out: Path, number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if ending == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if ending == "again" and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+    if ending == "again" and start > 0:
         return  # it hung until it was told to stop, and is fine when it is started again
     if ending == "secrets":
         for name in ("NAMED_SECRET", "OTHER_SECRET"):

@@ -71,6 +71,11 @@ def test_every_problem_is_listed_at_once(capsys: pytest.CaptureFixture[str]) -> 
         (["--time", "10"], ["--time does not belong"]),
         (["--srun-arg=--mpi=x"], ["--srun-arg does not belong"]),
         (["--restarts", "1"], ["--restarts does not belong"]),
+        (["--array", "2"], ["--array does not belong"]),
+        (
+            ["--executor", "slurm", "--array", "2", "--restarts", "1"],
+            ["two ways to go on after a time limit"],
+        ),
         (["--retries", "1"], ["--retries does not belong"]),
         (["--container-image", "x"], ["--container-image does not belong"]),
         (["--mount", "/x"], ["--mount does not belong"]),

@@ -38,7 +38,7 @@ LAUNCHES = {
     "container": [
         *LARGE, "--executor", "slurm", "--nodes", "2", "--gpus-per-node", "8", "--account", "acct",
         "--container-image", "nvcr.io/x/y:1.0", "--site", "site.toml", "--srun-arg=--mpi=pmix",
-        "--experiment-name", "first-try", "start.checkpoint=/data/model",
+        "--array", "3", "--experiment-name", "first-try", "start.checkpoint=/data/model",
     ],
     "docker": [
         "sanity.tiny_dense", "--executor", "docker", "--container-image", "x/y:1", "--dryrun",
@@ -91,6 +91,7 @@ def test_a_slurm_script_asks_for_what_was_said(said: dict[str, Any]) -> None:
     lines = set(re.findall(r"#SBATCH --(\S+)", text))
     wanted = "account=acct nodes=2 ntasks-per-node=1 gpus-per-node=8 time=04:00:00 qos=high"
     assert lines >= {*wanted.split(), "signal=TERM@300", "job-name=first-try.train", "exclusive"}
+    assert "array=1-3%1" in lines
     assert "partition=from-environment" in lines  # which goes before the site's file
     assert "--container-image nvcr.io/x/y:1.0" in text
     assert "--mpi=pmix torchrun" in text

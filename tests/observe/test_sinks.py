@@ -161,6 +161,15 @@ def test_wandb_offline_writes_into_the_run_folder_and_asks_nothing_of_the_networ
     assert asked == []
 
 
+def test_a_run_that_goes_on_is_the_same_run_in_wandb(tmp_path: Path) -> None:
+    for run_dir in (tmp_path / "run", tmp_path / "run", tmp_path / "another"):
+        feed(WandbSink("offline", run_dir))
+    ids = [path.stem for path in sorted(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))]
+    (other,) = tmp_path.glob("another/wandb/offline-run-*/run-*.wandb")
+    assert len(ids) == 2
+    assert set(ids) == {ids[0]} != {other.stem}
+
+
 def test_every_sink_takes_a_whole_run_from_the_writer(
     tmp_path: Path, synthetic_run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
