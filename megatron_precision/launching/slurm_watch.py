@@ -27,6 +27,7 @@ _ENDED = frozenset(
      "PREEMPTED", "REVOKED", "TIMEOUT"}
 )  # fmt: skip
 _FORGOTTEN = "FORGOTTEN"
+_NO_TASK = 2**32 - 2
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def of_record(record: str) -> State:
     """Read a line of `scontrol -o show job`."""
     found = dict(re.findall(r"\b(JobState|ExitCode|Restarts|Reason|ArrayTaskId)=(\S+)", record))
     code = int(found["ExitCode"].partition(":")[0])
-    # Tasks that wait are one record, with a range: 2-3%1.
+    # Tasks that wait are one record, with a range (2-3%1), and with no number once cancelled.
     task = int(re.match(r"\d+", found.get("ArrayTaskId", "1"))[0])  # type: ignore[index]
-    return State(found["JobState"], code, task - 1 + int(found["Restarts"]), found["Reason"])
+    before = task - 1 if task < _NO_TASK else 0
+    return State(found["JobState"], code, before + int(found["Restarts"]), found["Reason"])
 
 
 def telling(records: Sequence[str]) -> str:

@@ -156,23 +156,35 @@ class WandbSink:
         self._wandb = wandb
         run_dir.mkdir(parents=True, exist_ok=True)
         kept = run_dir / "wandb_id"
-        if not kept.exists():
+        resumed = kept.exists()
+        if not resumed:
             kept.write_text(secrets.token_hex(4), encoding="ascii")
-        self._run: Any = wandb.init(
-            project="megatron-precision",
-            name=run_dir.name,
-            id=kept.read_text(encoding="ascii"),
-            resume="allow",
-            mode=mode,
-            dir=str(run_dir),
-            settings=wandb.Settings(
-                console="off", silent=True, disable_git=True, x_disable_stats=True
-            ),
-        )
+        try:
+            self._run: Any = self._begin(run_dir, mode, kept.read_text("ascii"), resumed)
+        except wandb.errors.CommError as unreachable:
+            # To go on as the same run wandb asks its server first; to begin one it does not.
+            print(f"wandb: {unreachable}; this run goes on as another there", file=sys.stderr)
+            kept.write_text(secrets.token_hex(4), encoding="ascii")
+            self._run = self._begin(run_dir, mode, kept.read_text("ascii"), False)
         self._run.define_metric("*", step_metric="iteration")
         for names in ("loss/*", "precision/*", "time/step_s"):
             self._run.define_metric(names, step_metric="step")
         self._exit_code = 1  # until the `end` event says that the run completed
+
+    def _begin(
+        self, run_dir: Path, mode: Literal["offline", "online"], name: str, resumed: bool
+    ) -> Any:
+        return self._wandb.init(
+            project="megatron-precision",
+            name=run_dir.name,
+            id=name,
+            resume="allow" if resumed else None,
+            mode=mode,
+            dir=str(run_dir),
+            settings=self._wandb.Settings(
+                console="off", silent=True, disable_git=True, x_disable_stats=True
+            ),
+        )
 
     def event(self, event: dict[str, Any]) -> None:
         """Log the numbers; a list becomes a histogram, the run's description the config."""

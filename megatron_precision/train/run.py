@@ -250,7 +250,7 @@ class Run:
         if self._writer is not None:
             self._writer.write(
                 "end",
-                iteration=self.config.train.iterations,
+                iteration=self.counters.iteration,
                 step=self.counters.step,
                 values={"status": status, "error": error, "time/total_s": self._elapsed_s()},
             )

@@ -229,6 +229,7 @@ def test_a_signal_to_one_rank_has_all_save_and_end_and_the_run_goes_on(
     assert end["status"] == "stopped"
     done = len(real_jobs.events(out, "iteration"))
     assert 2 <= done < 6
+    assert end["iteration"] == done
     assert (out / "checkpoints" / f"{done:06d}").is_dir()
     real_jobs.assert_nothing_left(ranks)
     if number is signal.SIGTERM:

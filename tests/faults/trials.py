@@ -134,7 +134,9 @@ def disk_full(bench: Bench, name: str) -> Outcome:
 
 
 def checkpoint_truncated(bench: Bench, name: str) -> Outcome:
-    ended = bench.train(name, fault=fault("sync", "SIGKILL"), checkpoint__keep=3)
+    # Checkpoints are written beside the iterations: by the fifth, several are there.
+    late = {**fault("sync", "SIGKILL"), "iteration": 4}
+    ended = bench.train(name, fault=late, checkpoint__keep=3)
     newest = tiny_runs.finished_checkpoints(bench.folder / name)[-1]
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
@@ -171,8 +173,18 @@ def wandb_unreachable(bench: Bench, name: str) -> Outcome:
     variables = {
         "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_SILENT": "true",
     }  # fmt: skip
-    ended = bench.train(name, variables=variables, sinks__wandb="online")
-    return {**told(ended), "itself": bench.compared(name, ended)}
+    straight = bench.train(f"{name}-straight", variables=variables, sinks__wandb="online")
+    ended = bench.train(
+        name, fault=fault("train", "SIGKILL"), variables=variables, sinks__wandb="online"
+    )
+    # wandb asks its server before it goes on with a run.
+    resumed = bench.train(name, "--resume", variables=variables, sinks__wandb="online")
+    return {
+        **told(ended),
+        "itself": bench.compared(f"{name}-straight", straight),
+        "resumed": bench.compared(name, resumed),
+        "said_of_wandb": [line for line in resumed.text.splitlines() if "wandb:" in line],
+    }
 
 
 def folder_vanishes(bench: Bench, name: str) -> Outcome:
@@ -189,7 +201,8 @@ def same_folder(bench: Bench, name: str) -> Outcome:
 
     def start_another(job: subprocess.Popen[str]) -> None:
         out = bench.folder / name
-        real_jobs.wait_until(lambda: real_jobs.events(out, "iteration"), job)
+        # Early: a start takes as long as half of the run.
+        real_jobs.wait_until((out / "metrics.jsonl").exists, job)
         second.extend(told(bench.train(name, *more)) for more in ((), ("--resume",)))
 
     first = bench.train(name, during=start_another, train__iterations=tiny_runs.ITERATIONS)
