@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_precision.checkpoint import folders
 from megatron_precision.platform import process
 
 COMBINED = "combined.log"
@@ -153,7 +154,7 @@ def describe_failure(run: Path, *logs: Path) -> str:
         parts.append(_tail(logs, death.local_rank))
     else:
         parts.append("no rank left a reason; the log says what is known.")
-    parts.append(f"logs of every rank: {logs[0]}")
+    parts += [folders.way_on(run), f"logs of every rank: {logs[0]}"]
     return "\n".join(part for part in parts if part)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import sys
@@ -12,12 +13,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_precision.checkpoint import folders
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import STOPPED, Problem, Stopped, UserError
 from megatron_precision.platform import process
 
 # Longer than rank 0 needs to print, shorter than anybody waits.
 USER_ERROR_WAIT_S = 3.0
+# What gloo and NCCL say of a peer that is gone.
+_BY_A_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError")
+_LOST_A_PEER = "lost a peer, which left no reason (torchrun's summary names one that was killed):"
 _guards: list[process.Guard] = []
 
 
@@ -186,6 +191,10 @@ def _show_failure(error: Exception, out: Path, launched: bool) -> None:
         return
     first = process.first_failure(out)
     assert first is not None, "this rank has just recorded its own"
-    print(f"rank {first.rank} failed first:\n{first.text}", file=sys.stderr)
+    # A rank that is killed records nothing, and the first to record is one that it left alone.
+    what = _LOST_A_PEER if _BY_A_PEER.search(first.text) else "failed first:"
+    print(f"rank {first.rank} {what}\n{first.text}", file=sys.stderr)
     if first.rank != number():
         print(f"rank {number()} then failed: {type(error).__name__}", file=sys.stderr)
+    if line := folders.way_on(out):
+        print(line, file=sys.stderr)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.errors import UserError
+from megatron_precision.run_folder import METRICS
 from megatron_precision.weights.hf_config import read_object
 
 CHECKPOINTS = "checkpoints"
@@ -35,6 +36,15 @@ def folder_of(out: Path, iteration: int) -> Path:
 def finished(out: Path) -> list[Path]:
     """The run's checkpoints, oldest first; whether they are still whole is not looked at."""
     return sorted(path for path in (out / CHECKPOINTS).glob("*") if path.name.isdigit())
+
+
+def way_on(out: Path) -> str:
+    """How a run that ended too early goes on, in a line; nothing where the folder holds no run."""
+    if not (out / METRICS).exists():
+        return ""
+    if whole := finished(out):
+        return f"--resume goes on after {int(whole[-1].name)} iterations, from {whole[-1]}"
+    return "there is no checkpoint yet: --resume begins again"
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -30,6 +30,9 @@ from megatron_precision.config import SinkConfig
 from megatron_precision.observe.final_figures import power_of_two
 from megatron_precision.observe.metrics import Sink
 
+# wandb's own limit is 90 s, for which every rank would wait.
+_REACHED_WITHIN_S = 30
+
 __all__ = ["ConsoleSink", "Sink", "TensorBoardSink", "WandbSink", "make_sinks"]
 
 
@@ -141,6 +144,8 @@ class ConsoleSink:
 class WandbSink:
     """Weights & Biases. Its folder lies in the run's; offline mode touches no network.
 
+    Where its server cannot be reached as the run begins, it is as if `offline` had been asked for.
+
     A run that is resumed goes on as the run that it was: its id is in `wandb_id` of the run's
     folder. Iterations after the last checkpoint, which are done again, are drawn again: what was
     sent is not taken back.
@@ -159,13 +164,18 @@ class WandbSink:
         resumed = kept.exists()
         if not resumed:
             kept.write_text(secrets.token_hex(4), encoding="ascii")
+        name = kept.read_text(encoding="ascii")
         try:
-            self._run: Any = self._begin(run_dir, mode, kept.read_text("ascii"), resumed)
+            self._run: Any = self._begin(run_dir, mode, name, resumed)
         except wandb.errors.CommError as unreachable:
-            # To go on as the same run wandb asks its server first; to begin one it does not.
-            print(f"wandb: {unreachable}; this run goes on as another there", file=sys.stderr)
-            kept.write_text(secrets.token_hex(4), encoding="ascii")
-            self._run = self._begin(run_dir, mode, kept.read_text("ascii"), False)
+            print(
+                f"Weights & Biases cannot be reached ({unreachable}); what it is told is kept in "
+                f"{run_dir / 'wandb'}, and `wandb sync` uploads it later",
+                file=sys.stderr,
+                flush=True,
+            )
+            wandb.teardown()  # its service still holds the id
+            self._run = self._begin(run_dir, "offline", name, resumed)
         self._run.define_metric("*", step_metric="iteration")
         for names in ("loss/*", "precision/*", "time/step_s"):
             self._run.define_metric(names, step_metric="step")
@@ -182,7 +192,11 @@ class WandbSink:
             mode=mode,
             dir=str(run_dir),
             settings=self._wandb.Settings(
-                console="off", silent=True, disable_git=True, x_disable_stats=True
+                console="off",
+                silent=True,
+                disable_git=True,
+                x_disable_stats=True,
+                init_timeout=_REACHED_WITHIN_S,
             ),
         )
 

@@ -72,7 +72,16 @@ class Bench:
 def told(ended: Ended) -> Outcome:
     """How it ended, and the first lines that give the reason."""
     lines = [line for line in ended.text.splitlines() if line.strip()]
-    marks = ("error:", "failed first", "was killed", "stopped by", "took longer than", "Error")
+    marks = (
+        "error:",
+        "failed first",
+        "lost a peer",
+        "--resume",
+        "was killed",
+        "stopped by",
+        "took longer than",
+        "Error",
+    )
     reasons = [line.strip() for line in lines if any(mark in line for mark in marks)]
     return {
         "exit_code": ended.exit_code,
@@ -183,7 +192,7 @@ def wandb_unreachable(bench: Bench, name: str) -> Outcome:
         **told(ended),
         "itself": bench.compared(f"{name}-straight", straight),
         "resumed": bench.compared(name, resumed),
-        "said_of_wandb": [line for line in resumed.text.splitlines() if "wandb:" in line],
+        "said_of_wandb": [line for line in resumed.text.splitlines() if "Weights & Biases" in line],
     }
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from megatron_precision.config import SinkConfig
+from megatron_precision.observe import sinks as sinks_module
 from megatron_precision.observe.metrics import MetricsWriter, Sink, read_metrics
 from megatron_precision.observe.sinks import ConsoleSink, TensorBoardSink, WandbSink, make_sinks
 
@@ -168,6 +169,23 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb(tmp_path: Path) -> None:
     (other,) = tmp_path.glob("another/wandb/offline-run-*/run-*.wandb")
     assert len(ids) == 2
     assert set(ids) == {ids[0]} != {other.stem}
+
+
+def test_a_wandb_that_cannot_be_reached_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(sinks_module, "_REACHED_WITHIN_S", 3)
+    for _ in range(2):  # begun, and resumed
+        feed(WandbSink("online", tmp_path / "run"))
+        said = capsys.readouterr().err
+        assert "Weights & Biases cannot be reached" in said
+        assert "`wandb sync` uploads it later" in said
+    kept = list(tmp_path.glob("run/wandb/offline-run-*/run-*.wandb"))
+    assert len(kept) == 2
+    assert len({path.stem for path in kept}) == 1
+    assert all(b"0.51234" in path.read_bytes() for path in kept)
 
 
 def test_every_sink_takes_a_whole_run_from_the_writer(
