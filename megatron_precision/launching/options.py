@@ -156,7 +156,7 @@ def resolve(
         srun_args=said.srun_args(),
         retries=said.count("retries", 0, default=0),
         restarts=said.count("restarts", 0, default=0),
-        array=said.count("array", 1, default=0),
+        array=said.count("array", 0, default=0),
         experiment_name=said.title(config),
         wait=not args.detach,
         site=site,
@@ -165,13 +165,23 @@ def resolve(
     if args.wait and args.detach:
         problems.append(Problem("waiting and not waiting", "--wait --detach", "both", "one"))
     if options.array and options.restarts:
-        problems.append(
-            Problem(
-                "two ways to go on after a time limit", "--array --restarts",
-                f"{options.array} and {options.restarts}",
-                "--restarts, or --array where jobs may not be queued again",
+        # What an option says goes before the site's file.
+        if (args.array is None) != (args.restarts is None):
+            by_array = args.array is not None
+            options = dataclasses.replace(
+                options,
+                array=options.array if by_array else 0,
+                restarts=0 if by_array else options.restarts,
             )
-        )  # fmt: skip
+        else:
+            problems.append(
+                Problem(
+                    "two ways to go on after a time limit",
+                    f"{said.where('array')}, {said.where('restarts')}",
+                    f"{options.array} and {options.restarts}",
+                    "--restarts, or --array where jobs may not be queued again",
+                )
+            )
     problems += _container_problems(options, args)
     if config is not None and not any(p.where in _SIZES for p in problems):
         options = _sized(options, config)
@@ -232,6 +242,10 @@ class _Said:
                 said = self._site.defaults.get(name)
                 self._where[name] = f"{self._site.path}: {name}"
         return said
+
+    def where(self, name: str) -> str:
+        """Where a value stands that was asked for."""
+        return self._where[name]
 
     def count(self, name: str, least: int, default: int) -> int:
         value = self.value(name)

@@ -274,4 +274,5 @@ def _environment(job: Job, options: Options) -> dict[str, str]:
 
 def _setup(job: Job, options: Options) -> str:
     errors = shlex.quote(str(job.folder.resolve() / "errors"))
-    return f"\nerrors={errors}\nretries={options.retries}\n" + _SETUP.read_text(encoding="utf-8")
+    counts = f"retries={options.retries}\nrestarts={options.restarts}\n"
+    return f"\nerrors={errors}\n{counts}" + _SETUP.read_text(encoding="utf-8")

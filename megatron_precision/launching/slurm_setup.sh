@@ -1,4 +1,4 @@
-# Of megatron_precision, for the batch shell; errors and retries are set before it.
+# Of megatron_precision, for the batch shell; errors, retries and restarts are set before it.
 set +vx
 # A host of several addresses prints them all; the rendezvous takes one.
 head_node_ip=${head_node_ip%% *}
@@ -11,19 +11,29 @@ start=${SLURM_RESTART_COUNT:-0}
 if [ -d "$errors" ]; then
     mv "$errors" "$errors.before-$job$([ "$start" = 0 ] || echo "-$start")"
 fi
-# The job is started again after its time limit and after a pre-emption; after a failure as often
-# as --retries says, and never after a mistake of the user's, which another start repeats. Of an
-# array, the tasks that have nothing to do then are cancelled.
+# The job is started again after its time limit and after a pre-emption, as often as --restarts
+# says; after a failure as often as --retries says; and never after a mistake of the user's, which
+# another start repeats. Of an array, the next task goes on after a stop, and the tasks that have
+# nothing to do are cancelled. What no rank has recorded is a stop.
 srun() {
     command srun "$@"
     local code=$? failures
-    if [ "$code" -ne 0 ] && grep -qs '^rank .* kind user$' "$errors"/rank*.txt; then
+    if [ "$code" -eq 126 ] || [ "$code" -eq 127 ]; then
+        mkdir -p "$errors"
+        printf 'rank 0 time_s %s kind crash\nthe command of the job was not found (exit code %s)\n' \
+            "$(date +%s.%N)" "$code" > "$errors/rank0.txt"
+    fi
+    failures=$(ls -d "$errors.before-$job"-* 2>/dev/null | wc -l)
+    if [ "$code" -eq 0 ]; then
+        stop_here
+    elif grep -qs '^rank .* kind user$' "$errors"/rank*.txt; then
         code=2
         stop_here
-    elif [ "$code" -ne 0 ] && [ -d "$errors" ]; then
-        failures=$(ls -d "$errors" "$errors.before-$job"-* 2>/dev/null | wc -l)
-        [ "$failures" -le "$retries" ] || stop_here
-    elif [ "$code" -eq 0 ]; then
+    elif [ -d "$errors" ]; then
+        [ "$failures" -lt "$retries" ] || stop_here
+    elif [ -n "$SLURM_ARRAY_JOB_ID" ]; then
+        TORCHX_MAX_RETRIES=0
+    elif [ $((${SLURM_RESTART_COUNT:-0} - failures)) -ge "$restarts" ]; then
         stop_here
     fi
     return "$code"

@@ -98,10 +98,12 @@ def _from_accounting(number: str) -> State:
         )  # fmt: skip
     except FileNotFoundError:
         return State(_FORGOTTEN)
-    fields = done.stdout.strip().split("\n")[-1].split("|")
-    if len(fields) != 2:
-        return State(_FORGOTTEN)
-    return State(fields[0].split()[0], int(fields[1].partition(":")[0]))
+    found = [line.split("|") for line in done.stdout.splitlines()]
+    states = [State(f[0].split()[0], int(f[1].partition(":")[0])) for f in found if len(f) == 2]
+    # Tasks of an array that were not needed are cancelled.
+    ran = [state for state in states if state.name != "CANCELLED"] or states
+    completed = [state for state in ran if state.name == "COMPLETED"]
+    return (completed or ran or [State(_FORGOTTEN)])[-1]
 
 
 def wait(jobs: Sequence[Submitted]) -> int:
@@ -163,7 +165,8 @@ def _explain(submitted: Submitted, end: State) -> int:
         return 128 + signal.SIGTERM
     if end.name == "TIMEOUT":
         print(
-            f"{number} was at its time limit; --restarts N lets it go on from its last checkpoint",
+            f"{number} was at its time limit; --restarts N lets it go on from its last checkpoint, "
+            "as --array N does where jobs may not be queued again",
             file=sys.stderr,
         )
     elif end.name not in ("FAILED", _FORGOTTEN):

@@ -74,7 +74,7 @@ def test_every_problem_is_listed_at_once(capsys: pytest.CaptureFixture[str]) -> 
         (["--array", "2"], ["--array does not belong"]),
         (
             ["--executor", "slurm", "--array", "2", "--restarts", "1"],
-            ["two ways to go on after a time limit"],
+            ["two ways to go on after a time limit", "--array, --restarts"],
         ),
         (["--retries", "1"], ["--retries does not belong"]),
         (["--container-image", "x"], ["--container-image does not belong"]),
