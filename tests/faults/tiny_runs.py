@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 ITERATIONS = 6
 # What a run may not have in common with another: how long things took, and how much memory.
 OF_THE_MACHINE = ("time/", "memory/", "throughput/", "time_s", "sync/s", "sync/proof_s")
 
 
-sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "e2e")]
+sys.path[:0] = [str(ROOT), str(HERE.parent / "e2e")]
 
 import real_jobs  # noqa: E402
 

@@ -71,7 +71,10 @@ class Bench:
 
 def told(ended: Ended) -> Outcome:
     """How it ended, and the first lines that give the reason."""
-    lines = [line for line in ended.text.splitlines() if line.strip()]
+    text = ended.text
+    for folder, name in ((tiny_runs.ROOT, "<checkout>"), (sys.base_prefix, "<python>")):
+        text = text.replace(str(folder), name)
+    lines = [line for line in text.splitlines() if line.strip()]
     marks = (
         "error:",
         "failed first",
