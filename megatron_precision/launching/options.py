@@ -164,24 +164,8 @@ def resolve(
     problems += said.problems
     if args.wait and args.detach:
         problems.append(Problem("waiting and not waiting", "--wait --detach", "both", "one"))
-    if options.array and options.restarts:
-        # What an option says goes before the site's file.
-        if (args.array is None) != (args.restarts is None):
-            by_array = args.array is not None
-            options = dataclasses.replace(
-                options,
-                array=options.array if by_array else 0,
-                restarts=0 if by_array else options.restarts,
-            )
-        else:
-            problems.append(
-                Problem(
-                    "two ways to go on after a time limit",
-                    f"{said.where('array')}, {said.where('restarts')}",
-                    f"{options.array} and {options.restarts}",
-                    "--restarts, or --array where jobs may not be queued again",
-                )
-            )
+    options, found = _one_way_on(options, args, said)
+    problems += found
     problems += _container_problems(options, args)
     if config is not None and not any(p.where in _SIZES for p in problems):
         options = _sized(options, config)
@@ -330,6 +314,26 @@ class _Said:
         self.problems.append(
             Problem(f"wrong value for {_flag(name)}", self._where[name], str(value), expected)
         )
+
+
+def _one_way_on(
+    options: Options, args: argparse.Namespace, said: _Said
+) -> tuple[Options, list[Problem]]:
+    """Either restarts or an array; of two, the one that an option asks for goes before the file."""
+    if not (options.array and options.restarts):
+        return options, []
+    if args.array is None and args.restarts is not None:
+        return dataclasses.replace(options, array=0), []
+    if args.restarts is None and args.array is not None:
+        return dataclasses.replace(options, restarts=0), []
+    return options, [
+        Problem(
+            "two ways to go on after a time limit",
+            f"{said.where('array')}, {said.where('restarts')}",
+            f"{options.array} and {options.restarts}",
+            "--restarts, or --array where jobs may not be queued again",
+        )
+    ]
 
 
 def _container_problems(options: Options, args: argparse.Namespace) -> Iterator[Problem]:

@@ -66,7 +66,7 @@ def state(number: str) -> State:
 
 def of_record(record: str) -> State:
     """Read a line of `scontrol -o show job`."""
-    found = dict(re.findall(r"\b(JobState|ExitCode|Restarts|Reason|ArrayTaskId)=(\S+)", record))
+    found = _fields(record)
     code = int(found["ExitCode"].partition(":")[0])
     # Tasks that wait are one record, with a range (2-3%1), and with no number once cancelled.
     task = int(re.match(r"\d+", found.get("ArrayTaskId", "1"))[0])  # type: ignore[index]
@@ -82,12 +82,18 @@ def telling(records: Sequence[str]) -> str:
     """
 
     def order(record: str) -> tuple[bool, bool, bool, str]:
-        found = dict(re.findall(r"\b(JobState|NodeList|EndTime)=(\S+)", record))
+        found = _fields(record)
         alive = found["JobState"] not in _ENDED
         ran = found.get("NodeList", "(null)") != "(null)"
         return alive, alive and found["JobState"] != "PENDING", ran, found.get("EndTime", "")
 
     return max((record for record in records if record.strip()), key=order)
+
+
+def _fields(record: str) -> dict[str, str]:
+    """What is read of a record; a field without a value is left out."""
+    names = "JobState|ExitCode|Restarts|Reason|ArrayTaskId|NodeList|EndTime"
+    return dict(re.findall(rf"\b({names})=(\S+)", record))
 
 
 def _from_accounting(number: str) -> State:

@@ -396,6 +396,12 @@ def _units(*pieces: Piece) -> Iterator[int]:
 
 
 @functools.lru_cache(maxsize=4)
+def rank_plan(planner: Planner, rank: int) -> RankPlan:
+    """One rank's part; kept, since it depends on both layouts alone."""
+    return planner.rank_plan(rank)
+
+
+@functools.lru_cache(maxsize=4)
 def rank_groups(planner: Planner, rank: int) -> list[RankPlan]:
-    """One rank's part by groups; kept, since it depends on both layouts alone."""
-    return planner.rank_plan(rank).split(planner.group_count, planner.group)
+    """The same by groups."""
+    return rank_plan(planner, rank).split(planner.group_count, planner.group)

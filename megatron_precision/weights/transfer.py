@@ -19,7 +19,7 @@ from megatron_precision.weights.checksums import checksum, columns_of
 from megatron_precision.weights.fit import misfits
 from megatron_precision.weights.megatron_layout import ShardCoordinates
 from megatron_precision.weights.messages import BATCH_BYTES
-from megatron_precision.weights.plan import Cell, PlanError, Planner, rank_groups
+from megatron_precision.weights.plan import Cell, PlanError, Planner, rank_groups, rank_plan
 from megatron_precision.weights.regions import Piece
 from megatron_precision.weights.transport import Held, Transport, Views, view_of
 from megatron_precision.weights.verify import RegionProof
@@ -152,7 +152,8 @@ class Transfer:
         )
         views = Views(sources, "the trainer", firsts)
         self._dtype = dtype
-        self.proof = RegionProof(groups, views, wire=wire, engine=dtype)
+        plan = rank_plan(planner, dist.get_rank())
+        self.proof = RegionProof(plan, views, wire=wire, engine=dtype)
         self._needed = _by_parameter(self.proof.needed, Views(targets, "the engine"))
 
     @property

@@ -8,7 +8,7 @@ dropped, duplicated or sent to the wrong place is a cell that differs, with its 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ class RegionProof:
     """One rank's part of the proof, bound to the trainer's tensors.
 
     Args:
-        groups: this rank's plans, as the transport carries them out.
+        plan: of this rank, whole: one message a peer, whatever the number of layers.
         sources: the trainer's cells on this rank.
         wire: dtype of what is sent.
         engine: dtype of the engine's parameters.
@@ -35,15 +35,11 @@ class RegionProof:
     """
 
     def __init__(
-        self, groups: Sequence[RankPlan], sources: Views, *, wire: torch.dtype, engine: torch.dtype
+        self, plan: RankPlan, sources: Views, *, wire: torch.dtype, engine: torch.dtype
     ) -> None:
-        self._wire, self._engine = wire, engine
-        self._held = {cell: sources.of(cell) for plan in groups for cell in plan.held}
-        self._copies = [cell for plan in groups for cell in plan.copies]
-        # Those of all groups travel together: one message a peer, whatever the number of layers.
-        self._direct = _merged([plan.direct for plan in groups])
-        self._fan_out = _merged([plan.fan_out for plan in groups])
-        self.needed = [cell for plan in groups for cell in plan.needed]
+        self._plan, self._wire, self._engine = plan, wire, engine
+        self._held = {cell: sources.of(cell) for cell in plan.held}
+        self.needed = plan.needed
 
     @torch.no_grad()
     def held(self) -> dict[Cell, int]:
@@ -56,20 +52,9 @@ class RegionProof:
 
     def arrived(self, held: Mapping[Cell, int]) -> dict[Cell, int]:
         """The trainer's checksum of each cell that this rank needs; every rank calls it."""
-        known = {cell: held[cell] for cell in self._copies}
-        known |= _exchanged(self._direct, held)
-        return known | _exchanged(self._fan_out, known)
-
-
-def _merged(exchanges: Iterable[Exchange]) -> Exchange:
-    """Each peer's cells of all groups, in their order, which is the same on both sides."""
-    found = Exchange()
-    for exchange in exchanges:
-        for peer, cells in exchange.sends.items():
-            found.sends.setdefault(peer, []).extend(cells)
-        for peer, cells in exchange.receives.items():
-            found.receives.setdefault(peer, []).extend(cells)
-    return found
+        known = {cell: held[cell] for cell in self._plan.copies}
+        known |= _exchanged(self._plan.direct, held)
+        return known | _exchanged(self._plan.fan_out, known)
 
 
 def _exchanged(exchange: Exchange, known: Mapping[Cell, int]) -> dict[Cell, int]:

@@ -21,7 +21,7 @@ import chat_run
 import pytest
 import real_jobs
 
-from megatron_precision.launching import command
+from megatron_precision.launching import command as launcher
 from megatron_precision.platform import process
 
 pytestmark = pytest.mark.slow
@@ -40,6 +40,7 @@ LAUNCHES = {
     "interrupted": "hang --restarts 2 --nodes 1",
     "secrets": "secrets --env NAMED_SECRET --nodes 2",
 }
+TWO_NODES = ["--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
 PATIENCE_S = 540.0
 
 
@@ -103,10 +104,10 @@ def ended(cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, E
         "NAMED_SECRET": SECRET, "OTHER_SECRET": SECRET,
     }  # fmt: skip
     lines = [f"{name} {line} --site {site}" for name, line in LAUNCHES.items()]
-    line = [sys.executable, str(TESTS / "launch_jobs" / "launch_on_slurm.py"), str(folder)]
+    command = [sys.executable, str(TESTS / "launch_jobs" / "launch_on_slurm.py"), str(folder)]
     with open(folder / "log", "w") as log:
         launches = subprocess.Popen(
-            [*line, *lines], env=environment, cwd=folder, stdout=log, stderr=log
+            [*command, *lines], env=environment, cwd=folder, stdout=log, stderr=log
         )
         try:
             # What Slurm does before the time limit: the steps are told, the script is not.
@@ -247,33 +248,34 @@ def test_nothing_is_left_of_a_job_that_ended_by_itself(ended: dict[str, Ended]) 
     assert left() == []
 
 
-def test_the_tiny_recipe_trains_on_two_nodes(
-    cluster: Any, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def on_cluster(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's commands speak to the cluster."""
     for name, value in cluster.environment.items():
         monkeypatch.setenv(name, value)
-    words = ["--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
-    line = real_jobs.launch_command(
-        "sanity.tiny_dense", "--out", "on_slurm", *words, *chat_run.WORDS
+
+
+@pytest.mark.usefixtures("on_cluster")
+def test_the_tiny_recipe_trains_on_two_nodes(chat_folder: Path) -> None:
+    command = real_jobs.launch_command(
+        "sanity.tiny_dense", "--out", "on_slurm", *TWO_NODES, *chat_run.WORDS
     )
-    with real_jobs.started(line, chat_folder, (chat_run.E2E,)) as job:
+    with real_jobs.started(command, chat_folder, (chat_run.E2E,)) as job:
         stdout, stderr = job.communicate(timeout=PATIENCE_S)
     assert job.returncode == 0, stdout + stderr
     chat_run.assert_trained(chat_folder / "on_slurm")
     assert "run folder: on_slurm" in stdout
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_a_run_that_slurm_stops_is_queued_again_and_goes_on_where_it_was(
-    cluster: Any, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Any, chat_folder: Path
 ) -> None:
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    words = ["--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1", "--time", "20"]
     others = [word for word in chat_run.WORDS if not word.startswith("train.iterations=")]
-    words += ["--restarts", "2", *others, "train.iterations=4", "checkpoint.every=1"]
-    line = real_jobs.launch_command("sanity.tiny_dense", "--out", "stopped", *words)
+    words = ["--restarts", "2", *others, "train.iterations=4", "checkpoint.every=1"]
+    command = real_jobs.launch_command("sanity.tiny_dense", "--out", "stopped", *TWO_NODES, *words)
     out = chat_folder / "stopped"
-    with real_jobs.started(line, chat_folder, (chat_run.E2E,)) as job:
+    with real_jobs.started(command, chat_folder, (chat_run.E2E,)) as job:
         real_jobs.wait_until(lambda: real_jobs.events(out, "checkpoint"), job)
         (log,) = out.glob("launcher/experiments/*/*/*/sbatch_*.out")
         number = log.stem.rpartition("_")[2]
@@ -287,19 +289,16 @@ def test_a_run_that_slurm_stops_is_queued_again_and_goes_on_where_it_was(
     assert [event["status"] for event in real_jobs.events(out, "end")][-1] == "completed"
 
 
+@pytest.mark.usefixtures("on_cluster")
 def test_a_job_that_waits_for_a_node_that_is_gone_is_not_submitted(
-    cluster: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    words = ["sanity.tiny_dense", "--executor", "slurm", "--nodes", "2", "--gpus-per-node", "1"]
-    words += ["--out", str(tmp_path / "out"), "parallel.rollout_tp_size=1"]
+    words = ["sanity.tiny_dense", *TWO_NODES, "--out", str(tmp_path / "out")]
+    words += ["parallel.rollout_tp_size=1"]
     before = cluster.run("squeue", "-h", "-o", "%i")
     cluster.run("scontrol", "update", "nodename=n2", "state=fail", "reason=test")
     try:
-        assert command.main(words) == 2
+        assert launcher.main(words) == 2
     finally:
         cluster.run("scontrol", "update", "nodename=n2", "state=resume")
     said = capsys.readouterr().err
