@@ -36,7 +36,13 @@ MODELS = ("dense", "moe")
 PRECISIONS = ("bf16", "fp16")
 # So many that a run takes a minute or so on two cores that do nothing else.
 ITERATIONS = 8
-SETTINGS = ("eval.every=0", "eval.samples_per_question=8", "train.mismatch_every=1")
+SETTINGS = (
+    "train.prompts_per_iteration=32",
+    "train.prompts_per_mini_batch=8",
+    "eval.every=0",
+    "eval.samples_per_question=8",
+    "train.mismatch_every=1",
+)
 BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 
 
