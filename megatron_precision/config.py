@@ -282,6 +282,8 @@ class TrainConfig:
     `micro_batch_size` is in sequences of one rank: fewer fit a CPU's caches better, more take fewer
     collectives. `micro_batch_tokens` is a budget instead, in padded tokens of one micro-batch of
     one rank: at 0 there is none, else it decides alone (for responses of unlike lengths).
+    `packed_sequences` lays the sequences of a micro-batch end to end, without padding between them
+    (`actor/token_layout.py`).
 
     `routing_replay` makes the trainer's routers take the experts that the engine chose (R3).
 
@@ -298,6 +300,7 @@ class TrainConfig:
     prompts_per_mini_batch: int = 16
     micro_batch_size: int = 64
     micro_batch_tokens: int = 0
+    packed_sequences: bool = False
     mismatch_every: int = 0
     routing_replay: bool = False
     dump_every: int = 0

@@ -37,11 +37,13 @@ from megatron_precision.actor.packing import (
 )
 from megatron_precision.actor.parallel import coordinates
 from megatron_precision.actor.routing import RouterFlips, Routing
+from megatron_precision.actor.token_layout import TokenLayout
 from megatron_precision.config import (
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
 )
 from megatron_precision.errors import Problem, UserError
@@ -227,6 +229,7 @@ class Actor:
             micro_batch_tokens=self._run.train.micro_batch_tokens,
             width_multiple=self._run.width_multiple,
             attention_tokens=attention_tokens(self._run.model),
+            packed=self._run.train.packed_sequences,
         )
 
     def plans(self, batch: Batch, rows: torch.Tensor) -> list[Plan]:
@@ -242,7 +245,7 @@ class Actor:
         plans = self.plans(batch, rows)
         return {
             "throughput/padding_share": padding_share(batch.lengths, plans),
-            "throughput/dp_imbalance": dp_imbalance(plans, self.packing),
+            "throughput/dp_imbalance": dp_imbalance(batch.lengths, plans, self.packing),
         }
 
     def _forward_backward(
@@ -260,25 +263,33 @@ class Actor:
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
             part = batch.select(micro.rows, micro.width).to(self._device)
+            layout = TokenLayout.of(micro, part.lengths)
+            tokens = layout.to_model(part.tokens)
             if self.routing is not None:
                 assert part.routed_experts is None or torch.is_tensor(part.routed_experts)
-                self.routing.micro_batch(part.routed_experts, micro.rows)
-            width = torch.arange(part.tokens.shape[1], device=self._device)
-            positions = width.expand_as(part.tokens)
-            output = model(part.tokens, positions, attention_mask=None)
+                self.routing.micro_batch(part.routed_experts, layout, micro.rows)
+            positions = torch.arange(micro.width, device=self._device).expand_as(part.tokens)
+            output = model(
+                tokens,
+                layout.to_model(positions),
+                attention_mask=None,
+                packed_seq_params=layout.packed,
+            )
             # One micro-batch is watched; a stage without the loss learns of its end here alone.
             self.range_watch.active = False
 
             def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
                 logprobs, entropies = response_logprobs(
                     logits,
-                    part.tokens,
-                    part.response_mask,
+                    tokens,
+                    layout.to_model(part.response_mask, False),
                     temperature=temperature,
                     vocab_size=self._run.model.vocab_size,
                     tp_group=self._tp_group,
                 )
-                value = on_logprobs(part, micro, logprobs, entropies)
+                value = on_logprobs(
+                    part, micro, layout.from_model(logprobs), layout.from_model(entropies)
+                )
                 return value, torch.tensor(0, dtype=torch.int), {}
 
             return output, loss
@@ -432,17 +443,13 @@ class Actor:
     # ---- helpers -------------------------------------------------------------------------
 
     def _loss_rows(self, batch: Batch, micro: MicroBatch) -> torch.Tensor | None:
-        """[length / sequence shards, b] bool: tokens whose logits carry loss."""
+        """[s / sequence shards, c] bool: tokens whose logits carry loss."""
         if not self.policy.loss_scaling:
             return None
         part = batch.select(micro.rows, micro.width)
-        predicts = torch.zeros_like(part.response_mask)
-        predicts[:, :-1] = part.response_mask[:, 1:]
-        rows = (predicts & (part.advantages != 0)[:, None]).t()
-        if self._run.parallel.sequence_parallel:
-            tp_size = parallel_state.get_tensor_model_parallel_world_size()
-            return rows.chunk(tp_size)[parallel_state.get_tensor_model_parallel_rank()]
-        return rows
+        predicts = part.predicts() & (part.advantages != 0)[:, None]
+        layout = TokenLayout.of(micro, part.lengths)
+        return layout.to_layers(predicts, False, _sequence_shard(self._run.parallel))
 
     def share(self, rows: torch.Tensor) -> None:
         """Sum each row from the one rank that computed it; in place, on every rank."""
@@ -479,16 +486,18 @@ def _routers_run_again(memory: MemoryConfig) -> bool:
     return selected or memory.recompute == "full"
 
 
+def _sequence_shard(layout: ParallelConfig) -> tuple[int, int]:
+    """(rank, number of ranks) that a sequence is divided over between tensor-parallel layers."""
+    if not layout.sequence_parallel:
+        return 0, 1
+    return parallel_state.get_tensor_model_parallel_rank(), layout.tp_size
+
+
 def _routing(module: torch.nn.Module, config: RunConfig) -> Routing:
-    layout = config.parallel
-    divided = layout.sequence_parallel
     return Routing(
         module,
         num_layers=config.model.num_hidden_layers,
         replay=config.train.routing_replay,
         recompute=_routers_run_again(config.memory),
-        shard=(
-            parallel_state.get_tensor_model_parallel_rank() if divided else 0,
-            layout.tp_size if divided else 1,
-        ),
+        shard=_sequence_shard(config.parallel),
     )

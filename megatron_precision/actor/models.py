@@ -31,7 +31,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_precision.actor.attention import FusedAttention
+from megatron_precision.actor.attention import FusedAttention, ScoresAttention
 from megatron_precision.actor.norm import RMSNorm
 from megatron_precision.config import KernelConfig, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_precision.errors import Problem, UserError
@@ -213,7 +213,7 @@ def layer_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention() if writes_scores else FusedAttention,
+                    core_attention=ScoresAttention if writes_scores else FusedAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,

@@ -32,6 +32,7 @@ _ROUNDING = {
     "kernels.": "the kernels",
     "train.micro_batch_size": "the micro-batches",
     "train.micro_batch_tokens": "the micro-batches",
+    "train.packed_sequences": "the micro-batches",
     "rollout.max_num_seqs": "the engine's batches",
     "rollout.max_num_batched_tokens": "the engine's batches",
     "rollout.kv_cache_mib": "the engine's batches",

@@ -166,6 +166,8 @@ def micro_batches(config: RunConfig, lengths: work.Lengths) -> int:
     """Of one rank in one optimizer step, at the mean length."""
     train = config.train
     sequences = train.prompts_per_mini_batch * train.rollouts_per_prompt / config.parallel.dp_size
+    if train.micro_batch_tokens and train.packed_sequences:
+        return math.ceil(sequences * lengths.sequence / train.micro_batch_tokens)
     if train.micro_batch_tokens:
         return math.ceil(sequences / max(1, train.micro_batch_tokens // lengths.sequence))
     return math.ceil(sequences / train.micro_batch_size)

@@ -265,8 +265,10 @@ def _logits(config: RunConfig) -> int:
     tp = config.parallel.tp_size
     columns = padded_vocab_size(config.model.vocab_size, tp) // tp
     element = BYTES_PER_ELEMENT[config.policy.lm_head]
-    alone = config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens
-    copies = 2 if alone else 3  # batch first: a copy for more than one
+    train = config.train
+    alone = train.micro_batch_size == 1 and not train.micro_batch_tokens
+    # Batch first: a copy for more than one row.
+    copies = 2 if alone or train.packed_sequences else 3
     return micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
 
 

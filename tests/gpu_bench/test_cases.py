@@ -37,6 +37,15 @@ def test_the_pairs_of_a_measure_differ_in_precision_alone() -> None:
         assert one == two
 
 
+def test_a_packed_measure_fills_its_rows_and_pads_nothing() -> None:
+    packed = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-16k-packed-fp16")
+    config = cases.config(packed, tiny=False, gpu=True)
+    assert config.train.micro_batch_tokens == 16384
+    assert cases.sequence_lengths(config) == [8192, 4096, 2048, 2048] * 2
+    padded = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-4k-fp16")
+    assert cases.sequence_lengths(cases.config(padded, tiny=False, gpu=True)) == [4096] * 4
+
+
 def test_the_models_have_the_weights_that_their_names_say() -> None:
     def billions(name: str) -> float:
         return sum(math.prod(shape) for shape in hf_shapes(cases.MODELS[name]).values()) / 1e9
