@@ -367,6 +367,7 @@ class KernelConfig:
     fused_rope, fused_permute: Transformer Engine's kernels for rotary embeddings, and for the order
         of tokens among experts.
     fused_activation: SwiGLU of the trainer as one function.
+    fp32_lm_head: both sides multiply the last hidden states with the output weights in FP32.
     cuda_graphs: the engine's steps are replayed. Nothing of the engine is watched then: neither
         the range of its activations nor the experts that it chooses.
     """
@@ -375,6 +376,7 @@ class KernelConfig:
     fused_rope: bool = False
     fused_permute: bool = False
     fused_activation: bool = False
+    fp32_lm_head: bool = False
     cuda_graphs: bool = False
     cascade_attention: bool = False
 
@@ -451,8 +453,8 @@ class RunConfig:
 
     @property
     def policy(self) -> PrecisionPolicy:
-        """The precision policy that `precision` names."""
-        return policy(self.precision, self.sync.wire_source)
+        """The precision policy that `precision` names, with what is set apart from it."""
+        return policy(self.precision, self.sync.wire_source, self.kernels.fp32_lm_head)
 
     @property
     def records_routing(self) -> bool:

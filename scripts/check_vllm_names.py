@@ -41,6 +41,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "make_online_process_loader",
     ),
     "vllm.model_executor.model_loader.weight_utils": ("default_weight_loader",),
+    "vllm.config:ModelConfig": ("head_dtype",),
     "vllm.model_executor.layers.fused_moe.layer": ("MoERunner",),
     "vllm.model_executor.layers.fused_moe.layer:MoERunner": ("layer_id",),
     "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter": ("set_capture_fn",),
@@ -53,7 +54,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 ENGINE_ARGUMENTS = (
     "async_scheduling", "disable_cascade_attn", "disable_log_stats", "distributed_executor_backend",
     "dtype", "enable_chunked_prefill", "enable_prefix_caching", "enable_sleep_mode",
-    "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "enforce_eager", "gpu_memory_utilization", "hf_overrides", "kv_cache_dtype",
+    "kv_cache_memory_bytes",
     "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model",
     "moe_backend",
     "seed",

@@ -112,7 +112,7 @@ class Actor:
             model, layout, self.policy, memory, config.kernels, platform
         )
         modules = implementation(config.kernels, platform)
-        module = build_model(model, layout, self.config, memory, modules)
+        module = build_model(model, layout, self.config, memory, modules, self.policy.lm_head)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None
         self.model = DistributedDataParallel(

@@ -85,6 +85,7 @@ CASES: tuple[Case, ...] = (
         for label, switch in (
             ("fused-rope", "kernels.fused_rope=true"),
             ("fused-activation", "kernels.fused_activation=true"),
+            ("fp32-head", "kernels.fp32_lm_head=true"),
             ("cuda-graphs", "kernels.cuda_graphs=true"),
             ("cascade", "kernels.cascade_attention=true"),
             ("local-trainer", "kernels.trainer=local"),

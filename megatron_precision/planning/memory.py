@@ -269,7 +269,10 @@ def _logits(config: RunConfig) -> int:
     alone = train.micro_batch_size == 1 and not train.micro_batch_tokens
     # Batch first: a copy for more than one row.
     copies = 2 if alone or train.packed_sequences else 3
-    return micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+    held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+    if config.policy.lm_head != config.policy.params:
+        held += 2 * element * columns * config.model.hidden_size  # its weight, and the gradient
+    return held
 
 
 def _engine_workspace(config: RunConfig) -> int:

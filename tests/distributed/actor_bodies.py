@@ -143,3 +143,24 @@ def many_sharded_logprobs(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """`sharded_logprobs` for each case."""
     return {name: sharded_logprobs(*case) for name, case in cases.items()}
+
+
+def head_passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """For each case of one micro-batch: what its head multiplied, and what came of it."""
+    results = {}
+    for name, case in cases.items():
+        actor = make_actor(case.config, case.tensors)
+        rows = torch.arange(len(case.batch))
+        (micro,) = actor.plan(case.batch, rows)
+        hidden: list[torch.Tensor] = []
+        norm = actor.model.module.decoder.final_layernorm
+        norm.register_forward_hook(lambda _m, _i, out, keep=hidden: keep.append(out.detach()))
+        logprobs = actor.logprobs(case.batch, [rows])
+        actor.gradients(case.batch, [micro], weighted_logprobs)
+        results[name] = {
+            "rows": micro.rows,
+            "hidden": hidden[0].transpose(0, 1),
+            "logprobs": logprobs,
+            "gradients": full_gradients(actor),
+        }
+    return results

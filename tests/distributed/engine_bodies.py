@@ -595,3 +595,14 @@ def complaint_of_main_copies(session: Session) -> str:
     for values in [values for _, values in session.actor.main_copies().held if len(values)][:1]:
         values[0] += 1
     return error_of(WeightSyncError, lambda: session.sync.prove(4))
+
+
+def wide_heads(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, Any]:
+    """Audit and proof with both sides' heads in FP32, the mismatch, the dtypes of all logits."""
+    session = open_session(config, tensors, folder)
+    seen: set[str] = set()
+    session.engine.model.logits_processor.register_forward_hook(
+        lambda _module, _inputs, logits: seen.add(str(logits.dtype))
+    )
+    found = {"dtypes": session.check(), "mismatch": mismatch(session, config)}
+    return {**found, "logits": sorted(seen)}
