@@ -1,7 +1,7 @@
 """One GPU: kernels, layer specs, sync and memory. `make test-gpu` runs them, in minutes.
 
 Nothing here has been run on a GPU yet (docs/gpu.md). Not covered: several ranks, which cannot
-share a GPU over NCCL and are tested on gloo; resuming a run.
+share a GPU over NCCL and are tested on gloo.
 """
 
 from __future__ import annotations
