@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import recipes  # noqa: E402
 from megatron_precision import launching, rank, validation  # noqa: E402
 from megatron_precision.config import RunConfig, fingerprint, to_dict  # noqa: E402
+from megatron_precision.launching.jobs import python_path  # noqa: E402
 from megatron_precision.rl.algorithms import ALGORITHMS  # noqa: E402
 from megatron_precision.train.start import start_dir  # noqa: E402
 
@@ -122,8 +123,7 @@ def make(case: Case, runs: Path) -> dict[str, Any]:
     words += ["--set", *case.settings]
     print(f"\n{case.name}", flush=True)
     begin = time.monotonic()
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | launching.environment(ranks) | {"PYTHONPATH": paths}
+    environment = os.environ | launching.environment(ranks) | {"PYTHONPATH": python_path()}
     line = rank.torchrun_line(ranks, words)
     code = subprocess.run(line, check=False, env=environment).returncode
     seconds = round(time.monotonic() - begin, 1)
