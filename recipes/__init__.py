@@ -12,8 +12,9 @@ from megatron_precision import overrides as typed
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.planning import search
+from megatron_precision.precision.policy import is_precision
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.validation import is_precision, unknown_precision
+from megatron_precision.validation import unknown_precision
 from recipes import dense14b, moe, octothinker, sanity
 from recipes.layouts import Size, Sized
 from recipes.sanity import r1_distill, smollm2

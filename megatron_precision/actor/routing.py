@@ -105,12 +105,12 @@ class Routing:
             layout: where its tokens lie in what the model sees.
             rows: [b] its sequences' places in the batch, for `recorded`.
         """
-        self.experts = None
-        if experts is not None:
-            here = layout.to_layers(experts, UNKNOWN_EXPERT, self.shard)
-            self.experts = here.flatten(0, 1)
+        self.experts = self._places = None
+        if experts is None:
+            return
+        self.experts = layout.to_layers(experts, UNKNOWN_EXPERT, self.shard).flatten(0, 1)
         if self._flipped_layers is not None:
-            length = self._flipped_layers.shape[1]
+            rows, length = rows.to(experts.device), self._flipped_layers.shape[1]
             column = torch.arange(layout.shape[1], device=rows.device).expand(layout.shape)
             # A micro-batch may be padded beyond the batch.
             places = torch.where(column < length, rows[:, None] * length + column, NOWHERE)
@@ -153,8 +153,7 @@ class Routing:
         self._counts[1, layer] += float(common[known].sum()) / top_k
         self._counts[2, layer] += float(known.sum())
         if self._flipped_layers is not None and self._places is not None:
-            known_places = self._places[flipped.to(self._places.device)]
-            self._flipped_layers.view(-1)[known_places] += 1
+            self._flipped_layers.view(-1)[self._places[flipped].cpu()] += 1
 
 
 class _LayerRouting:

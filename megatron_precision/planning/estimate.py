@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from megatron_precision.config import RunConfig
 from megatron_precision.planning import memory, work
 from megatron_precision.planning.wire import SyncBytes
-from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.vllm_layout import padded_vocab_rows
 
 

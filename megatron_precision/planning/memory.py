@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig, RunConfig
-from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
 from megatron_precision.weights.regions import round_up

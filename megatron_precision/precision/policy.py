@@ -16,6 +16,7 @@ from typing import Literal
 
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
+BYTES_PER_ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 WireSource = Literal["parameters", "main_copies"]
 
 
@@ -108,3 +109,12 @@ def policy(
 
 def _dtype(name: str) -> DType:
     return next(dtype for dtype in DTYPES if dtype == name)
+
+
+def is_precision(name: str) -> bool:
+    """Whether a precision policy goes by this name."""
+    try:
+        policy(name)
+    except ValueError:
+        return False
+    return True
