@@ -41,7 +41,6 @@ NAMES: dict[str, tuple[str, ...]] = {
         "make_online_process_loader",
     ),
     "vllm.model_executor.model_loader.weight_utils": ("default_weight_loader",),
-    "vllm.config:ModelConfig": ("head_dtype",),
     "vllm.model_executor.layers.fused_moe.layer": ("MoERunner",),
     "vllm.model_executor.layers.fused_moe.layer:MoERunner": ("layer_id",),
     "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter": ("set_capture_fn",),
@@ -68,6 +67,7 @@ SAMPLING_ARGUMENTS = (
 # Attributes of instances, set in __init__: looked for in the source of the class.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "kv_caches"),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("head_dtype",),
     "vllm.v1.engine.llm_engine:LLMEngine": ("model_executor",),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": ("driver_worker",),
     "vllm.v1.worker.worker_base:WorkerWrapperBase": ("worker",),

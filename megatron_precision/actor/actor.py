@@ -263,6 +263,7 @@ class Actor:
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
             part = batch.select(micro.rows, micro.width).to(self._device)
+            assert not part.response_mask[:, 0].any(), "a response without a prompt"
             layout = TokenLayout.of(micro, part.lengths)
             tokens = layout.to_model(part.tokens)
             if self.routing is not None:

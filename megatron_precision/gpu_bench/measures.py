@@ -83,7 +83,7 @@ def weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 def batch_of(config: RunConfig, lengths: list[int]) -> Batch:
     """Random sequences of these lengths, of which all but a few tokens are response."""
     generator = torch.Generator().manual_seed(config.seed)
-    vocabulary, prompt = config.model.vocab_size, min(lengths) // 4
+    vocabulary, prompt = config.model.vocab_size, min(32, min(lengths) // 4)
     rows = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
     zeros = [[0.0] * (len(row) - prompt) for row in rows]
     heads, tails = [row[:prompt] for row in rows], [row[prompt:] for row in rows]

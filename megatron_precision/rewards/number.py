@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# A point or a comma counts as a part of the number where digits follow it as in one.
-_NUMBER = re.compile(r"-?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII)
+# A comma counts as a part of a number before three digits, a point before any, and a minus where
+# nothing stands right before it: 7-5 has the numbers 7 and 5.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII)
 
 
 def score(response: str, answer: str) -> float:
@@ -19,13 +20,11 @@ def score(response: str, answer: str) -> float:
     Raises:
         ValueError: where the right answer is no number.
     """
-    right = _value(answer.strip())
-    if right is None or not _NUMBER.fullmatch(answer.strip()):
+    if not _NUMBER.fullmatch(answer.strip()):
         raise ValueError(f"the right answer is not a number: {answer!r}")
     numbers = _NUMBER.findall(response)
-    return 1.0 if numbers and _value(numbers[-1]) == right else 0.0
+    return 1.0 if numbers and _value(numbers[-1]) == _value(answer.strip()) else 0.0
 
 
-def _value(text: str) -> Decimal | None:
-    plain = text.replace(",", "")
-    return Decimal(plain) if _NUMBER.fullmatch(plain) else None
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))

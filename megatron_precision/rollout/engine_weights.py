@@ -91,7 +91,8 @@ class EngineWeights:
         ]
         embedding = layers.get(_EMBEDDING)
         self._tied_head: EngineParameter | None = None
-        if head is not None and embedding is not None and head.weight is embedding.weight:
+        tied = head is not None and embedding is not None and head.weight is embedding.weight
+        if tied and head is not embedding:  # vLLM 0.26 takes the embedding itself as Qwen's head
             # One parameter of two layers; only the head's kernel may keep a copy of its own.
             own = [p for p in self.parameters if p.layer is head]
             self.parameters = [p for p in self.parameters if p.layer is not head]

@@ -106,7 +106,10 @@ def _warm_config(config: RunConfig) -> RunConfig:
             warmup_steps=warm.warmup_steps,
         ),
         train=dataclasses.replace(
-            config.train, micro_batch_size=warm.micro_batch_size, micro_batch_tokens=0
+            config.train,
+            micro_batch_size=warm.micro_batch_size,
+            micro_batch_tokens=0,
+            packed_sequences=False,
         ),
     )
 
