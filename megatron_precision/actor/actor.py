@@ -2,15 +2,14 @@
 
 logprobs(batch)              forward only: old_logprobs
 step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
-weight_pieces()              strided views of the parameters, as boxes of Hugging Face tensors
+weights                      the parameters as boxes of Hugging Face tensors
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,8 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_precision.actor.batch import Batch, MicroBatch
+from megatron_precision.actor.held_weights import HeldWeights
 from megatron_precision.actor.logprobs import response_logprobs
-from megatron_precision.actor.main_copies import MainCopies
 from megatron_precision.actor.models import build_model, implementation, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.packing import (
@@ -35,7 +34,6 @@ from megatron_precision.actor.packing import (
     padding_share,
     plan_micro_batches,
 )
-from megatron_precision.actor.parallel import coordinates
 from megatron_precision.actor.routing import RouterFlips, Routing
 from megatron_precision.actor.token_layout import TokenLayout
 from megatron_precision.config import (
@@ -46,12 +44,9 @@ from megatron_precision.config import (
     ParallelConfig,
     RunConfig,
 )
-from megatron_precision.errors import Problem, UserError
 from megatron_precision.platform import startup
 from megatron_precision.platform.choice import choose
 from megatron_precision.precision.range_watch import RangeWatch
-from megatron_precision.weights.megatron_layout import megatron_pieces
-from megatron_precision.weights.regions import Piece
 
 
 @dataclass
@@ -133,90 +128,14 @@ class Actor:
         self.config.finalize_model_grads_func = lambda chunks, _num_tokens=None, **groups: (
             finalize_model_grads(chunks, None, **groups)
         )
+        self.weights = HeldWeights(self.model.module, self.optimizer, config)
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
         self._device = startup.device()
-
-    # ---- weights -------------------------------------------------------------------------
-
-    def held_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """Every piece of the model on this rank, with the live parameter that holds it."""
-        return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
 
     @property
     def model_config(self) -> ModelConfig:
         """The model."""
         return self._run.model
-
-    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
-        """Every parameter of this rank, with its name and what it holds."""
-        at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
-        for name, parameter in self.model.module.named_parameters():
-            pieces = megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
-            yield name, parameter, pieces
-
-    def main_copies(self) -> MainCopies:
-        """The FP32 main copies on this rank."""
-        return MainCopies.of(self.parameters(), self.optimizer)
-
-    def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """Every piece of the model on this rank, with its strided view of the live parameter."""
-        return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.held_pieces()]
-
-    @contextlib.contextmanager
-    def other_weights(
-        self, change: Callable[[Piece, torch.Tensor], torch.Tensor]
-    ) -> Iterator[None]:
-        """Hold changed weights for a while, then the true ones again; no step may be taken.
-
-        Args:
-            change: (piece, its values) to new values of the same shape.
-        """
-        pieces = self.weight_pieces()
-        held = [view for _, view in pieces]
-        with_main_copies = self.policy.wire_source == "main_copies"
-        if with_main_copies:
-            held += [values for _, values in self.main_copies().held]
-        true = [view.clone() for view in held]
-        try:
-            with torch.no_grad():
-                for piece, view in pieces:
-                    view.copy_(change(piece, view))
-            if with_main_copies:
-                self.optimizer.reload_main_params()
-            yield
-        finally:
-            with torch.no_grad():
-                for view, values in zip(held, true, strict=True):
-                    view.copy_(values)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Any]) -> None:
-        """Load Hugging Face tensors (any float dtype), padded vocabulary rows zeroed.
-
-        Args:
-            tensors: by name; tensors, or what gives one for a box.
-
-        Raises:
-            KeyError: for a tensor that is missing.
-            UserError: for values that the parameters' dtype cannot hold.
-        """
-        for name, parameter in self.model.module.named_parameters():
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                parameter.zero_()
-        beyond = []
-        for piece, view in self.weight_pieces():
-            view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
-            if self.policy.params == "fp16" and not torch.isfinite(view).all():
-                beyond.append(piece.hf_name)
-        if beyond:
-            raise UserError(
-                Problem(
-                    "weights outside the range of fp16", "start.checkpoint",
-                    ", ".join(dict.fromkeys(beyond)), "values up to 65504",
-                    "the converter's audit lists them: python -m tools.checkpoint_convert audit",
-                )
-            )  # fmt: skip
-        self.optimizer.reload_main_params()
 
     # ---- passes --------------------------------------------------------------------------
 

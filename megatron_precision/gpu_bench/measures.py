@@ -95,7 +95,7 @@ def train(config: RunConfig, _folder: Path) -> Facts:
     parallel.open_world(startup.backend())
     parallel.divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(weights(config.model, config.seed))
+    actor.weights.load(weights(config.model, config.seed))
     lengths = sequence_lengths(config)
     batch = batch_of(config, lengths)
     plan = actor.plan(batch, torch.arange(len(lengths)))

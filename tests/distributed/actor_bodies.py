@@ -27,7 +27,7 @@ def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:
         parallel_state.destroy_model_parallel()
     divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(tensors)
+    actor.weights.load(tensors)
     return actor
 
 
@@ -50,7 +50,7 @@ def full_gradients(actor: Actor) -> dict[str, torch.Tensor]:
             bucket.grad_data.copy_(torch.cat(gathered))
     parameters = dict(actor.model.module.named_parameters())
     local = []
-    for piece, _ in actor.weight_pieces():
+    for piece, _ in actor.weights.views():
         grad = parameters[piece.parameter].main_grad.view(piece.view)
         spans = tuple(slice(begin, end) for begin, end in piece.index)
         local.append((piece, grad[spans].reshape(piece.shape).clone()))
