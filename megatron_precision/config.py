@@ -282,6 +282,8 @@ class TrainConfig:
     `micro_batch_size` is in sequences of one rank: fewer fit a CPU's caches better, more take fewer
     collectives. `micro_batch_tokens` is a budget instead, in padded tokens of one micro-batch of
     one rank: at 0 there is none, else it decides alone (for responses of unlike lengths).
+    `packed_sequences` lays the sequences of a micro-batch end to end, without padding between them
+    (`actor/token_layout.py`).
 
     `routing_replay` makes the trainer's routers take the experts that the engine chose (R3).
 
@@ -298,6 +300,7 @@ class TrainConfig:
     prompts_per_mini_batch: int = 16
     micro_batch_size: int = 64
     micro_batch_tokens: int = 0
+    packed_sequences: bool = False
     mismatch_every: int = 0
     routing_replay: bool = False
     dump_every: int = 0
@@ -364,6 +367,7 @@ class KernelConfig:
     fused_rope, fused_permute: Transformer Engine's kernels for rotary embeddings, and for the order
         of tokens among experts.
     fused_activation: SwiGLU of the trainer as one function.
+    fp32_lm_head: both sides multiply the last hidden states with the output weights in FP32.
     cuda_graphs: the engine's steps are replayed. Nothing of the engine is watched then: neither
         the range of its activations nor the experts that it chooses.
     """
@@ -372,6 +376,7 @@ class KernelConfig:
     fused_rope: bool = False
     fused_permute: bool = False
     fused_activation: bool = False
+    fp32_lm_head: bool = False
     cuda_graphs: bool = False
     cascade_attention: bool = False
 
@@ -448,8 +453,8 @@ class RunConfig:
 
     @property
     def policy(self) -> PrecisionPolicy:
-        """The precision policy that `precision` names."""
-        return policy(self.precision, self.sync.wire_source)
+        """The precision policy that `precision` names, with what is set apart from it."""
+        return policy(self.precision, self.sync.wire_source, self.kernels.fp32_lm_head)
 
     @property
     def records_routing(self) -> bool:

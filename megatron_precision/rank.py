@@ -90,10 +90,14 @@ def become_launcher(ranks: int, words: Sequence[str]) -> NoReturn:
     """
     from megatron_precision.launching import environment
 
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    line += [str(ranks), "-m", "megatron_precision", *words]
     sys.stdout.flush()
-    os.execve(sys.executable, line, os.environ | environment(ranks))
+    os.execve(sys.executable, torchrun_line(ranks, words), os.environ | environment(ranks))
+
+
+def torchrun_line(ranks: int, words: Sequence[str]) -> list[str]:
+    """A world on this machine; arguments as `become_launcher`'s."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return [*line, str(ranks), "-m", "megatron_precision", *words]
 
 
 def run(work: Callable[[], None], out: Path) -> int:

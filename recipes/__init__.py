@@ -12,11 +12,12 @@ from megatron_precision import overrides as typed
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.planning import search
+from megatron_precision.precision.policy import is_precision
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.validation import is_precision, unknown_precision
+from megatron_precision.validation import unknown_precision
 from recipes import dense14b, moe, octothinker, sanity
 from recipes.layouts import Size, Sized
-from recipes.sanity import r1_distill
+from recipes.sanity import r1_distill, smollm2
 
 Recipe = Callable[..., RunConfig]
 
@@ -24,6 +25,7 @@ RECIPES: dict[str, Recipe] = {
     "sanity.tiny_dense": sanity.tiny_dense,
     "sanity.tiny_moe": sanity.tiny_moe,
     "sanity.r1d_1_5b": r1_distill.r1d_1_5b,
+    "sanity.smollm2": smollm2.smollm2,
     "dense14b.dapo": dense14b.dapo,
     "moe.grpo_seq_mis": moe.grpo_seq_mis,
     "moe.grpo_token_tis": moe.grpo_token_tis,

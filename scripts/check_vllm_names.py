@@ -53,7 +53,8 @@ NAMES: dict[str, tuple[str, ...]] = {
 ENGINE_ARGUMENTS = (
     "async_scheduling", "disable_cascade_attn", "disable_log_stats", "distributed_executor_backend",
     "dtype", "enable_chunked_prefill", "enable_prefix_caching", "enable_sleep_mode",
-    "enforce_eager", "gpu_memory_utilization", "kv_cache_dtype", "kv_cache_memory_bytes",
+    "enforce_eager", "gpu_memory_utilization", "hf_overrides", "kv_cache_dtype",
+    "kv_cache_memory_bytes",
     "logprobs_mode", "max_model_len", "max_num_batched_tokens", "max_num_seqs", "model",
     "moe_backend",
     "seed",
@@ -66,6 +67,7 @@ SAMPLING_ARGUMENTS = (
 # Attributes of instances, set in __init__: looked for in the source of the class.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": ("input_batch", "kv_caches"),
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": ("head_dtype",),
     "vllm.v1.engine.llm_engine:LLMEngine": ("model_executor",),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": ("driver_worker",),
     "vllm.v1.worker.worker_base:WorkerWrapperBase": ("worker",),

@@ -1,4 +1,4 @@
-"""Padding and imbalance of three ways to divide sequences, on lengths that a real run sampled.
+"""Padding and imbalance of four ways to divide sequences, on lengths that a real run sampled.
 
     .venv/bin/python scripts/measure_packing.py runs/mismatch/sample-*.npz --config CONFIG \
         --out docs/benchmarks/raw/packing.json
@@ -8,12 +8,14 @@ config.json, for what attention costs beside products with weights. Divided are 
     as they come   consecutive ones to a rank, micro-batches of so many, as wide as their longest
     by count       sorted by length, dealt over the ranks, micro-batches of so many
     by tokens      under the budget of padded tokens that the widest micro-batch by count has
+    packed         the same, end to end in one row (train.packed_sequences)
 Nothing is timed: shares are counted tokens, imbalance is max / mean - 1 of the ranks' counted work.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import sys
@@ -24,7 +26,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_precision.actor.batch import MicroBatch
 from megatron_precision.actor.packing import (
     Packing,
     Plan,
@@ -65,30 +66,30 @@ def main() -> None:
 def measure(
     lengths: torch.Tensor, dp_size: int, micro_batch_size: int, attention: float
 ) -> dict[str, object]:
-    """Padding share, imbalance and micro-batches of a rank, for the three ways."""
+    """Padding share, imbalance and micro-batches of a rank, for the four ways."""
     everyone = torch.arange(len(lengths))
     by_count = Packing(dp_size, micro_batch_size, attention_tokens=attention)
     counted = plan_micro_batches(lengths, everyone, by_count)
-    budget = max(len(micro.rows) * micro.width for plan in counted for micro in plan)
+    budget = max(micro.tokens for plan in counted for micro in plan)
     by_tokens = Packing(dp_size, micro_batch_size, budget, attention_tokens=attention)
-    ways: dict[str, list[Plan]] = {
-        "as they come": [
-            [
-                MicroBatch(chunk, int(lengths[chunk].max()))
-                for chunk in share.split(micro_batch_size)
-            ]
-            for share in everyone.chunk(dp_size)
-        ],
-        "by count": counted,
-        "by tokens": plan_micro_batches(lengths, everyone, by_tokens),
+    packed = dataclasses.replace(by_tokens, packed=True)
+    as_they_come = [
+        [by_count.micro_batch(chunk, lengths) for chunk in share.split(micro_batch_size)]
+        for share in everyone.chunk(dp_size)
+    ]
+    ways: dict[str, tuple[Packing, list[Plan]]] = {
+        "as they come": (by_tokens, as_they_come),
+        "by count": (by_tokens, counted),
+        "by tokens": (by_tokens, plan_micro_batches(lengths, everyone, by_tokens)),
+        "packed": (packed, plan_micro_batches(lengths, everyone, packed)),
     }
     return {"budget": budget} | {
         name: {
             "padding_share": round(padding_share(lengths, plans), 4),
-            "dp_imbalance": round(dp_imbalance(plans, by_tokens), 4),
+            "dp_imbalance": round(dp_imbalance(lengths, plans, packing), 4),
             "micro_batches": len(plans[0]),
         }
-        for name, plans in ways.items()
+        for name, (packing, plans) in ways.items()
     }
 
 

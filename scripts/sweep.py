@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import recipes  # noqa: E402
-from megatron_precision import launching, validation  # noqa: E402
+from megatron_precision import launching, rank, validation  # noqa: E402
 from megatron_precision.config import RunConfig, fingerprint, to_dict  # noqa: E402
+from megatron_precision.launching.jobs import python_path  # noqa: E402
 from megatron_precision.rl.algorithms import ALGORITHMS  # noqa: E402
 from megatron_precision.train.start import start_dir  # noqa: E402
 
@@ -117,15 +118,13 @@ def make(case: Case, runs: Path) -> dict[str, Any]:
         raise SystemExit("the start could not be made")
     out, ranks = runs / case.name, config.parallel.world_size
     # By hand: what launch.py adds is a console and ten seconds.
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    line += ["--nproc-per-node", str(ranks), "-m", "megatron_precision", "train"]
-    line += [config.recipe, "--precision", case.precision, "--algo", case.algorithm]
-    line += ["--out", str(out), "--overwrite", "--start-from", str(start_dir(config))]
-    line += ["--set", *case.settings]
+    words = ["train", config.recipe, "--precision", case.precision, "--algo", case.algorithm]
+    words += ["--out", str(out), "--overwrite", "--start-from", str(start_dir(config))]
+    words += ["--set", *case.settings]
     print(f"\n{case.name}", flush=True)
     begin = time.monotonic()
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | launching.environment(ranks) | {"PYTHONPATH": paths}
+    environment = os.environ | launching.environment(ranks) | {"PYTHONPATH": python_path()}
+    line = rank.torchrun_line(ranks, words)
     code = subprocess.run(line, check=False, env=environment).returncode
     seconds = round(time.monotonic() - begin, 1)
     summary = {"exit_code": code, "seconds": seconds, **summed_up(out / "metrics.jsonl")}

@@ -2,15 +2,14 @@
 
 logprobs(batch)              forward only: old_logprobs
 step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
-weight_pieces()              strided views of the parameters, as boxes of Hugging Face tensors
+weights                      the parameters as boxes of Hugging Face tensors
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +22,8 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_precision.actor.batch import Batch, MicroBatch
+from megatron_precision.actor.held_weights import HeldWeights
 from megatron_precision.actor.logprobs import response_logprobs
-from megatron_precision.actor.main_copies import MainCopies
 from megatron_precision.actor.models import build_model, implementation, transformer_config
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.packing import (
@@ -35,21 +34,19 @@ from megatron_precision.actor.packing import (
     padding_share,
     plan_micro_batches,
 )
-from megatron_precision.actor.parallel import coordinates
 from megatron_precision.actor.routing import RouterFlips, Routing
+from megatron_precision.actor.token_layout import TokenLayout
 from megatron_precision.config import (
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
 )
-from megatron_precision.errors import Problem, UserError
 from megatron_precision.platform import startup
 from megatron_precision.platform.choice import choose
 from megatron_precision.precision.range_watch import RangeWatch
-from megatron_precision.weights.megatron_layout import megatron_pieces
-from megatron_precision.weights.regions import Piece
 
 
 @dataclass
@@ -110,7 +107,7 @@ class Actor:
             model, layout, self.policy, memory, config.kernels, platform
         )
         modules = implementation(config.kernels, platform)
-        module = build_model(model, layout, self.config, memory, modules)
+        module = build_model(model, layout, self.config, memory, modules, self.policy.lm_head)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None
         self.model = DistributedDataParallel(
@@ -131,90 +128,14 @@ class Actor:
         self.config.finalize_model_grads_func = lambda chunks, _num_tokens=None, **groups: (
             finalize_model_grads(chunks, None, **groups)
         )
+        self.weights = HeldWeights(self.model.module, self.optimizer, config)
         self._tp_group = parallel_state.get_tensor_model_parallel_group()
         self._device = startup.device()
-
-    # ---- weights -------------------------------------------------------------------------
-
-    def held_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """Every piece of the model on this rank, with the live parameter that holds it."""
-        return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
 
     @property
     def model_config(self) -> ModelConfig:
         """The model."""
         return self._run.model
-
-    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
-        """Every parameter of this rank, with its name and what it holds."""
-        at = coordinates(self._run.model.num_experts, self._run.model.num_hidden_layers)
-        for name, parameter in self.model.module.named_parameters():
-            pieces = megatron_pieces(name, tuple(parameter.shape), self._run.model, at)
-            yield name, parameter, pieces
-
-    def main_copies(self) -> MainCopies:
-        """The FP32 main copies on this rank."""
-        return MainCopies.of(self.parameters(), self.optimizer)
-
-    def weight_pieces(self) -> list[tuple[Piece, torch.Tensor]]:
-        """Every piece of the model on this rank, with its strided view of the live parameter."""
-        return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.held_pieces()]
-
-    @contextlib.contextmanager
-    def other_weights(
-        self, change: Callable[[Piece, torch.Tensor], torch.Tensor]
-    ) -> Iterator[None]:
-        """Hold changed weights for a while, then the true ones again; no step may be taken.
-
-        Args:
-            change: (piece, its values) to new values of the same shape.
-        """
-        pieces = self.weight_pieces()
-        held = [view for _, view in pieces]
-        with_main_copies = self.policy.wire_source == "main_copies"
-        if with_main_copies:
-            held += [values for _, values in self.main_copies().held]
-        true = [view.clone() for view in held]
-        try:
-            with torch.no_grad():
-                for piece, view in pieces:
-                    view.copy_(change(piece, view))
-            if with_main_copies:
-                self.optimizer.reload_main_params()
-            yield
-        finally:
-            with torch.no_grad():
-                for view, values in zip(held, true, strict=True):
-                    view.copy_(values)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Any]) -> None:
-        """Load Hugging Face tensors (any float dtype), padded vocabulary rows zeroed.
-
-        Args:
-            tensors: by name; tensors, or what gives one for a box.
-
-        Raises:
-            KeyError: for a tensor that is missing.
-            UserError: for values that the parameters' dtype cannot hold.
-        """
-        for name, parameter in self.model.module.named_parameters():
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                parameter.zero_()
-        beyond = []
-        for piece, view in self.weight_pieces():
-            view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
-            if self.policy.params == "fp16" and not torch.isfinite(view).all():
-                beyond.append(piece.hf_name)
-        if beyond:
-            raise UserError(
-                Problem(
-                    "weights outside the range of fp16", "start.checkpoint",
-                    ", ".join(dict.fromkeys(beyond)), "values up to 65504",
-                    "the converter's audit lists them: python -m tools.checkpoint_convert audit",
-                )
-            )  # fmt: skip
-        self.optimizer.reload_main_params()
 
     # ---- passes --------------------------------------------------------------------------
 
@@ -227,6 +148,7 @@ class Actor:
             micro_batch_tokens=self._run.train.micro_batch_tokens,
             width_multiple=self._run.width_multiple,
             attention_tokens=attention_tokens(self._run.model),
+            packed=self._run.train.packed_sequences,
         )
 
     def plans(self, batch: Batch, rows: torch.Tensor) -> list[Plan]:
@@ -242,7 +164,7 @@ class Actor:
         plans = self.plans(batch, rows)
         return {
             "throughput/padding_share": padding_share(batch.lengths, plans),
-            "throughput/dp_imbalance": dp_imbalance(plans, self.packing),
+            "throughput/dp_imbalance": dp_imbalance(batch.lengths, plans, self.packing),
         }
 
     def _forward_backward(
@@ -260,25 +182,34 @@ class Actor:
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
             part = batch.select(micro.rows, micro.width).to(self._device)
+            assert not part.response_mask[:, 0].any(), "a response without a prompt"
+            layout = TokenLayout.of(micro, part.lengths)
+            tokens = layout.to_model(part.tokens)
             if self.routing is not None:
                 assert part.routed_experts is None or torch.is_tensor(part.routed_experts)
-                self.routing.micro_batch(part.routed_experts, micro.rows)
-            width = torch.arange(part.tokens.shape[1], device=self._device)
-            positions = width.expand_as(part.tokens)
-            output = model(part.tokens, positions, attention_mask=None)
+                self.routing.micro_batch(part.routed_experts, layout, micro.rows)
+            positions = torch.arange(micro.width, device=self._device).expand_as(part.tokens)
+            output = model(
+                tokens,
+                layout.to_model(positions),
+                attention_mask=None,
+                packed_seq_params=layout.packed,
+            )
             # One micro-batch is watched; a stage without the loss learns of its end here alone.
             self.range_watch.active = False
 
             def loss(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
                 logprobs, entropies = response_logprobs(
                     logits,
-                    part.tokens,
-                    part.response_mask,
+                    tokens,
+                    layout.to_model(part.response_mask, False),
                     temperature=temperature,
                     vocab_size=self._run.model.vocab_size,
                     tp_group=self._tp_group,
                 )
-                value = on_logprobs(part, micro, logprobs, entropies)
+                value = on_logprobs(
+                    part, micro, layout.from_model(logprobs), layout.from_model(entropies)
+                )
                 return value, torch.tensor(0, dtype=torch.int), {}
 
             return output, loss
@@ -432,17 +363,13 @@ class Actor:
     # ---- helpers -------------------------------------------------------------------------
 
     def _loss_rows(self, batch: Batch, micro: MicroBatch) -> torch.Tensor | None:
-        """[length / sequence shards, b] bool: tokens whose logits carry loss."""
+        """[s / sequence shards, c] bool: tokens whose logits carry loss."""
         if not self.policy.loss_scaling:
             return None
         part = batch.select(micro.rows, micro.width)
-        predicts = torch.zeros_like(part.response_mask)
-        predicts[:, :-1] = part.response_mask[:, 1:]
-        rows = (predicts & (part.advantages != 0)[:, None]).t()
-        if self._run.parallel.sequence_parallel:
-            tp_size = parallel_state.get_tensor_model_parallel_world_size()
-            return rows.chunk(tp_size)[parallel_state.get_tensor_model_parallel_rank()]
-        return rows
+        predicts = part.predicts() & (part.advantages != 0)[:, None]
+        layout = TokenLayout.of(micro, part.lengths)
+        return layout.to_layers(predicts, False, _sequence_shard(self._run.parallel))
 
     def share(self, rows: torch.Tensor) -> None:
         """Sum each row from the one rank that computed it; in place, on every rank."""
@@ -479,16 +406,18 @@ def _routers_run_again(memory: MemoryConfig) -> bool:
     return selected or memory.recompute == "full"
 
 
+def _sequence_shard(layout: ParallelConfig) -> tuple[int, int]:
+    """(rank, number of ranks) that a sequence is divided over between tensor-parallel layers."""
+    if not layout.sequence_parallel:
+        return 0, 1
+    return parallel_state.get_tensor_model_parallel_rank(), layout.tp_size
+
+
 def _routing(module: torch.nn.Module, config: RunConfig) -> Routing:
-    layout = config.parallel
-    divided = layout.sequence_parallel
     return Routing(
         module,
         num_layers=config.model.num_hidden_layers,
         replay=config.train.routing_replay,
         recompute=_routers_run_again(config.memory),
-        shard=(
-            parallel_state.get_tensor_model_parallel_rank() if divided else 0,
-            layout.tp_size if divided else 1,
-        ),
+        shard=_sequence_shard(config.parallel),
     )

@@ -1,19 +1,74 @@
-"""Attention without a matrix of scores, for a precision whose rounding nobody studies.
+"""Attention of the local layer spec: with the scores written to memory, or without.
 
 Megatron's local attention writes the scores of every head to memory, in the parameters' dtype, as
 its GPU kernels' unfused form did; FP16 and BF16 keep it, since where it rounds is what a run
 measures. In FP32 PyTorch's fused kernel gives the same result to the last bits, in less time.
+
+Neither knows packed sequences, and is given them one by one. Transformer Engine's kernels know
+them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def each_sequence(
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed: PackedSeqParams,
+) -> torch.Tensor:
+    """Attention of packed sequences by what knows no packed ones, one after the other.
+
+    Args:
+        attend: of [tokens, 1, heads, head_dim] to [tokens, 1, heads × head_dim].
+        query: [t, heads, head_dim].
+        key, value: [t, KV heads, head_dim].
+
+    Returns:
+        [t, heads × head_dim].
+    """
+    sizes = packed.cu_seqlens_q.diff().tolist()
+    sequences = zip(*(x.unsqueeze(1).split(sizes) for x in (query, key, value)), strict=True)
+    return torch.cat([attend(*parts) for parts in sequences]).squeeze(1)
+
+
+class ScoresAttention(DotProductAttention):
+    """Megatron's local attention, which writes its scores; packed sequences too."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attend; shapes as `FusedAttention.forward`."""
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = super(ScoresAttention, self).forward(
+                q, k, v, attention_mask, **options
+            )
+            return found
+
+        if packed_seq_params is None:
+            return attend(query, key, value)
+        return each_sequence(attend, query, key, value, packed_seq_params)
 
 
 class FusedAttention(MegatronModule):
@@ -43,18 +98,24 @@ class FusedAttention(MegatronModule):
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: None,
+        packed_seq_params: PackedSeqParams | None = None,
         **_options: Any,
     ) -> torch.Tensor:
         """Attend.
 
         Args:
-            query: [tokens, sequences, heads, head_dim].
-            key, value: [tokens, sequences, KV heads, head_dim].
+            query: [tokens, sequences, heads, head_dim]; packed, [tokens, heads, head_dim].
+            key, value: the same with KV heads.
 
         Returns:
-            [tokens, sequences, heads × head_dim].
+            [tokens, sequences, heads × head_dim]; packed, [tokens, heads × head_dim].
         """
         assert attention_mask is None, "right-padded sequences need no mask beyond the causal one"
+        if packed_seq_params is not None:
+            return each_sequence(self._attend, query, key, value, packed_seq_params)
+        return self._attend(query, key, value)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self._scale, enable_gqa=True

@@ -60,6 +60,12 @@ class Batch:
             routed_experts=self._experts(rows, width),
         )
 
+    def predicts(self) -> torch.Tensor:
+        """[S, L] bool: tokens whose logits predict a response token."""
+        found = torch.zeros_like(self.response_mask)
+        found[:, :-1] = self.response_mask[:, 1:]
+        return found
+
     def to(self, device: torch.device) -> Batch:
         """The same micro-batch on a device; a batch itself stays on the host."""
         moved = {
@@ -89,10 +95,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of the batch that pass through the model together, padded to `width` tokens."""
+    """Rows of the batch that pass through the model together.
+
+    Attributes:
+        rows: [b] int64.
+        width: of the grid [b, width] of its tokens.
+        packed_tokens: of the one row that has all sequences end to end, with the padding behind
+            them; 0 where the model takes the grid (`actor/token_layout.py`).
+    """
 
     rows: torch.Tensor
     width: int
+    packed_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that pass through the model, padding included."""
+        return self.packed_tokens or len(self.rows) * self.width
 
 
 def make_batch(

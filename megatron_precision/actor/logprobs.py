@@ -78,8 +78,8 @@ def response_logprobs(
         logits: [batch, length, padded_vocab / TP], the policy's LM head dtype; position t
             predicts token t + 1.
         tokens: [batch, length] int64.
-        response_mask: [batch, length] bool; true where a token belongs to the response. Column 0
-            is never true: the first token is predicted by nothing.
+        response_mask: [batch, length] bool; true where a token belongs to the response. The first
+            token of a sequence never does: nothing predicts it.
         temperature: of the sampling distribution, > 0.
         vocab_size: without padding.
         tp_group: the ranks that share the vocabulary.

@@ -31,13 +31,14 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_precision.actor.attention import FusedAttention
+from megatron_precision.actor.attention import FusedAttention, ScoresAttention
+from megatron_precision.actor.lm_head import widen
 from megatron_precision.actor.norm import RMSNorm
 from megatron_precision.config import KernelConfig, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.platform.choice import Platform, installed
 from megatron_precision.precision.dtypes import torch_dtype
-from megatron_precision.precision.policy import PrecisionPolicy
+from megatron_precision.precision.policy import DType, PrecisionPolicy
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import padded_vocab_size
 
@@ -213,7 +214,7 @@ def layer_spec(
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_linear(),
-                    core_attention=backend.core_attention() if writes_scores else FusedAttention,
+                    core_attention=ScoresAttention if writes_scores else FusedAttention,
                     linear_proj=backend.row_parallel_linear(),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
@@ -234,13 +235,18 @@ def build_model(
     config: TransformerConfig,
     memory: MemoryConfig,
     modules: Implementation = "local",
+    lm_head: DType | None = None,
 ) -> torch.nn.Module:
-    """This rank's stage of the model, parameters initialised by Megatron."""
+    """This rank's stage of the model, parameters initialised by Megatron.
+
+    Args:
+        lm_head: dtype of the output projection; the parameters' where it is not said.
+    """
     spec = layer_spec(model, config, memory, modules)
     norm = transformer_engine.TENorm if modules == "transformer_engine" else RMSNorm
     local_layers = model.num_hidden_layers // parallel.pp_size
     last = parallel_state.is_pipeline_last_stage()
-    return GPTModel(
+    built = GPTModel(
         config=config,
         transformer_layer_spec=TransformerBlockSubmodules(
             layer_specs=[spec] * local_layers, layer_norm=norm
@@ -256,3 +262,7 @@ def build_model(
         rope_scaling=model.rope_scaling_factor != 1.0,
         rope_scaling_factor=model.rope_scaling_factor,
     )
+    if last and lm_head is not None and torch_dtype(lm_head) != config.params_dtype:
+        assert lm_head == "fp32", "the policy widens the head, and does nothing else to it"
+        widen(built.output_layer)
+    return built

@@ -7,6 +7,7 @@ stages and the experts' all-to-all meet in every one of them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -26,10 +27,12 @@ class Packing:
         dp_size: data-parallel ranks.
         micro_batch_size: sequences of one micro-batch of one rank at most, where there is no
             budget of tokens.
-        micro_batch_tokens: padded tokens of one micro-batch of one rank at most; 0 is none.
+        micro_batch_tokens: tokens of one micro-batch of one rank at most, padding included; 0 is
+            none.
         width_multiple: padded widths are multiples of this (sequence parallelism divides them).
         attention_tokens: the width at which attention costs as much as all matrix products with
             weights; infinite where attention is not to count.
+        packed: sequences of a micro-batch lie end to end in one row, not each in a padded one.
     """
 
     dp_size: int
@@ -37,14 +40,53 @@ class Packing:
     micro_batch_tokens: int = 0
     width_multiple: int = 1
     attention_tokens: float = math.inf
+    packed: bool = False
 
     def width(self, length: int) -> int:
         """A length rounded up to what a micro-batch may have."""
         return -(-length // self.width_multiple) * self.width_multiple
 
-    def cost(self, sequences: int, width: int) -> float:
-        """Work of a micro-batch, in tokens: n w (1 + w / attention_tokens)."""
-        return sequences * width * (1 + width / self.attention_tokens)
+    def micro_batch(self, rows: torch.Tensor, lengths: torch.Tensor) -> MicroBatch:
+        """The micro-batch of some rows of a batch whose sequences have these lengths, [S]."""
+        own = lengths[rows]
+        packed_tokens = self.width(int(own.sum())) if self.packed else 0
+        return MicroBatch(rows, self.width(int(own.max())), packed_tokens)
+
+    def cost(self, micro: MicroBatch, lengths: torch.Tensor) -> float:
+        """Work of a micro-batch, in tokens: the sum over its sequences of `sequence_cost`."""
+        if not self.packed:
+            return len(micro.rows) * self.sequence_cost(micro.width)
+        return sum(self.sequence_cost(length) for length in lengths[micro.rows].tolist())
+
+    def sequence_cost(self, width: int) -> float:
+        """Work of a sequence of so many tokens, in tokens: w (1 + w / attention_tokens)."""
+        return width * (1 + width / self.attention_tokens)
+
+
+class _Falling:
+    """Sequences in falling length, and what consecutive ones cost as one micro-batch."""
+
+    def __init__(self, lengths: list[int], packing: Packing) -> None:
+        self._packing = packing
+        self._widths = [packing.width(length) for length in lengths]
+        costs = map(packing.sequence_cost, lengths)
+        self._tokens_before = list(itertools.accumulate(lengths, initial=0))
+        self._cost_before = list(itertools.accumulate(costs, initial=0.0))
+
+    def __len__(self) -> int:
+        return len(self._widths)
+
+    def tokens(self, begin: int, end: int) -> int:
+        """Padded tokens of sequences begin to end."""
+        if self._packing.packed:
+            return self._packing.width(self._tokens_before[end] - self._tokens_before[begin])
+        return (end - begin) * self._widths[begin]
+
+    def cost(self, begin: int, end: int) -> float:
+        """Their work, as `Packing.cost`."""
+        if self._packing.packed:
+            return self._cost_before[end] - self._cost_before[begin]
+        return (end - begin) * self._packing.sequence_cost(self._widths[begin])
 
 
 def attention_tokens(model: ModelConfig) -> float:
@@ -87,7 +129,7 @@ def plan_micro_batches(lengths: torch.Tensor, rows: torch.Tensor, packing: Packi
         )
     return [
         [
-            MicroBatch(chunk, packing.width(int(lengths[chunk].max())))
+            packing.micro_batch(chunk, lengths)
             for chunk in order[rank :: packing.dp_size].split(packing.micro_batch_size)
         ]
         for rank in range(packing.dp_size)
@@ -100,51 +142,49 @@ def _by_tokens(lengths: torch.Tensor, order: torch.Tensor, packing: Packing) -> 
         raise ValueError(
             f"{len(order)} sequences for {packing.dp_size} data-parallel ranks: one has none"
         )
-    widths = [packing.width(length) for length in lengths[order].tolist()]
-    if widths[0] > packing.micro_batch_tokens:
+    sequences = _Falling(lengths[order].tolist(), packing)
+    if sequences.tokens(0, 1) > packing.micro_batch_tokens:
         raise ValueError(
-            f"a sequence of {widths[0]} padded tokens is over the budget of "
+            f"a sequence of {sequences.tokens(0, 1)} padded tokens is over the budget of "
             f"{packing.micro_batch_tokens} tokens a micro-batch"
         )
-    sizes = _cut(widths, packing)
     plans: list[Plan] = [[] for _ in range(packing.dp_size)]
     loads = [0.0] * packing.dp_size
-    made, begin = [], 0
-    for size in sizes:
-        made.append(MicroBatch(order[begin : begin + size], widths[begin]))
-        begin += size
+    made = []
+    for chunk in order.split(_cut(sequences, packing)):
+        micro = packing.micro_batch(chunk, lengths)
+        made.append((packing.cost(micro, lengths), micro))
     # Ranks that meet in an all-to-all run micro-batches of like cost; the one that is behind
     # takes the larger. So no two ranks ever differ by more than two of one such round do.
-    made.sort(key=lambda micro: -packing.cost(len(micro.rows), micro.width))
+    made.sort(key=lambda priced: -priced[0])
     for first in range(0, len(made), packing.dp_size):
         behind = sorted(range(packing.dp_size), key=lambda rank: (loads[rank], rank))
-        for rank, micro in zip(behind, made[first : first + packing.dp_size], strict=True):
+        together = made[first : first + packing.dp_size]
+        for rank, (cost, micro) in zip(behind, together, strict=True):
             plans[rank].append(micro)
-            loads[rank] += packing.cost(len(micro.rows), micro.width)
+            loads[rank] += cost
     return plans
 
 
-def _cut(widths: list[int], packing: Packing) -> list[int]:
+def _cut(sequences: _Falling, packing: Packing) -> list[int]:
     """Sizes of consecutive micro-batches of falling widths, as many as the ranks divide.
 
     As few as the budget allows, and of these the cut whose most expensive micro-batch is cheapest
     (to a hundredth).
     """
-    fewest = len(_greedy(widths, math.inf, packing))
+    fewest = len(_greedy(sequences, math.inf, packing))
     count = -(-fewest // packing.dp_size) * packing.dp_size
-    if count > len(widths):
+    if count > len(sequences):
         # A budget of about one sequence each, and ranks that do not divide the sequences.
         raise ValueError(
-            f"{len(widths)} sequences in {fewest} micro-batches of at most "
+            f"{len(sequences)} sequences in {fewest} micro-batches of at most "
             f"{packing.micro_batch_tokens} tokens do not divide over {packing.dp_size} ranks"
         )
-    low = packing.cost(1, widths[0])
-    high = max(low, sum(packing.cost(1, width) for width in widths))
-    high = max(high, packing.cost(len(widths), widths[0]))
-    best = _greedy(widths, high, packing)
+    low, high = sequences.cost(0, 1), sequences.cost(0, len(sequences))
+    best = _greedy(sequences, high, packing)
     while high > 1.01 * low:
         middle = math.sqrt(low * high)
-        sizes = _greedy(widths, middle, packing)
+        sizes = _greedy(sequences, middle, packing)
         if len(sizes) <= count:
             best, high = sizes, middle
         else:
@@ -157,33 +197,32 @@ def _cut(widths: list[int], packing: Packing) -> list[int]:
     return best
 
 
-def _greedy(widths: list[int], most_cost: float, packing: Packing) -> list[int]:
+def _greedy(sequences: _Falling, most_cost: float, packing: Packing) -> list[int]:
     """Sizes of micro-batches that are filled in turn up to the budget and the cost."""
     sizes: list[int] = []
-    widest = 0
-    for width in widths:
-        count = sizes[-1] + 1 if sizes else 1
+    begin = 0
+    for end in range(1, len(sequences) + 1):
         fits = (
             bool(sizes)
-            and count * widest <= packing.micro_batch_tokens
-            and packing.cost(count, widest) <= most_cost
+            and sequences.tokens(begin, end) <= packing.micro_batch_tokens
+            and sequences.cost(begin, end) <= most_cost
         )
         if fits:
-            sizes[-1] = count
+            sizes[-1] += 1
         else:
             sizes.append(1)
-            widest = width
+            begin = end - 1
     return sizes
 
 
 def padding_share(lengths: torch.Tensor, plans: list[Plan]) -> float:
     """Share of the tokens that pass through the model and belong to no sequence."""
     micros = [micro for plan in plans for micro in plan]
-    padded = sum(len(micro.rows) * micro.width for micro in micros)
+    padded = sum(micro.tokens for micro in micros)
     return 1 - sum(int(lengths[micro.rows].sum()) for micro in micros) / padded
 
 
-def dp_imbalance(plans: list[Plan], packing: Packing) -> float:
+def dp_imbalance(lengths: torch.Tensor, plans: list[Plan], packing: Packing) -> float:
     """How much more than the mean the busiest rank has to do: max / mean - 1."""
-    loads = [sum(packing.cost(len(m.rows), m.width) for m in plan) for plan in plans]
+    loads = [sum(packing.cost(micro, lengths) for micro in plan) for plan in plans]
     return max(loads) * len(loads) / sum(loads) - 1

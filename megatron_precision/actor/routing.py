@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_precision.actor.token_layout import NOWHERE, TokenLayout
 from megatron_precision.config import UNKNOWN_EXPERT
 
 
@@ -69,7 +70,7 @@ class Routing:
         self.replay, self.recompute, self.shard = replay, recompute, shard
         self.counting = False
         self.experts: torch.Tensor | None = None
-        self._rows: torch.Tensor | None = None
+        self._places: torch.Tensor | None = None
         self._flipped_layers: torch.Tensor | None = None
         # Rows: flipped tokens, sum of overlaps, known tokens.
         self._counts = torch.zeros(3, num_layers, dtype=torch.float64)
@@ -94,14 +95,26 @@ class Routing:
         for layer in self._layers:
             layer.waiting.clear()
 
-    def micro_batch(self, experts: torch.Tensor | None, rows: torch.Tensor | None = None) -> None:
+    def micro_batch(
+        self, experts: torch.Tensor | None, layout: TokenLayout, rows: torch.Tensor
+    ) -> None:
         """The forward pass of another micro-batch begins.
 
         Args:
             experts: [b, w, layers, k] uint8, the engine's; None where it recorded none.
+            layout: where its tokens lie in what the model sees.
             rows: [b] its sequences' places in the batch, for `recorded`.
         """
-        self.experts, self._rows = experts, rows
+        self.experts = self._places = None
+        if experts is None:
+            return
+        self.experts = layout.to_layers(experts, UNKNOWN_EXPERT, self.shard).flatten(0, 1)
+        if self._flipped_layers is not None:
+            rows, length = rows.to(experts.device), self._flipped_layers.shape[1]
+            column = torch.arange(layout.shape[1], device=rows.device).expand(layout.shape)
+            # A micro-batch may be padded beyond the batch.
+            places = torch.where(column < length, rows[:, None] * length + column, NOWHERE)
+            self._places = layout.to_layers(places, NOWHERE, self.shard).flatten()
 
     def record(self, sequences: int, tokens: int) -> None:
         """Keep, from now on, in how many layers each token of a batch [S, L] is flipped."""
@@ -139,12 +152,8 @@ class Routing:
         self._counts[0, layer] += float(flipped.sum())
         self._counts[1, layer] += float(common[known].sum()) / top_k
         self._counts[2, layer] += float(known.sum())
-        if self._flipped_layers is not None and self._rows is not None:
-            here = flipped.view(-1, len(self._rows)).t()
-            begin = self.shard[0] * here.shape[1]
-            end = min(begin + here.shape[1], self._flipped_layers.shape[1])
-            if begin < end:  # a micro-batch may be padded beyond the batch
-                self._flipped_layers[self._rows, begin:end] += here[:, : end - begin].cpu()
+        if self._flipped_layers is not None and self._places is not None:
+            self._flipped_layers.view(-1)[self._places[flipped].cpu()] += 1
 
 
 class _LayerRouting:
@@ -176,7 +185,7 @@ class _LayerRouting:
             self.waiting.append(experts)
         if experts is None or not (routing.replay or routing.counting):
             return values, own
-        engine = self._of_this_rank(experts)
+        engine = experts[:, self._layer].long()
         known = (engine != UNKNOWN_EXPERT).all(-1)
         if routing.counting and not again:
             routing.count(self._layer, own, engine, known)
@@ -186,11 +195,3 @@ class _LayerRouting:
         chosen = torch.where(known[:, None], engine, own)
         taken, order = scores.gather(1, chosen).sort(dim=1, descending=True, stable=True)
         return taken, chosen.gather(1, order)
-
-    def _of_this_rank(self, experts: torch.Tensor) -> torch.Tensor:
-        """[tokens, k] int64 in the order of the router's tokens: position, then sequence."""
-        rank, ranks = self._routing.shard
-        here = experts[:, :, self._layer].transpose(0, 1)
-        length = here.shape[0] // ranks
-        here = here[rank * length : (rank + 1) * length]
-        return here.reshape(-1, here.shape[-1]).long()

@@ -25,6 +25,8 @@ _FREE = (
     "memory.engine_sleep", "memory.offload_trainer", "task.scorer_workers",
     "task.scorer_time_limit_s", "loss_scale.hopeless_overflows", "start.public_name",
 )  # fmt: skip
+# Although what surrounds it is free: another dtype makes another run.
+_FIXED = ("kernels.fp32_lm_head",)
 # Sums in another order, by what depends on it.
 _ROUNDING = {
     "parallel.rollout_tp_size": "the engine's layout",
@@ -32,6 +34,7 @@ _ROUNDING = {
     "kernels.": "the kernels",
     "train.micro_batch_size": "the micro-batches",
     "train.micro_batch_tokens": "the micro-batches",
+    "train.packed_sequences": "the micro-batches",
     "rollout.max_num_seqs": "the engine's batches",
     "rollout.max_num_batched_tokens": "the engine's batches",
     "rollout.kv_cache_mib": "the engine's batches",
@@ -73,7 +76,7 @@ def problems(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Pr
             "resume with the run's own value, or start a new run with another --out",
         )
         for path, (before, now) in changes(config, state["config"]).items()
-        if not path.startswith((*_FREE, *_ROUNDING))
+        if path in _FIXED or not path.startswith((*_FREE, *_ROUNDING))
     ]
 
 

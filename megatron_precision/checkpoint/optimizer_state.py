@@ -58,7 +58,7 @@ class OptimizerBoxes:
 
     def __init__(self, actor: Actor) -> None:
         self._shapes = hf_shapes(actor.model_config)
-        parameters = list(actor.parameters())
+        parameters = list(actor.weights.parameters())
         states = [actor.optimizer.flat_state(parameter) for _, parameter, _ in parameters]
         mine = tuple(
             FlatRange(piece.hf_name, piece.start, state.begin, state.end)

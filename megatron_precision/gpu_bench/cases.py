@@ -48,8 +48,9 @@ class Case:
             mismatch, sync, sleep and wake.
         model: a key of `MODELS`.
         precision: of both sides, or TRAIN/ROLLOUT.
-        length: tokens of a sequence, prompt and response.
+        length: tokens of a sequence, prompt and response; of a row, where it is packed.
         switches: overrides that this case is about.
+        packed: rows hold sequences of unlike lengths end to end.
     """
 
     name: str
@@ -58,11 +59,12 @@ class Case:
     precision: str
     length: int
     switches: tuple[str, ...] = ()
+    packed: bool = False
 
 
-def _train(model: str, length: int) -> list[Case]:
-    name = f"train-{model}-{length // 1024}k"
-    return [Case(f"{name}-{p}", "train", model, p, length) for p in PRECISIONS]
+def _train(model: str, length: int, packed: bool = False) -> list[Case]:
+    name = f"train-{model}-{length // 1024}k{'-packed' * packed}"
+    return [Case(f"{name}-{p}", "train", model, p, length, packed=packed) for p in PRECISIONS]
 
 
 def _engine(model: str, precision: str, label: str = "", *switches: str) -> Case:
@@ -83,12 +85,14 @@ CASES: tuple[Case, ...] = (
         for label, switch in (
             ("fused-rope", "kernels.fused_rope=true"),
             ("fused-activation", "kernels.fused_activation=true"),
+            ("fp32-head", "kernels.fp32_lm_head=true"),
             ("cuda-graphs", "kernels.cuda_graphs=true"),
             ("cascade", "kernels.cascade_attention=true"),
             ("local-trainer", "kernels.trainer=local"),
         )
         for precision in PRECISIONS
     ),
+    *_train(_DENSE, 16384, packed=True),
     *_train(_DENSE, 16384),
     *_train("qwen3-4b", 16384),
     *_train("qwen3-moe-slice", 16384),
@@ -119,6 +123,8 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
         "rollout.kv_cache_mib": 64 if tiny else 8192,
         "rollout.record_routing": "false" if case.kind == "train" or gpu else "true",
         "train.micro_batch_size": 4 if tiny else max(1, 8192 // length),
+        "train.micro_batch_tokens": length if case.packed else 0,
+        "train.packed_sequences": str(case.packed).lower(),
         "memory.attention": "fused",
         "memory.recompute": "none" if tiny or length < 8192 else "full",
         "memory.engine_sleep": "keep_weights" if gpu and case.kind == "engine" else "off",
@@ -136,6 +142,14 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
 
         raise UserError(problems)
     return built
+
+
+def sequence_lengths(config: RunConfig) -> list[int]:
+    """Tokens of each sequence of one optimizer step: two micro-batches, packed ones a long tail."""
+    length = config.max_sequence_tokens
+    if not config.train.packed_sequences:
+        return [length] * 2 * config.train.micro_batch_size
+    return [length // 2, length // 4, length // 8, length // 8] * 2
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:

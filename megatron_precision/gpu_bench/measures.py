@@ -17,7 +17,7 @@ from megatron_precision.actor.batch import Batch, make_batch
 from megatron_precision.config import ModelConfig, RunConfig
 from megatron_precision.data.arithmetic import make_questions
 from megatron_precision.data.tasks import arithmetic_task
-from megatron_precision.gpu_bench.cases import flops_per_token, peak_flops
+from megatron_precision.gpu_bench.cases import flops_per_token, peak_flops, sequence_lengths
 from megatron_precision.planning import memory
 from megatron_precision.platform import startup
 from megatron_precision.precision.policy import DType
@@ -80,15 +80,14 @@ def weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
     return found
 
 
-def batch_of(config: RunConfig, sequences: int, length: int) -> Batch:
-    """Random sequences of one length, of which all but 32 tokens are response."""
+def batch_of(config: RunConfig, lengths: list[int]) -> Batch:
+    """Random sequences of these lengths, of which all but a few tokens are response."""
     generator = torch.Generator().manual_seed(config.seed)
-    shape = (sequences, length)
-    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator).tolist()
-    prompt = 32
-    zeros = [[0.0] * (length - prompt)] * sequences
-    heads, tails = [row[:prompt] for row in tokens], [row[prompt:] for row in tokens]
-    return make_batch(heads, tails, zeros, torch.ones(sequences))
+    vocabulary, prompt = config.model.vocab_size, min(32, min(lengths) // 4)
+    rows = [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
+    zeros = [[0.0] * (len(row) - prompt) for row in rows]
+    heads, tails = [row[:prompt] for row in rows], [row[prompt:] for row in rows]
+    return make_batch(heads, tails, zeros, torch.ones(len(rows)))
 
 
 def train(config: RunConfig, _folder: Path) -> Facts:
@@ -96,10 +95,10 @@ def train(config: RunConfig, _folder: Path) -> Facts:
     parallel.open_world(startup.backend())
     parallel.divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(weights(config.model, config.seed))
-    length, sequences = config.max_sequence_tokens, 2 * config.train.micro_batch_size
-    batch = batch_of(config, sequences, length)
-    plan = actor.plan(batch, torch.arange(sequences))
+    actor.weights.load(weights(config.model, config.seed))
+    lengths = sequence_lengths(config)
+    batch = batch_of(config, lengths)
+    plan = actor.plan(batch, torch.arange(len(lengths)))
     count = float(batch.response_mask.sum())
 
     def loss(_part: Batch, logprobs: torch.Tensor, _entropies: torch.Tensor) -> MicroLoss:
@@ -112,9 +111,10 @@ def train(config: RunConfig, _folder: Path) -> Facts:
         skipped += actor.step(batch, plan, loss).outcome.skipped
 
     took = seconds(step)
-    tokens_per_s = sequences * length / took["median_s"]
+    tokens_per_s = sum(lengths) / took["median_s"]
     device = str(startup.describe()["device"])
-    peak, flops = peak_flops(device), flops_per_token(config.model, length)
+    peak = peak_flops(device)
+    flops = sum(n * flops_per_token(config.model, n) for n in lengths) / sum(lengths)
     estimate = memory.of_run(config)
     trainer = ("parameters", "gradients", "optimizer", "activations", "logits")
     return {

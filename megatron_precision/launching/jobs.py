@@ -15,6 +15,12 @@ from megatron_precision.errors import Problem, UserError
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+def python_path() -> str:
+    """This checkout, and what the user's own PYTHONPATH has besides."""
+    theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(CHECKOUT), *(p for p in theirs if p and p != str(CHECKOUT))])
+
+
 @dataclass(frozen=True)
 class Job:
     """One torchrun world.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import signal
 import sys
@@ -24,10 +23,10 @@ from megatron_precision.errors import Problem, UserError
 from megatron_precision.joblog import Follower, describe_failure
 from megatron_precision.launching import experiment as experiments
 from megatron_precision.launching.jobs import (
-    CHECKOUT,
     Job,
     environment,
     prepare_job,
+    python_path,
     require_plain,
 )
 from megatron_precision.platform import process
@@ -112,12 +111,11 @@ def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
 
 
 def _job_environment(job: Job, job_id: str) -> dict[str, str]:
-    python_path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     return {
         **environment(job.ranks),
         process.JOB_VARIABLE: job_id,
         "PATH": str(Path(sys.executable).parent),  # nemo-run puts it before the user's
-        "PYTHONPATH": python_path,
+        "PYTHONPATH": python_path(),
         "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),
         "LOGLEVEL": "WARNING",
         # torchrun: only rank 0 on the console, every rank in a file.

@@ -368,7 +368,7 @@ def _size_problems(options: Options, config: RunConfig) -> Iterator[Problem]:
         )  # fmt: skip
     if nodes * per_node != world:
         yield Problem(
-            what="the machines have not the number of ranks that the layout has",
+            what="the job has not a GPU for each rank of the layout, or has too many",
             where="--nodes x --gpus-per-node",
             got=f"{nodes} x {per_node} = {nodes * per_node}",
             expected=f"parallel.world_size, which is {world}",

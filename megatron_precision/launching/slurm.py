@@ -25,7 +25,7 @@ from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.launching import experiment as experiments
 from megatron_precision.launching import mounts
-from megatron_precision.launching.jobs import CHECKOUT, Job, folders
+from megatron_precision.launching.jobs import CHECKOUT, Job, folders, python_path
 from megatron_precision.launching.options import Options
 
 # Slurm signals the ranks so long before the time limit; what they save must be written by then.
@@ -254,11 +254,9 @@ def _lead_s(options: Options) -> int:
 
 def _environment(job: Job, options: Options) -> dict[str, str]:
     """What the script exports; nemo-run writes values as they are, so they are quoted here."""
-    python_path = str(CHECKOUT)
-    if not options.container_image and os.environ.get("PYTHONPATH"):
-        python_path += os.pathsep + os.environ["PYTHONPATH"]
     values = {
-        "PYTHONPATH": shlex.quote(python_path),
+        # What the user has here is not in a container.
+        "PYTHONPATH": shlex.quote(str(CHECKOUT) if options.container_image else python_path()),
         "LOGLEVEL": "WARNING",
         "COLUMNS": "120",
         # torchrun: a node's first rank in the log, every rank in a file.

@@ -150,7 +150,7 @@ def score(comparison: Comparison, dtype: DType, progress: Progress) -> None:
     parallel.open_world(startup.backend())
     parallel.divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(OpenCheckpoint(Path(config.start.checkpoint)))
+    actor.weights.load(OpenCheckpoint(Path(config.start.checkpoint)))
     readings = audit.read_trainer(actor.model, actor.optimizer.megatron)
     audit.check(list(readings), config.policy)
     waiting = comparison.unscored(dtype)

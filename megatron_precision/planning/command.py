@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from megatron_precision import arguments, validation
+from megatron_precision import arguments, layout_checks, validation
 from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.planning import job, preflight, search, tables
@@ -133,7 +133,7 @@ def _of_layout(config: RunConfig) -> set[str]:
     """What is wrong with the layout, where all sizes are possible ones."""
     if any(problem.what == "value out of range" for problem in validation.problems(config)):
         return set()
-    return {problem.what for problem in validation.layout_problems(config)}
+    return {problem.what for problem in layout_checks.problems(config)}
 
 
 def _all_sizes(args: argparse.Namespace) -> int:

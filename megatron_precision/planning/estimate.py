@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from megatron_precision.config import RunConfig
 from megatron_precision.planning import memory, work
 from megatron_precision.planning.wire import SyncBytes
-from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.vllm_layout import padded_vocab_rows
 
 
@@ -166,6 +166,8 @@ def micro_batches(config: RunConfig, lengths: work.Lengths) -> int:
     """Of one rank in one optimizer step, at the mean length."""
     train = config.train
     sequences = train.prompts_per_mini_batch * train.rollouts_per_prompt / config.parallel.dp_size
+    if train.micro_batch_tokens and train.packed_sequences:
+        return math.ceil(sequences * lengths.sequence / train.micro_batch_tokens)
     if train.micro_batch_tokens:
         return math.ceil(sequences / max(1, train.micro_batch_tokens // lengths.sequence))
     return math.ceil(sequences / train.micro_batch_size)

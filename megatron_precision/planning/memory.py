@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig, RunConfig
-from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
 from megatron_precision.weights.regions import round_up
@@ -265,9 +265,18 @@ def _logits(config: RunConfig) -> int:
     tp = config.parallel.tp_size
     columns = padded_vocab_size(config.model.vocab_size, tp) // tp
     element = BYTES_PER_ELEMENT[config.policy.lm_head]
-    alone = config.train.micro_batch_size == 1 and not config.train.micro_batch_tokens
-    copies = 2 if alone else 3  # batch first: a copy for more than one
-    return micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+    train = config.train
+    alone = train.micro_batch_size == 1 and not train.micro_batch_tokens
+    # Batch first: a copy for more than one row.
+    copies = 2 if alone or train.packed_sequences else 3
+    held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+    if config.policy.lm_head != config.policy.params:
+        hidden, divided = config.model.hidden_size, config.parallel.sequence_parallel and tp > 1
+        held += 2 * element * columns * hidden  # its weight, and the gradient
+        # Hidden states as it has them, their gradient, and the gathered ones.
+        copies_of_shards = (1 / tp + 2) if divided else 2
+        held += int(element * micro_batch_tokens(config) * hidden * copies_of_shards)
+    return held
 
 
 def _engine_workspace(config: RunConfig) -> int:

@@ -1,6 +1,6 @@
 """The nearest layout that fits: what a refusal names.
 
-All layouts that `validation.py` accepts are tried: trainer TP, PP, EP and ETP, and the engine's
+All layouts that `layout_checks.py` accepts are tried: trainer TP, PP, EP and ETP, and the engine's
 TP. Nearest is the one that changes the fewest sizes, then the one with the smallest changes.
 """
 
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_precision import validation
+from megatron_precision import layout_checks
 from megatron_precision.config import ParallelConfig, RunConfig
 from megatron_precision.errors import Problem
 from megatron_precision.planning import memory, phases
@@ -179,7 +179,7 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
         for rollout_tp in rollout_tps:
             layout = ParallelConfig(gpus, tp, pp, ep, etp, tp > 1, rollout_tp)
             candidate = dataclasses.replace(config, parallel=layout, memory=memory_saved)
-            if not validation.layout_problems(candidate):
+            if not layout_checks.problems(candidate):
                 yield candidate
 
 

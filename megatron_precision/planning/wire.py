@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_precision.config import RunConfig
-from megatron_precision.validation import BYTES_PER_ELEMENT
+from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.boxes import overlap
 from megatron_precision.weights.families import (
     Family,

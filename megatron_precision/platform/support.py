@@ -14,10 +14,18 @@ from megatron_precision.platform.choice import Choice, choose
 
 
 def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
-    """Everything that asks for a GPU on the CPU platform; nothing on CUDA."""
-    if choice.name == "cuda":
-        return
+    """What asks for a GPU on the CPU platform; on CUDA, what its kernels would take too far."""
     memory, kernels = config.memory, config.kernels
+    if choice.name == "cuda":
+        scores = memory.attention == "scores" and kernels.trainer != "local"
+        if config.train.packed_sequences and scores:
+            yield Problem(
+                what="Transformer Engine would write a padded grid of packed sequences' scores",
+                where="train.packed_sequences, memory.attention",
+                got="memory.attention=scores",
+                expected="memory.attention=fused, or kernels.trainer=local",
+            )
+        return
     for path, value, neutral in (
         ("memory.optimizer_offload", memory.optimizer_offload, 0.0),
         ("memory.engine_sleep", memory.engine_sleep, "off"),

@@ -132,8 +132,9 @@ class ForwardReadings:
 
 
 def read_engine(engine: Any) -> Iterator[Reading]:
-    """The rollout engine's parameters and KV cache."""
+    """The rollout engine's parameters, its output projection and its KV cache."""
     for name, parameter in engine.model.named_parameters():
         yield Reading("rollout_params", f"engine parameter {name}", parameter.dtype)
+    yield Reading("rollout_lm_head", "the engine's output projection", engine.head_dtype)
     for number, cache in enumerate(engine.kv_caches):
         yield Reading("kv_cache", f"KV cache of layer {number}", cache.dtype)

@@ -16,6 +16,7 @@ from typing import Literal
 
 DType = Literal["fp16", "bf16", "fp32"]
 DTYPES: tuple[DType, ...] = ("fp16", "bf16", "fp32")
+BYTES_PER_ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 WireSource = Literal["parameters", "main_copies"]
 
 
@@ -30,9 +31,11 @@ class PrecisionPolicy:
         grad_accumulate: Megatron's `main_grad` buffers, and their reduction over data parallelism.
         main_params: the optimizer's copies of the parameters, and its moments.
         router: the MoE router's GEMM and its softmax.
-        lm_head: the output projection; logits leave it in this dtype and are reduced in fp32.
+        lm_head: the trainer's output projection; logits leave it in this dtype and are reduced in
+            fp32.
         logprobs: log-probs, losses, advantages and mismatch statistics.
         rollout_params: the engine's parameters, and its compute dtype.
+        rollout_lm_head: the engine's output projection.
         kv_cache: the engine's KV cache.
         wire: what the weight sync carries between trainer and engine.
         wire_source: what the trainer casts to it: its parameters, or the optimizer's FP32 copies.
@@ -47,6 +50,7 @@ class PrecisionPolicy:
     lm_head: DType
     logprobs: DType
     rollout_params: DType
+    rollout_lm_head: DType
     kv_cache: DType
     wire: DType
     wire_source: WireSource = "parameters"
@@ -58,7 +62,9 @@ class PrecisionPolicy:
 
 
 @functools.lru_cache(maxsize=64)
-def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy:
+def policy(
+    name: str, wire_source: WireSource = "parameters", fp32_lm_head: bool = False
+) -> PrecisionPolicy:
     """Build the policy that a user names.
 
     Args:
@@ -66,6 +72,7 @@ def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy
             the trainer's and the engine's dtype apart, as the paper's precision ablation does.
         wire_source: `main_copies` casts them to the engine's dtype, so that the engine's weights
             are rounded once and not twice.
+        fp32_lm_head: both sides' output projections are fp32, whatever the rest is.
 
     Returns:
         The policy. Accumulation, reduction, main parameters, router and log-probs are fp32 in
@@ -90,9 +97,10 @@ def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy
         grad_accumulate="fp32",
         main_params="fp32",
         router="fp32",
-        lm_head=_dtype(train),
+        lm_head="fp32" if fp32_lm_head else _dtype(train),
         logprobs="fp32",
         rollout_params=_dtype(rollout),
+        rollout_lm_head="fp32" if fp32_lm_head else _dtype(rollout),
         kv_cache=_dtype(rollout),
         wire=_dtype(rollout if wire_source == "main_copies" else train),
         wire_source=wire_source,
@@ -101,3 +109,12 @@ def policy(name: str, wire_source: WireSource = "parameters") -> PrecisionPolicy
 
 def _dtype(name: str) -> DType:
     return next(dtype for dtype in DTYPES if dtype == name)
+
+
+def is_precision(name: str) -> bool:
+    """Whether a precision policy goes by this name."""
+    try:
+        policy(name)
+    except ValueError:
+        return False
+    return True

@@ -173,6 +173,10 @@ def read_dump(folder: Path) -> Dump:
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         arrays = load_file(folder / ARRAYS)
+    except FileNotFoundError as wrong:
+        missing = folder if not folder.exists() else Path(wrong.filename or folder / ARRAYS)
+        what = "no such folder" if missing == folder else f"{missing.name} is not there"
+        raise UserError(Problem("not a whole dump", str(folder), what, expected)) from wrong
     except (OSError, ValueError, SafetensorError) as wrong:
         got = f"{type(wrong).__name__}: {wrong}"
         raise UserError(Problem("not a whole dump", str(folder), got, expected)) from wrong

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_precision.actor.batch import Batch, MicroBatch
+from megatron_precision.actor.token_layout import TokenLayout
 from megatron_precision.replay.findings import (
     EMBEDDING,
     FINAL_NORM,
@@ -59,7 +60,7 @@ def _larger(a: float, b: float) -> float:
 
 @dataclass
 class _Router:
-    """[s, b, experts] FP32 logits and [s, b, experts] bool, the chosen."""
+    """[s, c, experts] FP32 logits and [s, c, experts] bool, the chosen."""
 
     logits: torch.Tensor
     chosen: torch.Tensor
@@ -117,11 +118,10 @@ class Comparer:
     def comparing(self, mode: Mode, batch: Batch, micro: MicroBatch) -> Iterator[None]:
         """Compare the passes of a block, which run this micro-batch."""
         part = batch.select(micro.rows, micro.width)
+        layout = TokenLayout.of(micro, part.lengths)
         positions = torch.arange(micro.width)
-        self._real = (positions[None] < part.lengths[:, None]).t()
-        predicts = torch.zeros_like(part.response_mask)
-        predicts[:, :-1] = part.response_mask[:, 1:]
-        self._predicts = predicts.t()
+        self._real = layout.to_layers(positions < part.lengths[:, None], False)
+        self._predicts = layout.to_layers(part.predicts(), False)
         self._mode = mode
         try:
             yield
@@ -230,7 +230,7 @@ def _routing(router: Any, hidden: torch.Tensor, output: tuple[torch.Tensor, ...]
 def _norms(
     ours: torch.Tensor, exact: torch.Tensor, *, across_tp: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(||x - r||, ||r||) of each token, [s, b] FP64 each; 0 / 0 counts as no error."""
+    """(||x - r||, ||r||) of each token, [s, c] FP64 each; 0 / 0 counts as no error."""
     exact = exact.double()
     sums = torch.stack([(ours.double() - exact).square().sum(-1), exact.square().sum(-1)])
     if across_tp:
@@ -240,7 +240,7 @@ def _norms(
 
 
 def _local(rows: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-    """[width, b] bool to this rank's part of the tokens, where the sequence is divided."""
+    """[s, c] bool to this rank's part of the tokens, where the sequence is divided."""
     rows = rows.to(device)
     if rows.shape[0] == length:
         return rows

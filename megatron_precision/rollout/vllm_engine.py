@@ -22,6 +22,7 @@ from megatron_precision.precision.policy import DType
 from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout import vllm_versions
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
+from megatron_precision.rollout.engine_weights import head_dtype
 from megatron_precision.rollout.routed_experts import RoutedExperts
 from megatron_precision.weights.megatron_layout import ShardCoordinates
 from megatron_precision.weights.plan import Planner
@@ -87,6 +88,9 @@ class VllmEngine:
             max_num_batched_tokens=max(
                 rollout.max_num_batched_tokens, config.max_sequence_tokens * on_cpu
             ),
+            hf_overrides={"head_dtype": _vllm_name(policy.rollout_lm_head)}
+            if policy.rollout_lm_head != policy.rollout_params
+            else {},
             **vllm_versions.platform_arguments(platform, rollout.kv_cache_mib * 2**20),
             logprobs_mode="processed_logprobs",
             disable_cascade_attn=not kernels.cascade_attention,
@@ -218,6 +222,11 @@ class VllmEngine:
     def model(self) -> torch.nn.Module:
         """The live model of this rank."""
         return self._runner.get_model()  # type: ignore[no-any-return]
+
+    @property
+    def head_dtype(self) -> torch.dtype:
+        """In what the output projection multiplies."""
+        return head_dtype(self.model)
 
     def coordinates(self) -> ShardCoordinates:
         """Where this rank stands in the engine's layout."""

@@ -73,7 +73,7 @@ class Dumper:
         if self._keeps:
             self._kept = [
                 (piece, view.detach().to("cpu", copy=True))
-                for piece, view in self._actor.weight_pieces()
+                for piece, view in self._actor.weights.views()
             ]
 
     def see(self, iteration: int, groups: Sampled, batch: Batch, measured: Measured) -> None:

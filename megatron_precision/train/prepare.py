@@ -106,7 +106,10 @@ def _warm_config(config: RunConfig) -> RunConfig:
             warmup_steps=warm.warmup_steps,
         ),
         train=dataclasses.replace(
-            config.train, micro_batch_size=warm.micro_batch_size, micro_batch_tokens=0
+            config.train,
+            micro_batch_size=warm.micro_batch_size,
+            micro_batch_tokens=0,
+            packed_sequences=False,
         ),
     )
 
@@ -145,7 +148,7 @@ def _train_into_window(
         if accuracy > warm.target_accuracy_high:
             if stretch == 1:
                 break
-            session.actor.load(saved)
+            session.actor.weights.load(saved)
             stretch = max(1, stretch // 2)
         elif accuracy > STEEP_FROM:
             stretch = min(stretch, warm.check_every // 4)
@@ -192,7 +195,7 @@ def _round_to_bf16_grid(session: Session) -> dict[str, int]:
         name: tensor.to(torch_dtype("bf16")).float()
         for name, tensor in full_tensors(session.actor, session.config.model).items()
     }
-    session.actor.load(rounded)
+    session.actor.weights.load(rounded)
     inexact = sum(int((t.to(torch_dtype("fp16")).float() != t).sum()) for t in rounded.values())
     return {"inexact": inexact, "weights": sum(t.numel() for t in rounded.values())}
 

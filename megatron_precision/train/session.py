@@ -50,7 +50,7 @@ class Session:
 
     def load_start(self) -> None:
         """Load the trainer's weights from the model folder."""
-        self.actor.load(OpenCheckpoint(self.model_dir))
+        self.actor.weights.load(OpenCheckpoint(self.model_dir))
 
     def open_engine(self) -> None:
         """Start the engine on the model folder, and connect the sync."""

@@ -23,7 +23,7 @@ def full_tensors(actor: Actor, model: ModelConfig) -> dict[str, torch.Tensor]:
     Raises:
         PlanError: where the ranks' pieces do not cover the model.
     """
-    return gathered(actor.weight_pieces(), model)
+    return gathered(actor.weights.views(), model)
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ def prove_sync(
         WeightSyncError: where any part of the proof fails.
     """
     before = engine.score(prompts)
-    with actor.other_weights(perturbed):
+    with actor.weights.changed(perturbed):
         sync.push(engine.weight_version)
         moved_to = engine.score(prompts)
         expected = _trainer_scores(actor, prompts)

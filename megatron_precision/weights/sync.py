@@ -66,7 +66,7 @@ def colocated_planner(config: RunConfig) -> Planner:
 def _all_ranges(actor: Actor) -> FlatRanges:
     """What every rank holds of the main copies."""
     everyone: list[tuple[FlatRange, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everyone, tuple(actor.main_copies().ranges))
+    dist.all_gather_object(everyone, tuple(actor.weights.main_copies().ranges))
     return FlatRanges(tuple(everyone))
 
 
@@ -97,9 +97,9 @@ class WeightSync:
         """
         firsts: dict[str, int] = {}
         if self._planner.ranges is None:
-            sources = self._actor.held_pieces()
+            sources = self._actor.weights.live()
         else:
-            copies = self._actor.main_copies()
+            copies = self._actor.weights.main_copies()
             sources, firsts = copies.held, copies.firsts
         self.transfer = self._engine.connect(
             self._planner,

@@ -12,10 +12,13 @@ from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 
-LAYOUTS: dict[str, tuple[ModelConfig, ParallelConfig]] = {
-    "dense TP2 SP": (DENSE, ParallelConfig(2, 2, sequence_parallel=True)),
-    "dense PP2": (DENSE, ParallelConfig(2, 1, 2)),
-    "MoE EP2": (MOE, ParallelConfig(2, 1, 1, 2)),
+PADDED = TrainConfig(micro_batch_tokens=50)
+PACKED = TrainConfig(micro_batch_tokens=50, packed_sequences=True)
+LAYOUTS: dict[str, tuple[ModelConfig, ParallelConfig, TrainConfig]] = {
+    "dense TP2 SP": (DENSE, ParallelConfig(2, 2, sequence_parallel=True), PADDED),
+    "dense PP2": (DENSE, ParallelConfig(2, 1, 2), PADDED),
+    "MoE EP2": (MOE, ParallelConfig(2, 1, 1, 2), PADDED),
+    "dense TP2 SP packed": (DENSE, ParallelConfig(2, 2, sequence_parallel=True), PACKED),
 }
 PRECISIONS = ("fp16", "bf16", "fp32")
 # How far a dtype's log-probs may lie from FP32's, on average: it must really have been used.
@@ -26,7 +29,7 @@ NAMES = [f"{layout}, {precision}" for layout in LAYOUTS for precision in PRECISI
 @pytest.fixture(scope="module")
 def passes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     cases = {}
-    for layout, (model, parallel) in LAYOUTS.items():
+    for layout, (model, parallel, train) in LAYOUTS.items():
         tensors = checkpoint(model, random_hf_model(model))
         for precision in PRECISIONS:
             config = RunConfig(
@@ -34,7 +37,7 @@ def passes() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
                 precision=precision,
                 model=model,
                 parallel=parallel,
-                train=TrainConfig(micro_batch_tokens=50),
+                train=train,
             )
             cases[f"{layout}, {precision}"] = Case(config, tensors, random_batch(model, 10))
     result: dict[str, tuple[torch.Tensor, torch.Tensor]] = run_distributed(

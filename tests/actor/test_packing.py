@@ -29,6 +29,7 @@ packings = st.builds(
     micro_batch_tokens=st.just(0) | st.integers(71, 400),
     width_multiple=st.sampled_from([1, 8, 24]),
     attention_tokens=st.sampled_from([7.0, 90.0, float("inf")]),
+    packed=st.booleans(),
 )
 
 
@@ -60,8 +61,14 @@ def test_every_row_is_in_one_micro_batch_of_one_rank_and_ranks_have_equally_many
         longest = int(lengths[micro.rows].max())
         assert micro.width % packing.width_multiple == 0
         assert longest <= micro.width < longest + packing.width_multiple
+        real = int(lengths[micro.rows].sum())
+        if packing.packed:
+            assert micro.tokens % packing.width_multiple == 0
+            assert real <= micro.tokens < real + packing.width_multiple
+        else:
+            assert micro.tokens == len(micro.rows) * micro.width
         if packing.micro_batch_tokens:
-            assert 1 <= len(micro.rows) * micro.width <= packing.micro_batch_tokens
+            assert 1 <= micro.tokens <= packing.micro_batch_tokens
         else:
             assert 1 <= len(micro.rows) <= packing.micro_batch_size
 
@@ -75,6 +82,9 @@ def test_ranks_differ_by_no_more_than_the_micro_batches_do(
     lengths, rows = lengths_and_rows(seed, per_rank, 0, packing.dp_size)
 
     def cost(rows: torch.Tensor) -> float:
+        if packing.packed:
+            own = lengths[rows].double()
+            return float((own + own**2 / packing.attention_tokens).sum())
         width = -(-int(lengths[rows].max()) // packing.width_multiple) * packing.width_multiple
         return len(rows) * (width + width**2 / packing.attention_tokens)
 
@@ -109,15 +119,28 @@ def test_one_long_response_costs_its_rank_no_micro_batch_of_padding() -> None:
     assert padding_share(lengths, [plan]) == 0
 
 
+def test_packed_sequences_fill_the_budget_and_pad_the_end_alone() -> None:
+    lengths = torch.tensor([10, 100, 10, 10, 10, 10, 10, 10, 30])
+    packing = Packing(1, 2, micro_batch_tokens=104, width_multiple=8, packed=True)
+    (plan,) = plan_micro_batches(lengths, torch.arange(9), packing)
+    got = [(micro.rows.tolist(), micro.width, micro.packed_tokens) for micro in plan]
+    assert got == [([1], 104, 104), ([8, 0, 2, 3, 4, 5, 6, 7], 32, 104)]
+    assert padding_share(lengths, [plan]) == pytest.approx(8 / 208)
+    # Attention is within a sequence: 100 (1 + 100/50) against 30 (1 + 30/50) + 7 x 10 (1 + 10/50).
+    quadratic = dataclasses.replace(packing, attention_tokens=50.0)
+    costs = [quadratic.cost(micro, lengths) for micro in plan]
+    assert costs == pytest.approx([300, 48 + 84])
+
+
 def test_attention_is_balanced_and_not_tokens_alone() -> None:
     # 40 (1 + 40/10) = 200 is the work of ten sequences of 10 (1 + 10/10) = 20.
     lengths = torch.tensor([40, *[10] * 10])
     quadratic = Packing(2, 1, micro_batch_tokens=400, attention_tokens=10.0)
     plans = plan_micro_batches(lengths, torch.arange(11), quadratic)
     assert sorted(len(micro.rows) for plan in plans for micro in plan) == [1, 10]
-    assert dp_imbalance(plans, quadratic) == pytest.approx(0, abs=1e-9)
+    assert dp_imbalance(lengths, plans, quadratic) == pytest.approx(0, abs=1e-9)
     # By tokens alone the same split is 40 against 100.
-    assert dp_imbalance(plans, Packing(2, 1)) == pytest.approx(100 / 70 - 1)
+    assert dp_imbalance(lengths, plans, Packing(2, 1)) == pytest.approx(100 / 70 - 1)
 
 
 def test_the_width_at_which_attention_costs_as_much_as_the_weights_by_hand() -> None:

@@ -13,8 +13,9 @@ from cases import Case
 from harness import run_distributed
 from oracle import MOE, checkpoint, expected, random_batch, random_hf_model
 
-from megatron_precision.actor.batch import Batch
+from megatron_precision.actor.batch import Batch, MicroBatch
 from megatron_precision.actor.routing import Routing, _LayerRouting
+from megatron_precision.actor.token_layout import TokenLayout
 from megatron_precision.config import (
     UNKNOWN_EXPERT,
     MemoryConfig,
@@ -26,12 +27,16 @@ from megatron_precision.config import (
 
 LAYERS, TOP_K, EXPERTS = MOE.num_hidden_layers, MOE.num_experts_per_tok, MOE.num_experts
 FULL = MemoryConfig("full", "fused")
+TP_EP = ParallelConfig(2, 2, 1, 2, sequence_parallel=True)
+# name: (layout, memory, packed sequences)
 LAYOUTS = {
-    "EP": (ParallelConfig(2, 1, 1, 2), MemoryConfig()),
-    "TP and EP": (ParallelConfig(2, 2, 1, 2, sequence_parallel=True), MemoryConfig()),
+    "EP": (ParallelConfig(2, 1, 1, 2), MemoryConfig(), False),
+    "TP and EP": (TP_EP, MemoryConfig(), False),
     # Layers run again in the backward pass, after other micro-batches have begun.
-    "PP again": (ParallelConfig(2, 1, 2, rollout_tp_size=1), FULL),
+    "PP again": (ParallelConfig(2, 1, 2, rollout_tp_size=1), FULL, False),
+    "TP and EP, packed": (TP_EP, FULL, True),
 }
+FREE = ["EP", "TP and EP", "TP and EP, packed"]
 
 
 class ForcedGate:
@@ -105,14 +110,14 @@ def altered() -> list[torch.Tensor]:
 
 
 def case(layout: str, experts: list[torch.Tensor], replay: bool) -> Case:
-    parallel, memory = LAYOUTS[layout]
+    parallel, memory, packed = LAYOUTS[layout]
     config = RunConfig(
         "test",
         precision="fp32",
         model=MOE,
         parallel=parallel,
         rollout=RolloutConfig(temperature=1.0),
-        train=TrainConfig(micro_batch_size=2, routing_replay=replay),
+        train=TrainConfig(micro_batch_size=2, packed_sequences=packed, routing_replay=replay),
         memory=memory,
     )
     arrays = [part.to(torch.uint8).numpy() for part in experts]
@@ -123,7 +128,7 @@ def case(layout: str, experts: list[torch.Tensor], replay: bool) -> Case:
 @functools.cache
 def world() -> dict[str, dict[str, Any]]:
     cases = {f"{layout} replayed": case(layout, told(), True) for layout in LAYOUTS}
-    cases |= {f"{layout} free": case(layout, altered(), False) for layout in ("EP", "TP and EP")}
+    cases |= {f"{layout} free": case(layout, altered(), False) for layout in FREE}
     found: dict[str, dict[str, Any]] = run_distributed("routing_bodies.passes", 2, cases)
     return found
 
@@ -141,7 +146,7 @@ def test_replayed_experts_give_the_log_probs_and_gradients_of_forced_ones(layout
     assert all(wanted.gradients[n].abs().max() > 0.01 for n in gates)
 
 
-@pytest.mark.parametrize("layout", ["EP", "TP and EP"])
+@pytest.mark.parametrize("layout", FREE)
 def test_flips_are_those_that_were_made(layout: str) -> None:
     flips = world()[f"{layout} free"]["flips"]
     tokens = int(batch().lengths.sum())
@@ -166,7 +171,9 @@ def test_replaying_a_router_s_own_choice_changes_no_bit_in_any_order() -> None:
     values, own = scores.topk(4)
     routing = Routing(torch.nn.Module(), num_layers=1, replay=True, recompute=False, shard=(0, 1))
     shuffled = own[:, torch.tensor([2, 0, 3, 1])].to(torch.uint8)
-    routing.micro_batch(shuffled.reshape(50, 1, 1, 4).transpose(0, 1))  # one sequence of 50
+    one = MicroBatch(torch.tensor([0]), 50)
+    layout = TokenLayout.of(one, torch.tensor([50]))
+    routing.micro_batch(shuffled.reshape(1, 50, 1, 4), layout, one.rows)
     taken, chosen = _LayerRouting(routing, 0).get_replay_topk(
         scores, 4, default_compute_topk=lambda s, k, **_: torch.topk(s, k, dim=1)
     )

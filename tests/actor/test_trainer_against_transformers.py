@@ -44,6 +44,9 @@ LLAMA = dataclasses.replace(TIED, model_type="llama", rope_theta=500000.0, rope_
 
 # Sequences of 8 to 16 tokens: micro-batches differ in width and in number of sequences.
 TOKENS = TrainConfig(micro_batch_tokens=35)
+# End to end in one row. FP32 rows are padded to a multiple of TP: one token, or none.
+PACKED = TrainConfig(micro_batch_tokens=35, packed_sequences=True)
+PACKED_3 = TrainConfig(micro_batch_size=3, packed_sequences=True)
 
 # name: (model, layout, sequences, micro-batch size or what is trained by, temperature)
 Layout = tuple[ModelConfig, ParallelConfig, int, int | TrainConfig, float]
@@ -53,6 +56,8 @@ ONE_RANK: dict[str, Layout] = {
     "dense, tied embeddings": (TIED, ONE, 6, 6, 1.0),
     "dense, temperature 0.7": (DENSE, ONE, 6, 2, 0.7),
     "MoE": (MOE, ONE, 7, 3, 1.0),
+    "dense, end to end": (DENSE, ONE, 7, PACKED_3, 0.7),
+    "MoE, end to end": (MOE, ONE, 7, PACKED, 1.0),
     "MoE, router weights not renormalised": (UNNORMALISED, ONE, 6, 2, 1.0),
 }
 TWO_RANKS: dict[str, Layout] = {
@@ -65,6 +70,10 @@ TWO_RANKS: dict[str, Layout] = {
     "dense DP2, packed by tokens": (DENSE, DP2, 10, TOKENS, 1.0),
     "dense PP2, packed by tokens": (DENSE, PP2, 9, TOKENS, 1.0),
     "MoE EP2, packed by tokens": (MOE, EP2, 10, TOKENS, 1.0),
+    "dense DP2, end to end": (DENSE, DP2, 10, PACKED, 1.0),
+    "dense PP2, end to end": (DENSE, PP2, 9, PACKED, 1.0),
+    "Llama TP2 SP, tied embeddings, end to end": (LLAMA, TP2_SP, 7, PACKED_3, 1.0),
+    "MoE TP2 EP2 SP, end to end": (MOE, TP2_EP2_SP, 7, PACKED_3, 1.0),
     "Qwen2 TP2": (QWEN2, TP2, 6, 2, 1.0),
     "Llama TP2 SP, tied embeddings": (LLAMA, TP2_SP, 6, 2, 1.0),
     "MoE EP2": (MOE, EP2, 10, 3, 1.0),

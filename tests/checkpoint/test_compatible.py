@@ -81,11 +81,12 @@ def test_everything_that_would_make_another_run_is_refused_at_once() -> None:
     found = refused(
         "seed=7", "optimizer.learning_rate=1e-3", "model.hidden_size=64", "algo.clip_low=0.1",
         "train.prompts_per_iteration=128", "rollout.temperature=0.5", "train.iterations=3",
+        "kernels.fp32_lm_head=true",
         precision="bf16",
     )  # fmt: skip
     assert set(found) == {
         "precision", "seed", "optimizer.learning_rate", "model.hidden_size", "algo.clip_low",
-        "train.prompts_per_iteration", "rollout.temperature",
+        "train.prompts_per_iteration", "rollout.temperature", "kernels.fp32_lm_head",
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:
         parallel_state.destroy_model_parallel()
     divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
-    actor.load(tensors)
+    actor.weights.load(tensors)
     return actor
 
 
@@ -50,7 +50,7 @@ def full_gradients(actor: Actor) -> dict[str, torch.Tensor]:
             bucket.grad_data.copy_(torch.cat(gathered))
     parameters = dict(actor.model.module.named_parameters())
     local = []
-    for piece, _ in actor.weight_pieces():
+    for piece, _ in actor.weights.views():
         grad = parameters[piece.parameter].main_grad.view(piece.view)
         spans = tuple(slice(begin, end) for begin, end in piece.index)
         local.append((piece, grad[spans].reshape(piece.shape).clone()))
@@ -143,3 +143,24 @@ def many_sharded_logprobs(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """`sharded_logprobs` for each case."""
     return {name: sharded_logprobs(*case) for name, case in cases.items()}
+
+
+def head_passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
+    """For each case of one micro-batch: what its head multiplied, and what came of it."""
+    results = {}
+    for name, case in cases.items():
+        actor = make_actor(case.config, case.tensors)
+        rows = torch.arange(len(case.batch))
+        (micro,) = actor.plan(case.batch, rows)
+        hidden: list[torch.Tensor] = []
+        norm = actor.model.module.decoder.final_layernorm
+        norm.register_forward_hook(lambda _m, _i, out, keep=hidden: keep.append(out.detach()))
+        logprobs = actor.logprobs(case.batch, [rows])
+        actor.gradients(case.batch, [micro], weighted_logprobs)
+        results[name] = {
+            "rows": micro.rows,
+            "hidden": hidden[0].transpose(0, 1),
+            "logprobs": logprobs,
+            "gradients": full_gradients(actor),
+        }
+    return results

@@ -71,7 +71,7 @@ def error_of(kind: type[Exception], action: Callable[[], Any]) -> str:
 def train_on_nothing(session: Session) -> None:
     """Give the trainer other weights of the same distribution: every tensor shifted by one."""
     tensors = full_tensors(session.actor, session.config.model)
-    session.actor.load({n: t.flatten().roll(1).view(t.shape) for n, t in tensors.items()})
+    session.actor.weights.load({n: t.flatten().roll(1).view(t.shape) for n, t in tensors.items()})
 
 
 def exported(session: Session, folder: Path) -> dict[str, torch.Tensor]:
@@ -466,7 +466,7 @@ def moved(session: Session, prompts: list[list[int]]) -> dict[str, Any]:
     train_on_nothing(session)
     session.sync.push(21)
     found["other weights"] = session.engine.score(prompts)
-    actor.load(true)
+    actor.weights.load(true)
     session.sync.push(22)
     found["after"] = session.engine.score(prompts)
     found["plans"] = rank_groups.cache_info().misses - plans
@@ -592,6 +592,19 @@ def cached_prefixes(session: Session) -> dict[str, tuple[tuple[int, ...], tuple[
 
 def complaint_of_main_copies(session: Session) -> str:
     """What a proof says when one main copy has changed since the push."""
-    for values in [values for _, values in session.actor.main_copies().held if len(values)][:1]:
+    for values in [values for _, values in session.actor.weights.main_copies().held if len(values)][
+        :1
+    ]:
         values[0] += 1
     return error_of(WeightSyncError, lambda: session.sync.prove(4))
+
+
+def wide_heads(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, Any]:
+    """Audit and proof with both sides' heads in FP32, the mismatch, the dtypes of all logits."""
+    session = open_session(config, tensors, folder)
+    seen: set[str] = set()
+    session.engine.model.logits_processor.register_forward_hook(
+        lambda _module, _inputs, logits: seen.add(str(logits.dtype))
+    )
+    found = {"dtypes": session.check(), "mismatch": mismatch(session, config)}
+    return {**found, "logits": sorted(seen)}

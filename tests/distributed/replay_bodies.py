@@ -26,7 +26,7 @@ def compared(cases: dict[str, tuple[Case, dict[str, torch.Tensor], str]]) -> dic
         reference = make_actor(dataclasses.replace(case.config, precision="fp32"), case.tensors)
         config = dataclasses.replace(case.config, precision=precision)
         subject = Actor(config, config.optimizer, config.loss_scale)
-        subject.load(weights)
+        subject.weights.load(weights)
         rows = list(torch.arange(len(case.batch)).chunk(2))
         layers = config.model.num_hidden_layers
         results[name] = scoring.compare_passes(subject, reference, case.batch, rows, layers)
@@ -63,7 +63,7 @@ def _dump_series(case: Case, out: Path, measured: list[tuple[float, float]]) -> 
 
 def _fill(actor: Actor, value: float) -> None:
     with torch.no_grad():
-        for _, view in actor.weight_pieces():
+        for _, view in actor.weights.views():
             view.fill_(value)
 
 

@@ -29,7 +29,7 @@ def _step(actor: Actor, case: Case) -> None:
 def _states(actor: Actor) -> dict[str, torch.Tensor]:
     """This rank's parameters and ranges of optimizer states, by Megatron's own names."""
     found = {}
-    for name, parameter, _ in actor.parameters():
+    for name, parameter, _ in actor.weights.parameters():
         found[name] = parameter.detach().clone()
         state = actor.optimizer.flat_state(parameter)
         for kind, values in state.tensors.items():

@@ -6,12 +6,10 @@ grows after every two good steps until they overflow again.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +39,6 @@ def train_words(start: Path, out: str, *more: str, **changed: object) -> list[st
     return [*words, *real_jobs.settings(**(values | changed))]
 
 
-def kill_all(job: subprocess.Popen[str], ranks: real_jobs.Ranks) -> None:
-    """As a power cut: torchrun and every rank, without a last word."""
-    for pid in (job.pid, *ranks.pids.values()):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    job.communicate(timeout=60)
-
-
 @pytest.fixture(scope="module")
 def straight(dense_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six iterations in one go."""
@@ -70,7 +60,7 @@ def resumed(dense_start: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         real_jobs.wait_until((out / "checkpoints" / "000003").is_dir, job)
         ranks = real_jobs.find_ranks(Path("run"))
         assert ranks is not None
-        kill_all(job, ranks)
+        real_jobs.kill_all(job, ranks)
     assert not (out / "checkpoints" / "000006").exists()
     finished = real_jobs.torchrun(folder, 2, *train_words(dense_start, "run", "--resume"))
     assert finished.returncode == 0, finished.stdout + finished.stderr

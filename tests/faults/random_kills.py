@@ -30,6 +30,7 @@ VICTIMS = ("rank 0", "rank 1", "torchrun")
 sys.path.insert(0, str(HERE))
 
 import tiny_runs  # noqa: E402
+from tiny_runs import folders  # noqa: E402
 
 
 def chosen(seed: int, resumed_at: int) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def one_run(number: int, folder: Path, start: Path, reference: dict[str, Any]) -
     shutil.rmtree(out, ignore_errors=True)
     for kill in range(KILLS_A_RUN):
         seed = number * KILLS_A_RUN + kill
-        done = [int(p.name) for p in tiny_runs.finished_checkpoints(out)]
+        done = [int(p.name) for p in folders.finished(out)]
         fault = chosen(seed, max(done, default=0))
         more = ["--resume"] if out.exists() else []
         ended = tiny_runs.train(folder, name, start, *more, fault=fault)

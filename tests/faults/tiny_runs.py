@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(HERE.parent / "e2e")]
 
 import real_jobs  # noqa: E402
 
+from megatron_precision.checkpoint import folders  # noqa: E402
 from megatron_precision.platform import process  # noqa: E402
 
 
@@ -111,14 +112,9 @@ def left_over(torchrun: int, out: str, patience_s: float = 20.0) -> list[str]:
         time.sleep(0.2)
 
 
-def finished_checkpoints(out: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return sorted(p for p in (out / "checkpoints").glob("*") if p.name.isdigit())
-
-
 def final_hash(out: Path) -> str:
     """Of the tensors that the last checkpoint holds: weights, main copies, optimizer."""
-    last = finished_checkpoints(out)[-1]
+    last = folders.finished(out)[-1]
     assert int(last.name) == ITERATIONS, f"{out} ended at {last.name}"
     whole = hashlib.sha256()
     for path in sorted(last.glob("*.distcp")):

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import tiny_runs  # noqa: E402
-from tiny_runs import Ended, real_jobs  # noqa: E402
+from tiny_runs import Ended, folders, real_jobs  # noqa: E402
 
 PHASES = ("rollout", "old_logprobs", "train", "sync", "evaluation", "checkpoint")
 LIMIT_S = 20
@@ -149,7 +149,7 @@ def checkpoint_truncated(bench: Bench, name: str) -> Outcome:
     # Checkpoints are written beside the iterations: by the fifth, several are there.
     late = {**fault("sync", "SIGKILL"), "iteration": 4}
     ended = bench.train(name, fault=late, checkpoint__keep=3)
-    newest = tiny_runs.finished_checkpoints(bench.folder / name)[-1]
+    newest = folders.finished(bench.folder / name)[-1]
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     return bench.and_on(name, ended)

@@ -1,7 +1,7 @@
 """One GPU: kernels, layer specs, sync and memory. `make test-gpu` runs them, in minutes.
 
 Nothing here has been run on a GPU yet (docs/gpu.md). Not covered: several ranks, which cannot
-share a GPU over NCCL and are tested on gloo; resuming a run.
+share a GPU over NCCL and are tested on gloo.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _needs_a_gpu() -> None:
         pytest.skip("torch sees no GPU")
 
 
-def case(model: ModelConfig, precision: str, trainer: str = "transformer_engine") -> Case:
+def case(
+    model: ModelConfig, precision: str, trainer: str = "transformer_engine", packed: bool = False
+) -> Case:
     config = RunConfig(
         "test",
         precision=precision,
@@ -55,7 +57,7 @@ def case(model: ModelConfig, precision: str, trainer: str = "transformer_engine"
         parallel=ONE,
         optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-8),
         loss_scale=LossScaleConfig("fixed_start", initial_scale=64.0),
-        train=TrainConfig(micro_batch_size=3),
+        train=TrainConfig(micro_batch_size=3, packed_sequences=packed),
         memory=MemoryConfig(attention="fused"),
         kernels=KernelConfig(trainer=trainer),  # type: ignore[arg-type]
     )
@@ -144,6 +146,21 @@ def test_both_specs_compute_the_same_and_what_transformers_does(model: str, prec
     for name, gradient in fused["gradients"].items():
         a, b = gradient.double().flatten(), local["gradients"][name].double().flatten()
         assert torch.isfinite(a).all(), name
+        similar = torch.nn.functional.cosine_similarity(a, b, dim=0)
+        assert b.norm() == 0 or similar > 0.98, name
+
+
+@every_model
+@both_dtypes
+def test_packed_sequences_give_what_padded_ones_do(model: str, precision: str) -> None:
+    cases = {str(packed): case(MODELS[model], precision, packed=packed) for packed in (False, True)}
+    results: dict[str, Any] = run_distributed("actor_bodies.passes", 1, cases)
+    padded, packed = results["False"], results["True"]
+    mask = cases["True"].batch.response_mask
+    close = {"fp16": 5e-3, "bf16": 4e-2}[precision]
+    assert (packed["logprobs"] - padded["logprobs"])[mask].abs().median() < close
+    for name, gradient in packed["gradients"].items():
+        a, b = gradient.double().flatten(), padded["gradients"][name].double().flatten()
         similar = torch.nn.functional.cosine_similarity(a, b, dim=0)
         assert b.norm() == 0 or similar > 0.98, name
 

@@ -6,8 +6,10 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
 from megatron_precision import validation
+from megatron_precision.actor.packing import Packing, padding_share, plan_micro_batches
 from megatron_precision.config import to_dict
 from megatron_precision.gpu_bench import cases
 from megatron_precision.platform import support
@@ -35,6 +37,22 @@ def test_the_pairs_of_a_measure_differ_in_precision_alone() -> None:
         assert (one.pop("precision"), two.pop("precision")) == ("fp16", "bf16")
         assert one.pop("recipe") != two.pop("recipe")
         assert one == two
+
+
+def test_a_packed_measure_fills_its_rows_and_pads_nothing() -> None:
+    packed = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-16k-packed-fp16")
+    config = cases.config(packed, tiny=False, gpu=True)
+    lengths = torch.tensor(cases.sequence_lengths(config))
+    assert sorted(lengths.tolist()) == [2048] * 4 + [4096] * 2 + [8192] * 2
+    train = config.train
+    packing = Packing(
+        1, train.micro_batch_size, train.micro_batch_tokens, 8, packed=train.packed_sequences
+    )
+    (plan,) = plan_micro_batches(lengths, torch.arange(len(lengths)), packing)
+    assert [micro.packed_tokens for micro in plan] == [16384, 16384]
+    assert padding_share(lengths, [plan]) == 0
+    padded = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-4k-fp16")
+    assert cases.sequence_lengths(cases.config(padded, tiny=False, gpu=True)) == [4096] * 4
 
 
 def test_the_models_have_the_weights_that_their_names_say() -> None:

@@ -59,6 +59,9 @@ def test_training_takes_its_operations_at_the_rate_and_the_bubble() -> None:
     done = work.of_iteration(config, LENGTHS, 1)
     # 256 sequences a rank; four of 5,500 tokens under the budget of 22,528.
     assert estimate.micro_batches(config, LENGTHS) == 64
+    train = dataclasses.replace(config.train, packed_sequences=True)
+    # End to end they fill it: 256 x 5,500 / 22,528 = 62.5.
+    assert estimate.micro_batches(dataclasses.replace(config, train=train), LENGTHS) == 63
     flops = done.training_flops + done.recomputed_flops
     expected = flops / (32 * 0.5e15) * (3 + 64) / 64
     assert estimated(config).training_s == pytest.approx(expected)

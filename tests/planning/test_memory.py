@@ -152,6 +152,14 @@ def test_a_budget_of_tokens_bounds_a_micro_batch_of_any_sequences() -> None:
     assert activations(micro_batch_size=9, micro_batch_tokens=22_528) < by_count
 
 
+def test_one_packed_row_needs_no_copy_of_its_logits_with_the_batch_first() -> None:
+    config = recipes.build("dense14b.dapo")
+    train = dataclasses.replace(config.train, packed_sequences=True)
+    packed = memory.of_run(dataclasses.replace(config, train=train)).logits
+    columns = 151_936 // config.parallel.tp_size
+    assert memory.of_run(config).logits - packed == 22_528 * columns * 2
+
+
 def test_a_first_stage_has_most_micro_batches_under_way() -> None:
     config = recipes.build("moe.grpo_seq_mis")
     found = [memory.of_stage(config, stage) for stage in range(4)]

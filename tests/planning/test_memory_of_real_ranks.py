@@ -18,6 +18,7 @@ from oracle import checkpoint, random_hf_model
 
 from megatron_precision.actor.batch import make_batch
 from megatron_precision.config import (
+    KernelConfig,
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,
@@ -57,7 +58,7 @@ FULL, NONE = MemoryConfig("full", attention="fused"), MemoryConfig("none", atten
 PADDING_ELEMENTS = 64
 
 
-def case(layout: str, saving: MemoryConfig, precision: str = "bf16") -> Case:
+def case(layout: str, saving: MemoryConfig, precision: str = "bf16", **changed: Any) -> Case:
     model, parallel = LAYOUTS[layout]
     count = 2 * parallel.dp_size
     generator = torch.Generator().manual_seed(1)
@@ -78,6 +79,7 @@ def case(layout: str, saving: MemoryConfig, precision: str = "bf16") -> Case:
         ),
         memory=saving,
     )
+    config = dataclasses.replace(config, **changed)
     batch = make_batch(
         [row[:PROMPT] for row in tokens],
         [row[PROMPT:] for row in tokens],
@@ -94,6 +96,12 @@ def cases() -> dict[str, Case]:
         found[f"{layout} none"] = case(layout, NONE)
         found[f"{layout} full"] = case(layout, FULL)
     found["TP scores"] = case("TP", MemoryConfig("none", attention="scores"))
+    wide = KernelConfig(fp32_lm_head=True)
+    found["TP wide head"] = case("TP", NONE, kernels=wide)
+    found["PP wide head"] = case("PP", NONE, kernels=wide)
+    train = dataclasses.replace(found["TP none"].config.train, packed_sequences=True)
+    train = dataclasses.replace(train, micro_batch_size=2)
+    found["TP packed"] = case("TP", NONE, train=train)
     found["EP fp32"] = case("EP", NONE, "fp32")
     return found
 

@@ -95,3 +95,14 @@ def test_what_only_a_gpu_can_do_is_refused_on_the_cpu_all_at_once() -> None:
     assert list(support.problems(run, Choice("cuda", "said so"))) == []
     for name in recipes.RECIPES:
         assert list(support.problems(recipes.build(name), Choice("cpu", "said so"))) == []
+
+
+def test_packed_scores_are_refused_where_transformer_engine_would_pad_them() -> None:
+    def found(*overrides: str) -> list[str]:
+        run = recipes.build("sanity.tiny_dense", overrides=overrides)
+        return [problem.where for problem in support.problems(run, Choice("cuda", "said so"))]
+
+    packed = "train.packed_sequences=true"
+    assert found(packed) == ["train.packed_sequences, memory.attention"]
+    assert found(packed, "memory.attention=fused") == found(packed, "kernels.trainer=local") == []
+    assert found() == []

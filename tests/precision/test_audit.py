@@ -38,7 +38,9 @@ def test_every_reading_that_disagrees_is_listed_with_what_the_policy_says() -> N
 @every_world
 def test_the_audit_of_a_real_run_finds_what_the_policy_says(world: str) -> None:
     model, precision = world.split()
-    decided = ("params", "grads", "lm_head", "rollout_params", "kv_cache", "wire")
+    decided = (
+        "params", "grads", "lm_head", "rollout_params", "rollout_lm_head", "kv_cache", "wire",
+    )  # fmt: skip
     expected = dict.fromkeys(decided, precision) | {
         "grad_accumulate": "fp32",
         "main_params": "fp32",

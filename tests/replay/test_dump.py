@@ -80,6 +80,19 @@ def test_a_dump_without_its_header_is_not_whole(tmp_path: Path) -> None:
     assert read_problems(tmp_path) == ["not a whole dump"]
 
 
+def test_what_is_missing_is_said_in_plain_words(tmp_path: Path) -> None:
+    def got(folder: Path) -> list[str]:
+        with pytest.raises(UserError) as raised:
+            dump.read_dump(folder)
+        return [problem.got for problem in raised.value.problems]
+
+    assert got(tmp_path / "nothing") == ["no such folder"]
+    assert got(tmp_path) == ["dump.json is not there"]
+    folder = write(tmp_path)
+    (folder / dump.ARRAYS).unlink()
+    assert got(folder) == ["rollouts.safetensors is not there"]
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path)
     (folder / dump.ARRAYS).write_bytes(b"no tensors")

@@ -23,7 +23,7 @@ DENSE_3 = dataclasses.replace(DENSE, num_hidden_layers=3, num_key_value_heads=2)
 DENSE_4 = dataclasses.replace(DENSE, num_hidden_layers=4)
 ONE, TP2_SP = ParallelConfig(1, 1, rollout_tp_size=1), ParallelConfig(2, 2, sequence_parallel=True)
 PP2, DP2 = ParallelConfig(2, 1, 2), ParallelConfig(2, 1)
-EP2 = ParallelConfig(2, 1, 1, 2)
+EP2, TP2_EP2_SP = ParallelConfig(2, 1, 1, 2), ParallelConfig(2, 2, 1, 2, sequence_parallel=True)
 
 # name: (model, layout, layer whose weights are perturbed)
 Perturbed = tuple[ModelConfig, ParallelConfig, int]
@@ -33,6 +33,7 @@ TWO_RANKS: dict[str, Perturbed] = {
     "dense PP2": (DENSE_4, PP2, 2),
     "dense DP2": (DENSE_3, DP2, 0),
     "MoE EP2": (MOE, EP2, 1),
+    "MoE TP2 SP, end to end": (MOE, TP2_EP2_SP, 0),
 }
 ROUNDED = {"dense BF16": (DENSE_3, ONE, "bf16"), "dense FP16": (DENSE_3, ONE, "fp16")}
 
@@ -44,10 +45,10 @@ def perturbed(tensors: dict[str, torch.Tensor], layer: int) -> dict[str, torch.T
     return {**tensors, name: tensors[name] + 0.05 * noise}
 
 
-def case_of(model: ModelConfig, layout: ParallelConfig) -> Case:
+def case_of(model: ModelConfig, layout: ParallelConfig, packed: bool = False) -> Case:
     config = RunConfig(
         recipe="test", precision="fp32", model=model, parallel=layout,
-        train=TrainConfig(micro_batch_size=2),
+        train=TrainConfig(micro_batch_size=2, packed_sequences=packed),
     )  # fmt: skip
     batch = random_batch(model, 8)
     return Case(config, checkpoint(model, random_hf_model(model)), batch)
@@ -59,7 +60,7 @@ def found() -> dict[str, Any]:
     two: dict[str, Any] = {}
     for cases, into in ((ONE_RANK, one), (TWO_RANKS, two)):
         for name, (model, layout, layer) in cases.items():
-            case = case_of(model, layout)
+            case = case_of(model, layout, "end to end" in name)
             into[name] = (case, perturbed(case.tensors, layer), "fp32")
     for name, (model, layout, precision) in ROUNDED.items():
         case = case_of(model, layout)

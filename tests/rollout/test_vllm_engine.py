@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
-from engine_worlds import engine_world, every_world, mismatch_world
+from engine_worlds import config, engine_world, every_world, mismatch_world, weights
+from harness import run_distributed
 
+from megatron_precision.config import KernelConfig
 from megatron_precision.platform import wide_products
 
 
@@ -62,3 +67,17 @@ def test_the_mismatch_is_a_matter_of_the_dtype(model: str) -> None:
     assert 1e-8 < fp32 < 1e-5
     # BF16 has three bits of mantissa less: its rounding errors are 8 times as large.
     assert 4 < bf16 / fp16 < 16
+
+
+@pytest.mark.slow
+def test_heads_in_fp32_are_synced_and_proven_where_their_weights_are(tmp_path: Path) -> None:
+    plain = config("dense bf16")
+    tied = dataclasses.replace(plain.model, tie_word_embeddings=True)
+    wide = dataclasses.replace(plain, model=tied, kernels=KernelConfig(fp32_lm_head=True))
+    tensors = {name: t for name, t in weights("dense").items() if name != "lm_head.weight"}
+    found = run_distributed("engine_bodies.wide_heads", 2, wide, tensors, str(tmp_path))
+    assert found["dtypes"]["lm_head"] == found["dtypes"]["rollout_lm_head"] == "fp32"
+    assert found["dtypes"]["params"] == found["dtypes"]["rollout_params"] == "bf16"
+    assert found["logits"] == ["torch.float32"]
+    # What is left is the layers' rounding.
+    assert 1e-5 < mean_difference(found["mismatch"]) < 5e-2
