@@ -45,8 +45,9 @@ class Rank:
     held: list[tuple[str, torch.nn.Parameter, list[Any]]]
     states: dict[torch.nn.Parameter, FlatState]
 
-    def parameters(self) -> list[tuple[str, torch.nn.Parameter, list[Any]]]:
-        return self.held
+    @property
+    def weights(self) -> Any:
+        return SimpleNamespace(parameters=lambda: self.held)
 
     @property
     def optimizer(self) -> Any:

@@ -414,7 +414,9 @@ def audited(session: Session, wrong: torch.dtype) -> str:
     kept, caches = norm.data, session.engine.kv_caches
     norm.data = norm.data.to(wrong)
     engine = SimpleNamespace(
-        model=session.engine.model, kv_caches=[caches[0], caches[1][:1].to(wrong)]
+        model=session.engine.model,
+        head_dtype=session.engine.head_dtype,
+        kv_caches=[caches[0], caches[1][:1].to(wrong)],
     )
     readings = [
         *audit.read_trainer(session.actor.model, session.actor.optimizer.megatron),
