@@ -40,7 +40,7 @@ sanity-moe: install
 	@$(BIN)/python -m megatron_precision sanity --model moe $(if $(ALGO),--algo '$(ALGO)')
 
 mismatch: install
-	@$(BIN)/python -m megatron_precision mismatch --model smollm2 --rollouts 3 --out runs/mismatch-smollm2
+	@$(BIN)/python -m megatron_precision mismatch --model smollm2 --rollouts 2 --out runs/mismatch-smollm2
 
 sweep: install
 	@$(BIN)/python scripts/sweep.py
