@@ -181,8 +181,9 @@ class Actor:
 
         def forward_step(iterator, model):  # type: ignore[no-untyped-def]
             micro = next(iterator)
-            part = batch.select(micro.rows, micro.width).to(self._device)
+            part = batch.select(micro.rows, micro.width)
             assert not part.response_mask[:, 0].any(), "a response without a prompt"
+            part = part.to(self._device)
             layout = TokenLayout.of(micro, part.lengths)
             tokens = layout.to_model(part.tokens)
             if self.routing is not None:

@@ -271,7 +271,7 @@ def _logits(config: RunConfig) -> int:
     copies = 2 if alone or train.packed_sequences else 3
     held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
     if config.policy.lm_head != config.policy.params:
-        hidden, divided = config.model.hidden_size, config.parallel.sequence_parallel and tp > 1
+        hidden, divided = config.model.hidden_size, config.parallel.sequence_parallel
         held += 2 * element * columns * hidden  # its weight, and the gradient
         # Hidden states as it has them, their gradient, and the gathered ones.
         copies_of_shards = (1 / tp + 2) if divided else 2
