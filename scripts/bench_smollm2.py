@@ -5,7 +5,14 @@
 PYTHON is the interpreter of an environment with trl (scripts/bench_speed.py says how to make one).
 Both sides sample 64 responses of 64 tokens (16 prompts × 4, none ends early), train on them in four
 micro-batches and take one AdamW step. Systems take turns, so that a machine whose speed drifts
-treats them alike; the first iteration of each turn is left out. `-seconds` are medians.
+treats them alike; the first iteration of each turn is left out, unless it is the only one.
+
+A CPU without AVX-512 BF16 has no BF16 arithmetic. PyTorch's own products of BF16, which TRL uses,
+are some ten times slower there than those of FP32 (an iteration of half an hour), while our side
+multiplies widened operands. TRL in FP32 is then the fairer measure, and one iteration of TRL in
+BF16 will do:
+
+    ... --rounds 1 --systems dp2 trl-fp32 trl-bf16:1 dp2 trl-fp32
 """
 
 from __future__ import annotations
@@ -47,7 +54,12 @@ SYSTEMS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "dp2": (2, 1, {"parallel.world_size": 2}),
     "one": (1, 2, {"parallel.world_size": 1}),
 }
-TRL: dict[str, list[str]] = {"trl-bf16": [], "trl-autocast": ["--autocast"]}
+# FP32 is what TRL is fastest in on a CPU without BF16 arithmetic (AVX-512 BF16 or AMX).
+TRL: dict[str, list[str]] = {
+    "trl-bf16": ["--precision", "bf16"],
+    "trl-autocast": ["--precision", "autocast"],
+    "trl-fp32": ["--precision", "fp32"],
+}
 
 
 def main() -> None:
@@ -55,13 +67,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trl", type=Path, help="interpreter of an environment with trl")
     parser.add_argument("--work", type=Path, help="a folder made by scripts/smollm2_work.py")
-    parser.add_argument("--systems", nargs="+", default=[*SYSTEMS, *TRL])
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=["dp2", "one", "trl-bf16", "trl-autocast"],
+        metavar="NAME[:ITERATIONS]",
+        help=f"in turns, from {', '.join([*SYSTEMS, *TRL])}",
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
         "--iterations", type=int, default=4, help="of each turn, the first included"
     )
     args = parser.parse_args()
-    if unknown := set(args.systems) - {*SYSTEMS, *TRL}:
+    turns = [word.partition(":")[::2] for word in args.systems]
+    if unknown := {name for name, _ in turns} - {*SYSTEMS, *TRL}:
         parser.error(f"unknown systems {sorted(unknown)}; there are {[*SYSTEMS, *TRL]}")
     with tempfile.TemporaryDirectory() as made:
         work = args.work.resolve() if args.work else Path(made)
@@ -70,11 +89,12 @@ def main() -> None:
             subprocess.run([sys.executable, script, str(work)], check=True)
         samples: dict[str, list[dict[str, float]]] = {}
         for number in range(args.rounds):
-            for name in args.systems:
+            for name, own in turns:
+                iterations = int(own or args.iterations)
                 if name in SYSTEMS:
-                    found = _ours(*SYSTEMS[name], work, args.iterations)
+                    found = _ours(*SYSTEMS[name], work, iterations)
                 elif args.trl:
-                    found = _trl(args.trl, TRL[name], work, args.iterations)
+                    found = _trl(args.trl, TRL[name], work, iterations)
                 else:
                     continue
                 samples.setdefault(name, []).extend(found)
@@ -88,6 +108,7 @@ def _write(out: Path, samples: dict[str, list[dict[str, float]]]) -> None:
     report = {
         "command": shlex.join(["scripts/bench_smollm2.py", *sys.argv[1:]]),
         "cores": len(os.sched_getaffinity(0)),
+        "bf16_arithmetic": "avx512_bf16" in Path("/proc/cpuinfo").read_text(encoding="utf-8"),
         "load_average": os.getloadavg(),
         "medians": {name: _medians(rows) for name, rows in samples.items()},
         "samples": samples,
@@ -127,7 +148,7 @@ def _ours(
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     events = [json.loads(line) for line in lines]
     rows = []
-    for event in [e for e in events if e["event"] == "iteration"][1:]:
+    for event in _counted([e for e in events if e["event"] == "iteration"]):
         assert event["response/tokens_mean"] == 64, "a response ended early"
         rows.append({phase: float(event[f"time/{phase}_s"]) for phase in PHASES})
     return rows
@@ -145,7 +166,11 @@ def _trl(python: Path, options: list[str], work: Path, iterations: int) -> list[
             sys.exit(done.stdout + done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert set(found["tokens"]) == {64 * 64}, "a response ended early"
-    return [{"iteration": seconds} for seconds in found["seconds"][1:]]
+    return [{"iteration": seconds} for seconds in _counted(found["seconds"])]
+
+
+def _counted(iterations: list[Any]) -> list[Any]:
+    return iterations[1:] or iterations
 
 
 def _medians(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -25,7 +25,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="made by scripts/smollm2_work.py")
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--out", type=Path, required=True, help="TRL's working folder")
-    parser.add_argument("--autocast", action="store_true", help="FP32 weights, BF16 products")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "autocast", "fp32"),
+        default="bf16",
+        help="autocast: FP32 weights, BF16 products",
+    )
     args = parser.parse_args()
 
     model_dir = args.work / "model"
@@ -33,7 +38,7 @@ def main() -> None:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float32 if args.autocast else torch.bfloat16
+        model_dir, dtype=torch.bfloat16 if args.precision == "bf16" else torch.float32
     )
     lines = (args.work / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     data = Dataset.from_list([{"prompt": json.loads(line)["prompt"]} for line in lines])
@@ -52,7 +57,7 @@ def main() -> None:
         args=GRPOConfig(
             output_dir=str(args.out),
             use_cpu=True,
-            bf16=args.autocast,
+            bf16=args.precision == "autocast",
             per_device_train_batch_size=PROMPTS * ROLLOUTS // MICRO_BATCHES,
             gradient_accumulation_steps=MICRO_BATCHES,
             num_generations=ROLLOUTS,
