@@ -283,12 +283,9 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
             got=str(budget),
             expected=f"at least {width} for {longest} tokens of prompt and response; 0 for none",
         )
-    heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
-    element_bytes = BYTES_PER_ELEMENT[config.policy.kv_cache]
-    token_bytes = 2 * model.num_hidden_layers * heads * model.head_dim * element_bytes
     # One sequence in whole blocks, and the block that vLLM keeps empty.
     blocks = math.ceil(longest / KV_BLOCK_TOKENS) + 1
-    needed_mib = math.ceil(blocks * KV_BLOCK_TOKENS * token_bytes / 2**20)
+    needed_mib = math.ceil(blocks * KV_BLOCK_TOKENS * kv_token_bytes(config) / 2**20)
     if rollout.kv_cache_mib < needed_mib:
         yield Problem(
             what="the KV cache cannot hold one sequence",
@@ -296,3 +293,16 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
             got=f"{rollout.kv_cache_mib} MiB a rank",
             expected=f"at least {needed_mib} MiB for {longest} tokens",
         )
+
+
+def kv_token_bytes(config: RunConfig) -> int:
+    """KV cache of one token on one rank: keys and values of its heads, in every layer."""
+    model = config.model
+    heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
+    return (
+        2
+        * model.num_hidden_layers
+        * heads
+        * model.head_dim
+        * BYTES_PER_ELEMENT[config.policy.kv_cache]
+    )

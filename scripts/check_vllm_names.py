@@ -1,8 +1,8 @@
 """Does an installed vLLM have every name that this project uses? Needs no GPU.
 
 The CPU's vLLM and the one of GPU hosts are different versions. Run it with the interpreter of the
-environment that has the vLLM to look at; it imports that vLLM and nothing of this project but the
-table of names below.
+environment that has the vLLM to look at; it imports that vLLM, and of this
+project what is built on vLLM's own extension points.
 
     .venv/bin/python scripts/check_vllm_names.py
 """
@@ -113,10 +113,15 @@ def main() -> int:
         if any(d.name == name for d in importlib.metadata.distributions(name=name))
     }
     gone = missing()
+    from megatron_precision.rollout.vllm_versions import bookkeeping_places
+    from megatron_precision.rollout.weight_transfer import PlannedWeightTransfer
+
+    # vLLM makes an instance of it, and asks for other methods in other versions.
+    for name in sorted(PlannedWeightTransfer.__abstractmethods__):
+        gone.append(f"in PlannedWeightTransfer: {name}")
+
     for line in gone:
         print(f"missing: {line}")
-    from megatron_precision.rollout.vllm_versions import bookkeeping_places
-
     print(f"places in what _bookkeeping_sync returns: {bookkeeping_places()}")
     print(f"{found}: {len(gone)} names missing")
     return 1 if gone else 0

@@ -24,7 +24,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_precision.actor.batch import Batch, MicroBatch
 from megatron_precision.actor.held_weights import HeldWeights
 from megatron_precision.actor.logprobs import response_logprobs
-from megatron_precision.actor.models import build_model, implementation, transformer_config
+from megatron_precision.actor.models import (
+    build_model,
+    implementation,
+    of_params,
+    transformer_config,
+)
 from megatron_precision.actor.optimizer import ActorOptimizer, OptimizerOutcome
 from megatron_precision.actor.packing import (
     Packing,
@@ -103,10 +108,9 @@ class Actor:
         self.policy = config.policy
         platform = choose().name
         model, layout, memory = config.model, config.parallel, config.memory
-        self.config = transformer_config(
-            model, layout, self.policy, memory, config.kernels, platform
-        )
-        modules = implementation(config.kernels, platform)
+        kernels = of_params(config.kernels, self.policy.params)
+        self.config = transformer_config(model, layout, self.policy, memory, kernels, platform)
+        modules = implementation(kernels, platform)
         module = build_model(model, layout, self.config, memory, modules, self.policy.lm_head)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None

@@ -75,6 +75,8 @@ class HeldWeights:
             with torch.no_grad():
                 for view, values in zip(held, true, strict=True):
                     view.copy_(values)
+            if with_main_copies:
+                self._optimizer.main_copies_changed()
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Any]) -> None:

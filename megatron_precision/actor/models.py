@@ -8,6 +8,7 @@ attends with fused kernels and multiplies all experts at once. Which one a run u
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
@@ -49,6 +50,17 @@ _DENSE = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 Implementation = Literal["local", "transformer_engine"]
+
+
+def of_params(kernels: KernelConfig, params: DType) -> KernelConfig:
+    """The kernels of a model whose parameters have a dtype.
+
+    Transformer Engine multiplies FP32 in TF32 (`cublas_gemm`, which no flag of torch's reaches):
+    ten bits. Left to itself an FP32 model, of a warm start or of a reference, has none of it.
+    """
+    if params != "fp32" or kernels.trainer != "auto":
+        return kernels
+    return dataclasses.replace(kernels, trainer="local", fused_rope=False, fused_permute=False)
 
 
 def implementation(kernels: KernelConfig, platform: Platform) -> Implementation:
@@ -136,9 +148,9 @@ def transformer_config(
             "recompute_num_layers": 1,
         },
     }[memory.recompute]
-    # Chooses among Transformer Engine's kernels; Megatron writes it into the process's environment
-    # and refuses another choice there, so that it stays at its default where nothing reads it.
-    scores = te and memory.attention == "scores"
+    # Chooses among Transformer Engine's kernels. Megatron writes it into the process's environment
+    # and refuses another choice there: every model of a process asks for the same, read or not.
+    scores = platform == "cuda" and memory.attention == "scores"
     return TransformerConfig(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,

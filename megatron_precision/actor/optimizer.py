@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_precision.actor.parallel import agree_any
@@ -34,6 +35,8 @@ class OptimizerOutcome:
 
 # The name of a main copy among a parameter's states; the others are AdamW's moments.
 MAIN = "param"
+# Among them in Megatron's optimizers: how many steps, and the main copy under another name.
+_NO_STATE = ("step", "master_param")
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class ActorOptimizer:
         self.applied_steps = 0
         # In a row, with no loss scale to lower.
         self.hopeless_overflows = 0
+        self._device = next(chunks[0].parameters()).device
+        self._aside: list[tuple[dict[str, torch.Tensor], str]] = []
         initial = loss_scale.starting_scale if policy.loss_scaling else None
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
@@ -104,6 +109,7 @@ class ActorOptimizer:
                 overlap_param_gather=False,
                 optimizer_cpu_offload=offload > 0,
                 optimizer_offload_fraction=offload,
+                pin_cpu_grads=self._device.type == "cuda",
                 log_num_zeros_in_grad=False,
             ),
             chunks,
@@ -178,7 +184,7 @@ class ActorOptimizer:
             if parameter in getattr(member, "model_param_gbuf_map", {}):
                 held = member._get_model_param_range_map(parameter)["param"]
                 states = member._get_main_param_and_optimizer_states(parameter)
-                tensors = {name: state for name, state in states.items() if name != "step"}
+                tensors = {n: state for n, state in states.items() if n not in _NO_STATE}
                 return FlatState(held.start, held.end, {n: t.data for n, t in tensors.items()})
         return FlatState(0, 0, {})
 
@@ -193,13 +199,65 @@ class ActorOptimizer:
             return
         for member in self.members:
             member._init_optimizer_states_with_dummy_values()
-            for state in member.optimizer.state.values():
-                if torch.is_tensor(state.get("step")):  # torch's AdamW
-                    state["step"].fill_(float(applied_steps))
-            for group in member.optimizer.param_groups:
-                if "step" in group:  # Transformer Engine's and Apex's
-                    group["step"] = applied_steps
+            # On both devices, where a share of it is on the host.
+            for inner in getattr(member.optimizer, "sub_optimizers", [member.optimizer]):
+                for state in inner.state.values():
+                    if torch.is_tensor(state.get("step")):  # torch's AdamW
+                        state["step"].fill_(float(applied_steps))
+                for group in inner.param_groups:
+                    if "step" in group:  # Transformer Engine's and Apex's
+                        group["step"] = applied_steps
 
+    @torch.no_grad()
     def reload_main_params(self) -> None:
         """Make the FP32 main parameters equal the model's, after weights were loaded."""
         self.megatron.reload_model_params()
+        for member in self.members:
+            if not isinstance(getattr(member, "optimizer", None), HybridDeviceOptimizer):
+                continue
+            # Megatron Core 0.16.1 returns before its copy here: it expects 16-bit optimizers.
+            halves, mains = member.model_float16_groups, member.shard_fp32_from_float16_groups
+            for parameters, copies in zip(halves, mains, strict=True):
+                for parameter, copy in zip(parameters, copies, strict=True):
+                    held = member._get_model_param_range_map(parameter)["param"]
+                    copy.data.copy_(parameter.data.view(-1)[held.start : held.end])
+        self.main_copies_changed()
+
+    @torch.no_grad()
+    def main_copies_changed(self) -> None:
+        """To be called where main copies were written: the host's copies of them follow.
+
+        With `memory.optimizer_offload` a step is taken there, and written over the main copies.
+        """
+        for member in self.members:
+            on_host = getattr(getattr(member, "optimizer", None), "gpu_params_map_cpu_copy", {})
+            for main, host in on_host.items():
+                host.data.copy_(main.data)
+
+    def step_aside(self) -> None:
+        """Move to the host what is on the GPU, until `come_back`.
+
+        Megatron's own way back moves everything to the GPU, and with it what lives on the host
+        (`memory.optimizer_offload`; Megatron Core 0.16.1).
+        """
+        for member in self.members:
+            inner = getattr(member, "optimizer", None)
+            for group in inner.param_groups if inner else ():
+                for main in group["params"]:
+                    main.data = main.data.cpu()
+            for state in inner.state.values() if inner else ():
+                for name, value in state.items():
+                    if torch.is_tensor(value) and value.is_cuda and name not in _NO_STATE:
+                        state[name] = value.cpu()
+                        self._aside.append((state, name))
+
+    def come_back(self) -> None:
+        """Take back what `step_aside` moved."""
+        for member in self.members:
+            inner = getattr(member, "optimizer", None)
+            for group in inner.param_groups if inner else ():
+                for main in group["params"]:
+                    main.data = main.data.to(self._device)
+        for state, name in self._aside:
+            state[name] = state[name].to(self._device)
+        self._aside.clear()

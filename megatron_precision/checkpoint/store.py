@@ -115,6 +115,7 @@ def read(actor: Actor, folder: Path, applied_steps: int, same_ranks: bool) -> di
     loaded = _read(state, folder)
     actor.model.module.load_state_dict(loaded["model"])
     boxes.restore(loaded["optimizer"], applied_steps > 0)
+    actor.optimizer.main_copies_changed()
     found: dict[str, Any] = loaded.get("ranks", {})
     return found
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import recipes
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.layout_checks import KV_BLOCK_TOKENS, kv_token_bytes
 from megatron_precision.overrides import examine
 from megatron_precision.weights.known_models import QWEN3_30B_A3B
 
 # Sources of the shapes: the config.json of Qwen/Qwen3-1.7B and Qwen3-4B. The MoE is a slice of
-# 30B-A3B: eight of its 48 layers, so that weights and optimizer fit one GPU.
+# 30B-A3B: six of its 48 layers, so that weights and optimizer fit one GPU.
 _QWEN3 = dataclasses.replace(
     QWEN3_30B_A3B, model_type="qwen3", num_experts=0, num_experts_per_tok=0,
     moe_intermediate_size=0, num_key_value_heads=8, tie_word_embeddings=True,
@@ -24,7 +26,7 @@ MODELS: dict[str, ModelConfig] = {
     "qwen3-4b": dataclasses.replace(
         _QWEN3, hidden_size=2560, num_hidden_layers=36, intermediate_size=9728
     ),
-    "qwen3-moe-slice": dataclasses.replace(QWEN3_30B_A3B, num_hidden_layers=8),
+    "qwen3-moe-slice": dataclasses.replace(QWEN3_30B_A3B, num_hidden_layers=6),
 }
 _TINY_MOE = ModelConfig(
     model_type="qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96
@@ -35,6 +37,9 @@ TINY: dict[str, ModelConfig] = {
     "qwen3-moe-slice": _TINY_MOE,
 }
 PRECISIONS = ("fp16", "bf16")
+# Tokens of a micro-batch; what a larger model leaves room for is less.
+MICRO_BATCH_TOKENS = {"qwen3-1.7b": 8192, "qwen3-4b": 4096, "qwen3-moe-slice": 4096}
+QUESTIONS, ROLLOUTS, QUESTION_TOKENS = 64, 2, 32
 # Dense products of FP16 and BF16 without sparsity, by NVIDIA's data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
@@ -51,6 +56,8 @@ class Case:
         length: tokens of a sequence, prompt and response; of a row, where it is packed.
         switches: overrides that this case is about.
         packed: rows hold sequences of unlike lengths end to end.
+        shared_prompt: the first half of every sequence is the same, and cached: what cascade
+            attention is for.
     """
 
     name: str
@@ -60,6 +67,7 @@ class Case:
     length: int
     switches: tuple[str, ...] = ()
     packed: bool = False
+    shared_prompt: bool = False
 
 
 def _train(model: str, length: int, packed: bool = False) -> list[Case]:
@@ -67,9 +75,11 @@ def _train(model: str, length: int, packed: bool = False) -> list[Case]:
     return [Case(f"{name}-{p}", "train", model, p, length, packed=packed) for p in PRECISIONS]
 
 
-def _engine(model: str, precision: str, label: str = "", *switches: str) -> Case:
+def _engine(
+    model: str, precision: str, label: str = "", *switches: str, shared_prompt: bool = False
+) -> Case:
     name = f"engine-{model}-{precision.replace('/', '-in-')}{'-' if label else ''}{label}"
-    return Case(name, "engine", model, precision, 1024, switches)
+    return Case(name, "engine", model, precision, 1024, switches, shared_prompt=shared_prompt)
 
 
 _DENSE = "qwen3-1.7b"
@@ -87,8 +97,15 @@ CASES: tuple[Case, ...] = (
             ("fused-activation", "kernels.fused_activation=true"),
             ("fp32-head", "kernels.fp32_lm_head=true"),
             ("cuda-graphs", "kernels.cuda_graphs=true"),
-            ("cascade", "kernels.cascade_attention=true"),
             ("local-trainer", "kernels.trainer=local"),
+        )
+        for precision in PRECISIONS
+    ),
+    *(
+        _engine(_DENSE, precision, label, switch, shared_prompt=True)
+        for label, switch in (
+            ("shared-prompt", "kernels.cascade_attention=false"),
+            ("shared-prompt-cascade", "kernels.cascade_attention=true"),
         )
         for precision in PRECISIONS
     ),
@@ -118,11 +135,13 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
     """
     model = (TINY if tiny else MODELS)[case.model]
     length = 128 if tiny else case.length  # the proof scores sequences of 78 tokens
+    prompt = QUESTION_TOKENS + case.shared_prompt * length // 2
     values: dict[str, Any] = {
-        "rollout.max_response_tokens": length - 32,
-        "rollout.kv_cache_mib": 64 if tiny else 8192,
+        "task.max_prompt_tokens": prompt,
+        "rollout.max_response_tokens": length - prompt,
+        "rollout.prefix_caching": str(case.shared_prompt).lower(),
         "rollout.record_routing": "false" if case.kind == "train" or gpu else "true",
-        "train.micro_batch_size": 4 if tiny else max(1, 8192 // length),
+        "train.micro_batch_size": 4 if tiny else max(1, MICRO_BATCH_TOKENS[case.model] // length),
         "train.micro_batch_tokens": length if case.packed else 0,
         "train.packed_sequences": str(case.packed).lower(),
         "memory.attention": "fused",
@@ -135,6 +154,9 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
         model=dataclasses.replace(model, max_position_embeddings=max(256, length)),
         parallel=ParallelConfig(world_size=1, tp_size=1, rollout_tp_size=1),
     )
+    # Every response has its place: one that is pushed out is sampled twice.
+    tokens = (QUESTIONS * ROLLOUTS if case.kind == "engine" else 1) * (length + 2 * KV_BLOCK_TOKENS)
+    values["rollout.kv_cache_mib"] = math.ceil(tokens * kv_token_bytes(base) / 2**20)
     overrides = [f"{path}={value}" for path, value in values.items()]
     built, problems = examine(base, [*overrides, *case.switches])
     if problems:
@@ -142,6 +164,11 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
 
         raise UserError(problems)
     return built
+
+
+def shared_prompt_tokens(config: RunConfig) -> int:
+    """Tokens that all prompts of a case begin with."""
+    return config.task.max_prompt_tokens - QUESTION_TOKENS
 
 
 def sequence_lengths(config: RunConfig) -> list[int]:

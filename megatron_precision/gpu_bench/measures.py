@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,7 +18,14 @@ from megatron_precision.actor.batch import Batch, make_batch
 from megatron_precision.config import ModelConfig, RunConfig
 from megatron_precision.data.arithmetic import make_questions
 from megatron_precision.data.tasks import arithmetic_task
-from megatron_precision.gpu_bench.cases import flops_per_token, peak_flops, sequence_lengths
+from megatron_precision.gpu_bench.cases import (
+    QUESTIONS,
+    ROLLOUTS,
+    flops_per_token,
+    peak_flops,
+    sequence_lengths,
+    shared_prompt_tokens,
+)
 from megatron_precision.planning import memory
 from megatron_precision.platform import startup
 from megatron_precision.precision.policy import DType
@@ -28,6 +36,7 @@ from megatron_precision.rollout.sampling import Prompt
 from megatron_precision.train.session import Session
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.hf_model import write_checkpoint
+from megatron_precision.weights.plan import rank_groups, rank_plan
 from megatron_precision.weights.sync import WeightSync
 
 WARMUP, ROUNDS = 2, 5
@@ -64,19 +73,30 @@ def allocated() -> Facts:
     }
 
 
+def attention_backends() -> Facts:
+    """Which of its attention kernels Transformer Engine took last; empty without it."""
+    name = "transformer_engine.pytorch.attention.dot_product_attention"
+    chosen = getattr(sys.modules.get(name), "_attention_backends", {})
+    return {key: str(value) for key, value in chosen.items() if key.startswith("use_")}
+
+
 def weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights by their Hugging Face names, BF16: both 16-bit dtypes start from the same."""
+    """Random weights by their Hugging Face names, BF16: both 16-bit dtypes start from the same.
+
+    Drawn on the device, where it takes no time, and kept on the host.
+    """
     from megatron_precision.precision.dtypes import torch_dtype
 
-    generator = torch.Generator().manual_seed(seed)
+    device = startup.device()
+    generator = torch.Generator(device).manual_seed(seed)
     dtype: DType = "bf16"
     found = {}
     for name, shape in hf_shapes(model).items():
         if len(shape) == 1 and name.endswith("norm.weight"):
             found[name] = torch.ones(shape, dtype=torch_dtype(dtype))
             continue
-        values = torch.randn(shape, generator=generator) * model.initializer_range
-        found[name] = values.to(torch_dtype(dtype))
+        values = torch.randn(shape, generator=generator, device=device) * model.initializer_range
+        found[name] = values.to(torch_dtype(dtype)).cpu()
     return found
 
 
@@ -123,6 +143,7 @@ def train(config: RunConfig, _folder: Path) -> Facts:
         "mfu": tokens_per_s * flops / peak if peak else None,
         "skipped_steps": skipped,
         "step": took,
+        "attention": attention_backends(),
         "memory": allocated(),
         "estimated_bytes": {name: getattr(estimate, name) for name in trainer},
     }
@@ -132,7 +153,7 @@ def engine(config: RunConfig, folder: Path) -> Facts:
     """Both sides: audit and proof, rollout tokens/s, mismatch, sync, sleep and wake."""
     model_dir = folder / "model"
     write_checkpoint(model_dir, config.model, weights(config.model, config.seed))
-    questions = make_questions(config.task, split="train", count=64, seed=1)
+    questions = make_questions(config.task, split="train", count=QUESTIONS, seed=1)
     task = arithmetic_task(config.task, questions, config.seed)
     session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
     session.load_start()
@@ -141,28 +162,31 @@ def engine(config: RunConfig, folder: Path) -> Facts:
     found: Facts = {"audit": session.check()}
     found["audit_and_proof_s"] = time.perf_counter() - begin
     found["memory"] = allocated()
-    found |= _rollouts(session, [Prompt(str(n), q.tokens) for n, q in enumerate(_prompts(session))])
+    found |= _rollouts(session, _prompts(session))
     found["sync"] = _sync(session)
     found["sleep"] = _sleep(session)
     session.close()
     return found
 
 
-def _prompts(session: Session) -> list[Any]:
-    return [p for part in session.task.train.values() for p in part.prompts]
+def _prompts(session: Session) -> list[Prompt]:
+    shared = range(shared_prompt_tokens(session.config))
+    head = tuple(number % session.config.model.vocab_size for number in shared)
+    questions = [p for part in session.task.train.values() for p in part.prompts]
+    return [Prompt(str(n), (*head, *question.tokens)) for n, question in enumerate(questions)]
 
 
 def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
-    """Tokens/s of the second call (the first one warms up), and its mismatch with the trainer."""
+    """Tokens/s after a short call that warms up, and the mismatch with the trainer."""
     config = session.config
-    sampling = Sampling(config.rollout.temperature, config.rollout.max_response_tokens)
 
-    def sample(iteration: int) -> tuple[list[Rollout], float]:
+    def sample(iteration: int, max_tokens: int) -> tuple[list[Rollout], float]:
+        sampling = Sampling(config.rollout.temperature, max_tokens)
         synchronize()
         begin = time.perf_counter()
         rollouts = session.sampler.sample(
             prompts,
-            rollouts_per_prompt=4,
+            rollouts_per_prompt=ROLLOUTS,
             purpose="bench",
             iteration=iteration,
             sampling=sampling,
@@ -170,8 +194,9 @@ def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
         ).rollouts
         return rollouts, time.perf_counter() - begin
 
-    sample(0)
-    rollouts, took = sample(1)
+    longest = config.rollout.max_response_tokens
+    sample(0, min(64, longest))
+    rollouts, took = sample(1, longest)
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
     batch = make_batch(
         [rollout.request.prompt_tokens for rollout in rollouts],
@@ -179,14 +204,17 @@ def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
         [rollout.rollout_logprobs for rollout in rollouts],
         torch.zeros(len(rollouts)),
     )
-    logprobs = session.actor.logprobs(batch, list(torch.arange(len(batch)).split(32)))
+    rows = torch.arange(len(batch)).split(config.train.micro_batch_size)
+    logprobs = session.actor.logprobs(batch, list(rows))
     stats = mismatch_stats(
         old_logprobs=logprobs, rollout_logprobs=batch.rollout_logprobs, mask=batch.response_mask
     )
+    of_trainer = attention_backends()
     mismatch = {n: v for n, v in stats.metrics().items() if not isinstance(v, list)}
     return {
         "rollout": {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took},
         "mismatch": mismatch,
+        "attention": of_trainer,
     }
 
 
@@ -201,6 +229,8 @@ def _sync(session: Session) -> Facts:
     spare = [torch.empty_like(tensor) for tensor in live]
 
     def bind() -> None:
+        rank_plan.cache_clear()  # they keep what follows from both layouts alone
+        rank_groups.cache_clear()
         session.sync = WeightSync(session.actor, session.engine, session.config)
 
     return {
@@ -217,7 +247,16 @@ def _sleep(session: Session) -> Facts:
     empty where the engine does not sleep."""
     if session.config.memory.engine_sleep == "off":
         return {}
-    before, synced = allocated(), session.sync
+    first, later = _nap(session), _nap(session)
+    equal = session.sync.prove(session.engine.weight_version).regions
+    return {**later, "first_sleep_s": first["sleep_s"], "equal_regions": equal}
+
+
+def _nap(session: Session) -> Facts:
+    """One sleep and wake. The first also takes the memory of the host that weights lie in."""
+    if startup.device().type == "cuda":
+        torch.cuda.empty_cache()  # what PyTorch keeps is not given back by the engine
+    before = allocated()
     begin = time.perf_counter()
     session.engine.sleep()
     slept = time.perf_counter()
@@ -231,7 +270,6 @@ def _sleep(session: Session) -> Facts:
         "wake_weights_s": woken - slept,
         "wake_kv_cache_s": end - woken,
         "given_back_bytes": asleep["free_bytes"] - before["free_bytes"],
-        "equal_regions": synced.prove(session.engine.weight_version).regions,
     }
 
 

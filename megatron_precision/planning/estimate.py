@@ -22,6 +22,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from megatron_precision import layout_checks
 from megatron_precision.config import RunConfig
 from megatron_precision.planning import memory, work
 from megatron_precision.planning.wire import SyncBytes
@@ -141,7 +142,7 @@ def decode_step_s(config: RunConfig, sequences: int, keys: float, rates: Rates) 
         experts = model.num_hidden_layers * model.num_experts * 3 * model.hidden_size * inner
         idle = (1 - model.num_experts_per_tok / model.num_experts) ** sequences
         read -= round(experts * idle)
-    cache = sequences * keys * memory.kv_token_bytes(config)
+    cache = sequences * keys * layout_checks.kv_token_bytes(config)
     flops = 2 * work.active_weights(model) + work.attention_flops(model, keys)
     reading = (read * element + cache) / (rates.hbm * rates.hbm_share)
     computing = sequences * flops / (tp * rates.flops * rates.mfu)
@@ -152,7 +153,7 @@ def _decoding(config: RunConfig, lengths: work.Lengths, done: work.Work) -> tupl
     """Sequences that the fullest replica decodes at once, and what bounds them."""
     rollouts, replicas = config.train.rollouts_per_prompt, config.parallel.rollout_replicas
     prompts = math.ceil(done.sampled_sequences / rollouts / replicas)  # dealt by prompt
-    tokens = config.rollout.kv_cache_mib * 2**20 / memory.kv_token_bytes(config)
+    tokens = config.rollout.kv_cache_mib * 2**20 / layout_checks.kv_token_bytes(config)
     bounds = {
         "rollout.max_num_seqs": config.rollout.max_num_seqs,
         "the requests": prompts * rollouts,

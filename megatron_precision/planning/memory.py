@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig, RunConfig
+from megatron_precision.layout_checks import kv_token_bytes
 from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
@@ -181,19 +182,6 @@ def kv_sequences(config: RunConfig) -> float:
     """How many sequences of the full length the KV cache of a replica holds."""
     return (
         config.rollout.kv_cache_mib * 2**20 / (kv_token_bytes(config) * config.max_sequence_tokens)
-    )
-
-
-def kv_token_bytes(config: RunConfig) -> int:
-    """KV cache of one token on one rank: keys and values of its heads, in every layer."""
-    model = config.model
-    heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
-    return (
-        2
-        * model.num_hidden_layers
-        * heads
-        * model.head_dim
-        * BYTES_PER_ELEMENT[config.policy.kv_cache]
     )
 
 

@@ -192,7 +192,9 @@ def _with_room_for_cache(verdict: Verdict) -> Verdict:
     config = verdict.config
     without = dataclasses.replace(verdict.found, kv_cache=0)
     room = verdict.gpu_gb * GB - phases.needed(config, without)
-    worthwhile = CACHED_SEQUENCES * memory.kv_token_bytes(config) * config.max_sequence_tokens
+    worthwhile = (
+        CACHED_SEQUENCES * layout_checks.kv_token_bytes(config) * config.max_sequence_tokens
+    )
     if verdict.fits or room < worthwhile:
         return verdict
     rollout = dataclasses.replace(config.rollout, kv_cache_mib=room // 2**30 * 1024)

@@ -1,8 +1,7 @@
 """CUDA as a platform: a device for every rank, both collective backends, and exact accumulation.
 
-Megatron Core, Transformer Engine and vLLM are written for it, so that no upstream name is patched
-(`PATCHES` is empty; a patch added to it fails loudly where its name has gone, as on the CPU). What
-this module sets are choices that the libraries leave to the process:
+Megatron Core, Transformer Engine and vLLM are written for it, so that nearly nothing is patched
+(`PATCHES`). What this module sets are choices that the libraries leave to the process:
 
 - one GPU a rank, before anything else touches CUDA: what runs earlier lands on GPU 0;
 - sums of FP16 and BF16 products stay in FP32. cuBLAS may otherwise add the parts of a split sum
@@ -24,7 +23,16 @@ from megatron_precision.platform.choice import Choice
 from megatron_precision.platform.patching import Patch, apply
 
 BACKEND = "cpu:gloo,cuda:nccl"
-PATCHES: tuple[Patch, ...] = ()
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "megatron.core.transformer.moe.moe_utils",
+        "te_general_gemm",
+        lambda original: original,
+        "the router uses this name unguarded; without Transformer Engine it is not defined",
+        "megatron-core 0.16.1",
+        may_be_missing=True,
+    ),
+)
 _applied: set[str] = set()
 
 
@@ -69,13 +77,13 @@ def start(choice: Choice) -> None:
         UserError: where there is no GPU for this rank.
         UpstreamChangedError: where an upstream name that this platform patches has gone.
     """
+    # Megatron overlaps tensor-parallel messages with products by the order of launches, which one
+    # connection keeps. Read when CUDA starts, which asking for a device may do already.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     found = problems(choice, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if found:
         raise UserError(found)
-    # Megatron overlaps tensor-parallel messages with products by the order of launches, which one
-    # connection keeps; read when CUDA starts.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.set_device(local_rank)
     set_exact_accumulation()
     if "cuda" not in _applied:

@@ -18,6 +18,7 @@ def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
     memory, kernels = config.memory, config.kernels
     if choice.name == "cuda":
         scores = memory.attention == "scores" and kernels.trainer != "local"
+        scores = scores and config.policy.params != "fp32"
         if config.train.packed_sequences and scores:
             yield Problem(
                 what="Transformer Engine would write a padded grid of packed sequences' scores",
@@ -25,6 +26,22 @@ def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
                 got="memory.attention=scores",
                 expected="memory.attention=fused, or kernels.trainer=local",
             )
+        if kernels.trainer == "transformer_engine" and config.policy.params == "fp32":
+            yield Problem(
+                what="Transformer Engine multiplies FP32 in TF32",
+                where="kernels.trainer",
+                got=f"transformer_engine with the precision {config.precision}",
+                expected="auto or local, or a 16-bit trainer",
+            )
+        if kernels.trainer == "auto" and config.policy.params == "fp32":
+            for name in ("fused_rope", "fused_permute"):
+                if getattr(kernels, name):
+                    yield Problem(
+                        what="a kernel of Transformer Engine, which an FP32 trainer has not",
+                        where=f"kernels.{name}",
+                        got=f"true with the precision {config.precision}",
+                        expected="false, or a 16-bit trainer",
+                    )
         return
     for path, value, neutral in (
         ("memory.optimizer_offload", memory.optimizer_offload, 0.0),

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from megatron_precision.config import RunConfig
+from megatron_precision.platform import startup
 from megatron_precision.platform.choice import choose
 from megatron_precision.platform.vllm_sampling import SampledLogprobs
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import DType
-from megatron_precision.precision.range_watch import larger_or_nan
 from megatron_precision.rollout import vllm_versions
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.rollout.engine_weights import head_dtype
@@ -116,7 +116,7 @@ class VllmEngine:
             self._routed_experts = RoutedExperts(
                 self._runner, model.num_hidden_layers, model.num_experts_per_tok
             )
-        self.act_max = 0.0
+        self._largest = torch.zeros((), dtype=torch.float32, device=startup.device())
         if not kernels.cuda_graphs:  # what is replayed calls no hook
             self._watch_range()
 
@@ -196,8 +196,13 @@ class VllmEngine:
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Take memory back: the weights before a sync, the KV cache when the trainer is aside."""
-        if self._sleep_level:
-            self.llm.wake_up([part])
+        if not self._sleep_level:
+            return
+        self.llm.wake_up([part])
+        if part == "weights" and self._sleep_level == _SLEEP_LEVELS["drop_weights"]:
+            # The memory is another: rows of padding, which no sync writes, must not hold NaN.
+            for parameter in self.model.parameters():
+                parameter.data.zero_()
 
     # ---- for the proof and the audit -----------------------------------------------------
 
@@ -271,9 +276,19 @@ class VllmEngine:
                     ]
         return [done[number] for number in range(len(prompts))]
 
+    @property
+    def act_max(self) -> float:
+        """The largest absolute activation so far; see `_watch_range`."""
+        return float(self._largest)
+
+    @act_max.setter
+    def act_max(self, value: float) -> None:
+        self._largest.fill_(value)
+
     def take_act_max(self) -> float:
         """The largest absolute activation since the last call; see `_watch_range`."""
-        largest, self.act_max = self.act_max, 0.0
+        largest = self.act_max
+        self.act_max = 0.0
         return largest
 
     # ---- helpers -------------------------------------------------------------------------
@@ -288,9 +303,12 @@ class VllmEngine:
         Fused experts show their input and output only.
         """
 
+        # On the device: a number asked for after every layer would have a GPU wait for the host.
+        largest = self._largest
+
         def record(tensor: torch.Tensor) -> None:
             if tensor.numel():
-                self.act_max = larger_or_nan(self.act_max, float(tensor.abs().amax()))
+                torch.maximum(largest, tensor.abs().amax().float(), out=largest)  # nan stays
 
         for name, module in self.model.named_modules():
             leaf = name.rpartition(".")[2]

@@ -52,9 +52,11 @@ def bookkeeping_places() -> BookkeepingPlaces:
 
 
 def set_environment() -> None:
-    """What vLLM reads from the environment as it is imported."""
+    """What vLLM and Triton read from the environment, the first as it is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    # Triton multiplies FP32 in TF32 unless told; its attention is what FP32 engines have on a GPU.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

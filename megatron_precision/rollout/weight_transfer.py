@@ -86,6 +86,15 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
         """Forget the trainer's tensors."""
         self.transfer = None
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """vLLM 0.26 asks every backend for a sending side; ours is in the ranks' own plan.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("weights are pushed by WeightSync.push, on every rank")
+
 
 def register() -> None:
     """Make the backend known to vLLM, once in a process."""

@@ -17,7 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from megatron_precision.config import RunConfig
+from megatron_precision.platform import startup
 from megatron_precision.train.session import Session
 
 
@@ -27,6 +30,8 @@ class HandOver:
     def __init__(self, session: Session, config: RunConfig) -> None:
         self._session = session
         self._offload = config.memory.offload_trainer
+        self._shared = config.memory.engine_sleep != "off"
+        self._engine_forgets = config.memory.engine_sleep == "drop_weights"
         self._from_main_copies = config.policy.wire_source == "main_copies"
         self._trainer_is_aside = False
 
@@ -37,7 +42,7 @@ class HandOver:
             return
         for buffer in self._buffers():
             buffer.reload_from_cpu()
-        self._session.actor.optimizer.megatron.restore_from_cpu()
+        self._session.actor.optimizer.come_back()
         self._trainer_is_aside = False
         if self._from_main_copies:
             # The copies came back to another place than the sync is bound to.
@@ -45,15 +50,17 @@ class HandOver:
 
     def before_sync(self) -> None:
         """The engine's weights are where they were, to be written."""
+        self._give_back_cached()
         self._session.engine.wake("weights")
 
     def to_engine(self) -> None:
         """After a sync: the trainer steps aside and the engine has its KV cache again."""
         if self._offload:
-            self._session.actor.optimizer.megatron.offload_to_cpu()
+            self._session.actor.optimizer.step_aside()
             for buffer in self._buffers():
                 buffer.offload_to_cpu()
             self._trainer_is_aside = True
+        self._give_back_cached()
         self._session.engine.wake("kv_cache")
 
     @contextmanager
@@ -67,7 +74,14 @@ class HandOver:
             yield
         finally:
             self.before_sync()
+            if self._engine_forgets:
+                self._session.sync.push(self._session.engine.weight_version)
             self.to_engine()
+
+    def _give_back_cached(self) -> None:
+        """What PyTorch keeps of freed memory goes to the driver, where the engine's is taken."""
+        if self._shared and startup.device().type == "cuda":
+            torch.cuda.empty_cache()
 
     def _buffers(self) -> list[Any]:
         model = self._session.actor.model

@@ -68,6 +68,16 @@ def proven_sync(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str
     }
 
 
+def attention(case: Case) -> dict[str, bool]:
+    """Which of its kernels Transformer Engine took for a pass."""
+    from transformer_engine.pytorch.attention import dot_product_attention
+
+    actor = make_actor(case.config, case.tensors)
+    actor.logprobs(case.batch, [torch.arange(len(case.batch))])
+    chosen = dot_product_attention._attention_backends
+    return {name: bool(value) for name, value in chosen.items() if name.startswith("use_")}
+
+
 def turns(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, Any]:
     """Both sides step aside and come back, twice: what differs afterwards, and what was given."""
     session = open_session(config, tensors, folder)
@@ -93,6 +103,8 @@ def turns(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> d
         session.sync.push(session.engine.weight_version)
         hand_over.to_engine()
     note("engine's turn again")
+    with hand_over.trainer_present():  # as for a checkpoint: nothing has changed
+        differing += changed(trainer, snapshot(session.actor))
     return {
         "trainer": differing,
         "engine": [

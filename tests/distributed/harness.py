@@ -32,6 +32,8 @@ _COMMON = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_HOST_IP": "127.0.0.1",
+    # Whether there is a GPU is asked without starting CUDA: ranks are forked.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     # A failed rank's message is to be found in its log.
     "PYTHONWARNINGS": "ignore",
 }

@@ -10,14 +10,19 @@ from __future__ import annotations
 import importlib
 import warnings
 
+import torch
+
 _MODULES = """
 torch torch._dynamo torch._inductor.lowering torch._inductor.codegen.triton
 torch._inductor.kernel.flex torch.distributed.tensor torch.distributed.checkpoint
 transformers.modeling_utils transformers.loss.loss_utils transformers.models.auto.modeling_auto
 transformers.models.auto.tokenization_auto transformers.models.auto.processing_auto
 openai.types.responses openai.lib.streaming wandb ray accelerate fastapi aiohttp
-opentelemetry.sdk.trace tensorboard.compat.proto xgrammar
+opentelemetry.sdk.trace tensorboard.compat.proto
 """
+# Importing it starts CUDA where torch has it, and a process that has is of no use once forked.
+if torch.version.cuda is None:
+    _MODULES += " xgrammar"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

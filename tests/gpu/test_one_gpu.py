@@ -87,6 +87,21 @@ def test_a_long_product_is_summed_in_fp32(precision: str) -> None:
 
 
 @both_dtypes
+@pytest.mark.usefixtures("exact_sums")
+def test_transformer_engines_long_product_is_summed_in_fp32(precision: str) -> None:
+    te = pytest.importorskip("transformer_engine.pytorch")
+    generator = torch.Generator().manual_seed(0)
+    linear = te.Linear(16384, 80, bias=False, params_dtype=DTYPES[precision], device="cuda")
+    a = torch.randn(48, 16384, generator=generator).to(DTYPES[precision])
+    exact = a.double() @ linear.weight.detach().double().cpu().t()
+    with torch.no_grad():
+        got = linear(a.cuda()).double().cpu()
+    eps = torch.finfo(DTYPES[precision]).eps
+    noise = 16384 * 2**-24 * float(exact.abs().max())
+    assert ((got - exact).abs() <= eps / 2 * exact.abs() * 1.01 + noise).all()
+
+
+@both_dtypes
 def test_transformer_engines_norm_rounds_once(precision: str) -> None:
     te = pytest.importorskip("transformer_engine.pytorch")
     generator = torch.Generator().manual_seed(0)
@@ -151,6 +166,28 @@ def test_both_specs_compute_the_same_and_what_transformers_does(model: str, prec
 
 
 @every_model
+def test_an_fp32_trainer_multiplies_in_fp32(model: str) -> None:
+    exact_case = case(MODELS[model], "fp32", "auto")
+    found = run_distributed("actor_bodies.passes", 1, {"fp32": exact_case})["fp32"]
+    batch = exact_case.batch
+    with torch.no_grad():
+        rows = [t[:n].tolist() for t, n in zip(batch.tokens, batch.lengths.tolist(), strict=True)]
+        exact = logprobs_of(random_hf_model(MODELS[model], 0.1), rows)
+    for row, expected in enumerate(exact):
+        response = batch.response_mask[row, 1 : len(expected) + 1]
+        got = found["logprobs"][row, 1 : len(expected) + 1]
+        # TF32 has ten bits: some 1e-3.
+        assert (got - expected)[response].abs().max() < 5e-5
+
+
+@both_dtypes
+@pytest.mark.parametrize("packed", [False, True])
+def test_fused_attention_is_what_attends(precision: str, packed: bool) -> None:
+    chosen = run_distributed("gpu_bodies.attention", 1, case(DENSE, precision, packed=packed))
+    assert not chosen["use_unfused_attention"], chosen
+
+
+@every_model
 @both_dtypes
 def test_packed_sequences_give_what_padded_ones_do(model: str, precision: str) -> None:
     cases = {str(packed): case(MODELS[model], precision, packed=packed) for packed in (False, True)}
@@ -195,11 +232,15 @@ def test_a_sync_is_proven_and_a_flipped_bit_is_named(
 
 
 @pytest.mark.parametrize("sleep", ["keep_weights", "drop_weights"])
-@pytest.mark.parametrize("wire", ["parameters", "main_copies"])
+@pytest.mark.parametrize(
+    ("wire", "on_host"), [("parameters", 0.0), ("main_copies", 0.0), ("parameters", 0.5)]
+)
 def test_both_sides_step_aside_and_come_back_bit_for_bit(
-    sleep: Any, wire: Any, tmp_path: Path
+    sleep: Any, wire: Any, on_host: float, tmp_path: Path
 ) -> None:
-    memory = MemoryConfig(attention="fused", engine_sleep=sleep, offload_trainer=True)
+    memory = MemoryConfig(
+        attention="fused", engine_sleep=sleep, offload_trainer=True, optimizer_offload=on_host
+    )
     config = both_sides("dense", "fp16", memory=memory, sync=SyncConfig(wire))
     found = run_distributed("gpu_bodies.turns", 1, config, weights("dense"), str(tmp_path))
     assert found["trainer"] == []

@@ -12,6 +12,7 @@ from megatron_precision import validation
 from megatron_precision.actor.packing import Packing, padding_share, plan_micro_batches
 from megatron_precision.config import to_dict
 from megatron_precision.gpu_bench import cases
+from megatron_precision.planning import memory
 from megatron_precision.platform import support
 from megatron_precision.platform.choice import Choice
 from megatron_precision.weights.architectures import hf_shapes
@@ -24,6 +25,34 @@ def test_a_measure_is_valid_here_and_on_a_gpu(case: cases.Case) -> None:
             assert validation.problems(cases.config(case, tiny=tiny, gpu=gpu)) == []
     found = list(support.problems(cases.config(case, tiny=True, gpu=False), Choice("cpu", "test")))
     assert bool(found) == cases.needs_gpu(case)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_a_measure_fits_an_h200_by_the_estimate(case: cases.Case) -> None:
+    parts = memory.of_run(cases.config(case, tiny=False, gpu=True))
+    here = parts.parameters + parts.gradients + parts.optimizer + parts.logits
+    if case.kind == "train":
+        here += parts.activations
+    else:  # nothing goes backward
+        here += parts.engine_weights + parts.kv_cache + parts.engine_workspace
+    assert here < 141e9
+
+
+def test_every_response_of_a_measure_has_its_place_in_the_kv_cache() -> None:
+    # By hand: 28 layers, keys and values, 8 heads of 128, two bytes; 64 questions, 2 responses.
+    case = next(case for case in cases.CASES if case.name == "engine-qwen3-1.7b-fp16")
+    config = cases.config(case, tiny=False, gpu=True)
+    assert config.rollout.kv_cache_mib * 2**20 >= 64 * 2 * 1024 * 28 * 2 * 8 * 128 * 2
+    assert config.rollout.max_num_seqs >= 64 * 2
+
+
+def test_cascade_attention_has_a_prompt_to_share() -> None:
+    # vLLM's flash_attn.use_cascade_attention asks for 256 tokens and a cached prefix.
+    for case in (case for case in cases.CASES if "cascade" in case.name):
+        config = cases.config(case, tiny=False, gpu=True)
+        assert cases.shared_prompt_tokens(config) == 512
+        assert config.rollout.prefix_caching
+        assert config.kernels.cascade_attention
 
 
 def test_the_pairs_of_a_measure_differ_in_precision_alone() -> None:
