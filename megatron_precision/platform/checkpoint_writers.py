@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from megatron_precision.platform.patching import Patch, apply
 
-# A writer has ended before its result is asked for; what is waited for is a thread of this process.
+# A writer has ended before its result is asked for; what is waited for are threads of this process.
 _PATIENCE_S = 60.0
 
 
 class Results:
-    """A queue that writers inherit by being forked, as Megatron uses one."""
+    """A queue that writers inherit by being forked, as Megatron uses one.
+
+    A writer ends when all that it has put is in the pipe, which holds 64 KiB, and Megatron asks for
+    a result when the writer has ended: a thread takes results out of the pipe as they come.
+    """
 
     def __init__(self) -> None:
-        self._queue: Any = multiprocessing.get_context("fork").Queue()
+        self._pipe: Any = multiprocessing.get_context("fork").Queue()
+        self._received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, name="checkpoint results", daemon=True).start()
+
+    def _receive(self) -> None:
+        while True:
+            self._received.put(self._pipe.get())
 
     def put(self, result: Any) -> None:
         """Hand a result over; a thread sends it."""
-        self._queue.put(result)
+        self._pipe.put(result)
 
     def get_nowait(self) -> Any:
         """Take the next result, which has been put.
@@ -29,7 +41,7 @@ class Results:
         Raises:
             queue.Empty: where none comes.
         """
-        return self._queue.get(timeout=_PATIENCE_S)
+        return self._received.get(timeout=_PATIENCE_S)
 
 
 def _one_queue(_original: Callable[[], Any]) -> Callable[[], Any]:

@@ -16,8 +16,10 @@ def test_what_a_forked_writer_puts_is_there_when_it_has_ended() -> None:
     large = list(range(100_000))
     writer = multiprocessing.get_context("fork").Process(target=results.put, args=({0: large},))
     writer.start()
+    # Megatron's order. The result is larger than a pipe: a writer that nobody reads never ends.
+    writer.join(timeout=60.0)
+    assert writer.exitcode == 0
     assert results.get_nowait() == {0: large}
-    writer.join()
     results.put({1: ["of this process"]})
     assert results.get_nowait() == {1: ["of this process"]}
 
