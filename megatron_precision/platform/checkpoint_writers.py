@@ -29,7 +29,11 @@ class Results:
 
     def _receive(self) -> None:
         while True:
-            self._received.put(self._pipe.get())
+            try:
+                result = self._pipe.get()
+            except (EOFError, OSError):
+                return  # closed as this process ends; earlier, `get_nowait` would say what is missing
+            self._received.put(result)
 
     def put(self, result: Any) -> None:
         """Hand a result over; a thread sends it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +24,20 @@ def test_what_a_forked_writer_puts_is_there_when_it_has_ended() -> None:
     assert results.get_nowait() == {0: large}
     results.put({1: ["of this process"]})
     assert results.get_nowait() == {1: ["of this process"]}
+
+
+def test_a_process_that_has_taken_results_ends_without_a_word() -> None:
+    lines = (
+        "from megatron_precision.platform.checkpoint_writers import Results",
+        "results = Results()",
+        "results.put(1)",
+        "assert results.get_nowait() == 1",
+    )
+    for _ in range(3):  # what is closed first as a process ends is a matter of luck
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_writer_that_died_leaves_nothing_to_take(monkeypatch: pytest.MonkeyPatch) -> None:
