@@ -32,7 +32,7 @@ class Results:
             try:
                 result = self._pipe.get()
             except (EOFError, OSError):
-                return  # closed as this process ends; earlier, `get_nowait` would say what is missing
+                return  # closed as this process ends; earlier, `get_nowait` finds nothing
             self._received.put(result)
 
     def put(self, result: Any) -> None:
