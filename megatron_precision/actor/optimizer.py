@@ -213,7 +213,7 @@ class ActorOptimizer:
         """Make the FP32 main parameters equal the model's, after weights were loaded."""
         self.megatron.reload_model_params()
         for member in self.members:
-            if not isinstance(getattr(member, "optimizer", None), HybridDeviceOptimizer):
+            if not isinstance(member.optimizer, HybridDeviceOptimizer):
                 continue
             # Megatron Core 0.16.1 returns before its copy here: it expects 16-bit optimizers.
             halves, mains = member.model_float16_groups, member.shard_fp32_from_float16_groups
@@ -229,9 +229,8 @@ class ActorOptimizer:
 
         With `memory.optimizer_offload` a step is taken there, and written over the main copies.
         """
-        for member in self.members:
-            on_host = getattr(getattr(member, "optimizer", None), "gpu_params_map_cpu_copy", {})
-            for main, host in on_host.items():
+        for inner in self._inner():
+            for main, host in getattr(inner, "gpu_params_map_cpu_copy", {}).items():
                 host.data.copy_(main.data)
 
     def step_aside(self) -> None:
@@ -240,12 +239,11 @@ class ActorOptimizer:
         Megatron's own way back moves everything to the GPU, and with it what lives on the host
         (`memory.optimizer_offload`; Megatron Core 0.16.1).
         """
-        for member in self.members:
-            inner = getattr(member, "optimizer", None)
-            for group in inner.param_groups if inner else ():
+        for inner in self._inner():
+            for group in inner.param_groups:
                 for main in group["params"]:
                     main.data = main.data.cpu()
-            for state in inner.state.values() if inner else ():
+            for state in inner.state.values():
                 for name, value in state.items():
                     if torch.is_tensor(value) and value.is_cuda and name not in _NO_STATE:
                         state[name] = value.cpu()
@@ -253,11 +251,14 @@ class ActorOptimizer:
 
     def come_back(self) -> None:
         """Take back what `step_aside` moved."""
-        for member in self.members:
-            inner = getattr(member, "optimizer", None)
-            for group in inner.param_groups if inner else ():
+        for inner in self._inner():
+            for group in inner.param_groups:
                 for main in group["params"]:
                     main.data = main.data.to(self._device)
         for state, name in self._aside:
             state[name] = state[name].to(self._device)
         self._aside.clear()
+
+    def _inner(self) -> list[torch.optim.Optimizer]:
+        """What the members step; a member with no parameters on this rank has none."""
+        return [member.optimizer for member in self.members if member.optimizer is not None]

@@ -73,11 +73,11 @@ def allocated() -> Facts:
     }
 
 
-def attention_backends() -> Facts:
+def attention_backends() -> dict[str, bool]:
     """Which of its attention kernels Transformer Engine took last; empty without it."""
     name = "transformer_engine.pytorch.attention.dot_product_attention"
     chosen = getattr(sys.modules.get(name), "_attention_backends", {})
-    return {key: str(value) for key, value in chosen.items() if key.startswith("use_")}
+    return {key: bool(value) for key, value in chosen.items() if key.startswith("use_")}
 
 
 def weights(model: ModelConfig, seed: int) -> dict[str, torch.Tensor]:

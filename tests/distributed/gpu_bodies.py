@@ -11,6 +11,7 @@ from engine_bodies import error_of, open_session, train_on_nothing
 from optimizer_bodies import changed, snapshot
 
 from megatron_precision.config import RunConfig
+from megatron_precision.gpu_bench.measures import attention_backends
 from megatron_precision.platform import startup
 from megatron_precision.train.hand_over import HandOver
 from megatron_precision.weights.sync import WeightSyncError
@@ -70,12 +71,9 @@ def proven_sync(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str
 
 def attention(case: Case) -> dict[str, bool]:
     """Which of its kernels Transformer Engine took for a pass."""
-    from transformer_engine.pytorch.attention import dot_product_attention
-
     actor = make_actor(case.config, case.tensors)
     actor.logprobs(case.batch, [torch.arange(len(case.batch))])
-    chosen = dot_product_attention._attention_backends
-    return {name: bool(value) for name, value in chosen.items() if name.startswith("use_")}
+    return attention_backends()
 
 
 def turns(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> dict[str, Any]:

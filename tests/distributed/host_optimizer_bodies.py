@@ -39,9 +39,7 @@ def both_devices_here() -> Iterator[None]:
         ):
             return divide(self, fraction)
 
-    with (
-        mock.patch.object(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", divided),
-    ):
+    with mock.patch.object(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", divided):
         yield
 
 
