@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_precision.platform import wide_products
+from megatron_precision.platform import moe_router, wide_products
 from megatron_precision.platform.patching import Patch, apply
 from megatron_precision.platform.process import JOB_VARIABLE
 from megatron_precision.platform.vllm_sampling import draw_seeds_ahead
@@ -159,14 +159,7 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         TORCH,
     ),
     *(Patch("torch", name, _factory_on_cpu, _LITERAL, MEGATRON) for name in _FACTORIES),
-    Patch(
-        "megatron.core.transformer.moe.moe_utils",
-        "te_general_gemm",
-        lambda original: original,
-        "the router uses this name unguarded; without Transformer Engine it is not defined",
-        MEGATRON,
-        may_be_missing=True,
-    ),
+    moe_router.WITHOUT_TRANSFORMER_ENGINE,
     Patch(
         "megatron.core.transformer.moe.token_dispatcher",
         "maybe_move_tensor_to_cpu",

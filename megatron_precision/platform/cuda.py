@@ -19,20 +19,12 @@ import os
 import torch
 
 from megatron_precision.errors import Problem, UserError
+from megatron_precision.platform import moe_router
 from megatron_precision.platform.choice import Choice
 from megatron_precision.platform.patching import Patch, apply
 
 BACKEND = "cpu:gloo,cuda:nccl"
-PATCHES: tuple[Patch, ...] = (
-    Patch(
-        "megatron.core.transformer.moe.moe_utils",
-        "te_general_gemm",
-        lambda original: original,
-        "the router uses this name unguarded; without Transformer Engine it is not defined",
-        "megatron-core 0.16.1",
-        may_be_missing=True,
-    ),
-)
+PATCHES: tuple[Patch, ...] = (moe_router.WITHOUT_TRANSFORMER_ENGINE,)
 _applied: set[str] = set()
 
 
