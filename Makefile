@@ -13,7 +13,7 @@ KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml;
 FAST := not slow and not exhaustive and not gpu and not multigpu
 SLOW := slow and not exhaustive and not gpu and not multigpu
 
-.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu check doctor clean
+.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu gpu check doctor clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -26,6 +26,7 @@ help:
 	@echo 'make test-slow   the tests that take minutes'
 	@echo 'make test-exhaustive  every pair of layouts of up to 16 ranks, where the slow tests take a sample'
 	@echo 'make test-gpu    the tests of one GPU, in the environment of a GPU host (docs/gpu.md)'
+	@echo 'make gpu         those tests, and everything that one GPU is to be measured for'
 	@echo 'make check       ruff and mypy'
 	@echo 'make doctor      what is installed, and what is wrong with it'
 	@echo 'make install     set up .venv (every target does it when needed)'
@@ -59,6 +60,12 @@ test-exhaustive: install
 GPU_PYTHON ?= python
 test-gpu:
 	@$(GPU_PYTHON) -m pytest -m 'gpu and not slow' tests/gpu
+
+# A second call goes on where the first was stopped. BUDGET_S=600 ends it after so many seconds.
+GPU_OUT ?= docs/benchmarks/raw/gpu
+gpu:
+	@$(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) $(if $(BUDGET_S),--budget-s $(BUDGET_S)); code=$$?; \
+	  $(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) --tables && exit $$code
 
 check: install
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ import recipes
 from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_precision.layout_checks import KV_BLOCK_TOKENS, kv_token_bytes
 from megatron_precision.overrides import examine
+from megatron_precision.planning import memory
 from megatron_precision.weights.known_models import QWEN3_30B_A3B
 
 # Sources of the shapes: the config.json of Qwen/Qwen3-1.7B and Qwen3-4B. The MoE is a slice of
@@ -164,6 +165,16 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
 
         raise UserError(problems)
     return built
+
+
+def needed_bytes(case: Case, config: RunConfig) -> int:
+    """What a measure takes of a GPU by the estimate, without its reserve."""
+    parts = memory.of_run(config)
+    trainer = parts.parameters + parts.gradients + parts.optimizer + parts.logits
+    if case.kind == "train":
+        return trainer + parts.activations
+    # Nothing goes backward.
+    return trainer + parts.engine_weights + parts.kv_cache + parts.engine_workspace
 
 
 def shared_prompt_tokens(config: RunConfig) -> int:

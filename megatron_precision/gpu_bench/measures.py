@@ -21,11 +21,14 @@ from megatron_precision.data.tasks import arithmetic_task
 from megatron_precision.gpu_bench.cases import (
     QUESTIONS,
     ROLLOUTS,
+    Case,
     flops_per_token,
+    needed_bytes,
     peak_flops,
     sequence_lengths,
     shared_prompt_tokens,
 )
+from megatron_precision.gpu_bench.kernel_times import profiled
 from megatron_precision.planning import memory
 from megatron_precision.platform import startup
 from megatron_precision.precision.policy import DType
@@ -41,6 +44,7 @@ from megatron_precision.weights.sync import WeightSync
 
 WARMUP, ROUNDS = 2, 5
 Facts = dict[str, Any]
+Keep = Callable[[Facts], None]  # writes what there is so far
 
 
 def synchronize() -> None:
@@ -71,6 +75,16 @@ def allocated() -> Facts:
         "peak_allocated_bytes": torch.cuda.max_memory_allocated(),
         "free_bytes": torch.cuda.mem_get_info()[0],
     }
+
+
+def too_large(case: Case, config: RunConfig) -> str:
+    """Why this GPU cannot hold a measure; empty where it can, and on a CPU."""
+    if startup.device().type != "cuda":
+        return ""
+    needed, there = needed_bytes(case, config), torch.cuda.get_device_properties(0).total_memory
+    if needed <= there:
+        return ""
+    return f"{needed / 1e9:.0f} GB by the estimate, and this GPU has {there / 1e9:.0f}"
 
 
 def attention_backends() -> dict[str, bool]:
@@ -110,8 +124,9 @@ def batch_of(config: RunConfig, lengths: list[int]) -> Batch:
     return make_batch(heads, tails, zeros, torch.ones(len(rows)))
 
 
-def train(config: RunConfig, _folder: Path) -> Facts:
-    """Optimizer steps of the trainer alone: tokens/s, MFU, and memory against the estimate."""
+def train(config: RunConfig, _folder: Path, keep: Keep) -> Facts:
+    """Optimizer steps of the trainer alone: tokens/s, MFU, memory against the estimate, and what
+    the time of a step is made of."""
     parallel.open_world(startup.backend())
     parallel.divide_world(config.parallel, config.seed)
     actor = Actor(config, config.optimizer, config.loss_scale)
@@ -132,12 +147,11 @@ def train(config: RunConfig, _folder: Path) -> Facts:
 
     took = seconds(step)
     tokens_per_s = sum(lengths) / took["median_s"]
-    device = str(startup.describe()["device"])
-    peak = peak_flops(device)
+    peak = peak_flops(str(startup.describe()["device"]))
     flops = sum(n * flops_per_token(config.model, n) for n in lengths) / sum(lengths)
     estimate = memory.of_run(config)
     trainer = ("parameters", "gradients", "optimizer", "activations", "logits")
-    return {
+    found = {
         "tokens_per_s": tokens_per_s,
         "flops_per_token": flops,
         "mfu": tokens_per_s * flops / peak if peak else None,
@@ -147,9 +161,11 @@ def train(config: RunConfig, _folder: Path) -> Facts:
         "memory": allocated(),
         "estimated_bytes": {name: getattr(estimate, name) for name in trainer},
     }
+    keep(found)
+    return {**found, "profile": profiled(step)}
 
 
-def engine(config: RunConfig, folder: Path) -> Facts:
+def engine(config: RunConfig, folder: Path, keep: Keep) -> Facts:
     """Both sides: audit and proof, rollout tokens/s, mismatch, sync, sleep and wake."""
     model_dir = folder / "model"
     write_checkpoint(model_dir, config.model, weights(config.model, config.seed))
@@ -163,7 +179,9 @@ def engine(config: RunConfig, folder: Path) -> Facts:
     found["audit_and_proof_s"] = time.perf_counter() - begin
     found["memory"] = allocated()
     found |= _rollouts(session, _prompts(session))
+    keep(found)
     found["sync"] = _sync(session)
+    keep(found)
     found["sleep"] = _sleep(session)
     session.close()
     return found
@@ -273,4 +291,4 @@ def _nap(session: Session) -> Facts:
     }
 
 
-MEASURES: dict[str, Callable[[RunConfig, Path], Facts]] = {"train": train, "engine": engine}
+MEASURES: dict[str, Callable[[RunConfig, Path, Keep], Facts]] = {"train": train, "engine": engine}

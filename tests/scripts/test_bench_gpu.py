@@ -1,0 +1,141 @@
+"""What has a result is not done again, what was cut short goes on, and nothing is called done that
+is not. The commands are small ones; the slow test runs a real measure."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_precision.gpu_bench.experiments import WORK, Experiment, agenda, read_result
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load() -> ModuleType:
+    path = ROOT / "scripts" / "bench_gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench_gpu = load()
+APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
+FINISH = "import json, sys; json.dump({'answer': 42}, open(sys.argv[1], 'w'))"
+
+
+def experiment(second: str, *words: str) -> Experiment:
+    return Experiment(
+        name="small",
+        commands=(
+            ("-c", APPEND, f"{WORK}/first", "x"),
+            ("-c", second, f"{WORK}/result.json", *words),
+        ),
+        result="result.json",
+        kept=(("first", ".txt"),),
+    )
+
+
+def run(item: Experiment, out: Path, budget_s: float = 60) -> tuple[int, dict[str, object]]:
+    out.mkdir(exist_ok=True)
+    failed = bench_gpu.run_all([item], out, tiny=True, budget_s=budget_s)
+    path = out / "small.json"
+    return failed, json.loads(path.read_text()) if path.is_file() else {}
+
+
+def test_a_result_has_its_commands_and_what_is_kept(tmp_path: Path) -> None:
+    failed, found = run(experiment(FINISH), tmp_path)
+    assert failed == 0
+    assert found["answer"] == 42
+    assert len(found["seconds"]) == len(found["commands"]) == 2  # type: ignore[arg-type]
+    assert str(tmp_path) not in json.dumps(found)
+    assert (tmp_path / "small.txt").read_text() == "x"
+
+
+def test_it_goes_on_behind_the_last_command_that_ended(tmp_path: Path) -> None:
+    failed, found = run(experiment("import sys; print('no luck'); sys.exit(3)"), tmp_path)
+    assert failed == 1
+    assert "command 2 of 2, exit code 3" in str(found["error"])
+    assert "no luck" in (tmp_path / "small.log").read_text()
+    failed, found = run(experiment(FINISH), tmp_path)
+    assert (failed, found.get("error")) == (0, None)
+    assert (tmp_path / "small.txt").read_text() == "x"  # once
+
+
+def test_what_has_a_result_is_not_done_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(experiment(FINISH), tmp_path)
+    assert run(experiment("raise SystemExit(1)"), tmp_path)[0] == 0
+    assert "there already" in capsys.readouterr().out
+
+
+def test_a_budget_ends_what_is_under_way(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    failed, found = run(experiment("import time; time.sleep(60)"), tmp_path, budget_s=3)
+    assert time.monotonic() - begin < 30
+    assert failed == 1
+    assert "exit code -15" in str(found["error"])
+
+
+def test_no_budget_begins_nothing(tmp_path: Path) -> None:
+    assert run(experiment(FINISH), tmp_path, budget_s=0) == (0, {})
+
+
+def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
+    (tmp_path / "test_three.py").write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n"
+        "def test_c(): pytest.skip('no GPU')\n"
+        "@pytest.fixture\ndef broken(): raise OSError('gone')\ndef test_d(broken): pass\n"
+    )
+    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
+    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_three.py"))
+    item = Experiment("small", (words,), "tests.xml", tolerates_failure=True)
+    failed, found = run(item, tmp_path / "out")
+    assert failed == 1
+    assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 2, 1]
+    outcomes = {test["test"]: test["outcome"] for test in found["tests"]}  # type: ignore[attr-defined]
+    assert outcomes == {
+        "test_a": "passed", "test_b": "failed", "test_c": "skipped", "test_d": "failed"
+    }  # fmt: skip
+
+
+def test_a_result_that_is_not_whole_is_none(tmp_path: Path) -> None:
+    (tmp_path / "half.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match="Expecting value"):
+        read_result(tmp_path / "half.json")
+
+
+def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
+    for tiny in (True, False):
+        names = [item.name for item in agenda(tiny)]
+        assert len(set(names)) == len(names)
+        assert names[:4] == [
+            "train-qwen3-1.7b-4k-fp16", "train-qwen3-1.7b-4k-bf16",
+            "engine-qwen3-1.7b-fp16", "engine-qwen3-1.7b-bf16",
+        ]  # fmt: skip
+        assert names[4] == "tests"
+        assert names[-2:] == ["mismatch-smollm2", "sanity-smollm2"]
+
+
+@pytest.mark.slow
+def test_a_real_measure_is_profiled_and_tabled(tmp_path: Path) -> None:
+    words = [sys.executable, "scripts/bench_gpu.py", "--out", str(tmp_path)]
+    options = ["--platform", "cpu", "--tiny", "--only", "train-qwen3-1.7b-4k-fp16"]
+    done = subprocess.run([*words, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "train-qwen3-1.7b-4k-fp16.json").read_text())
+    profile = found["profile"]
+    assert 0 < profile["busy_s"] < 1.5 * profile["seconds"]  # one thread's operators
+    assert profile["by_class"]["products"] > 0
+    printed = subprocess.run([*words, "--tables"], cwd=ROOT, capture_output=True, text=True)
+    assert f"{found['tokens_per_s']:,.0f} / -" in printed.stdout
