@@ -77,9 +77,7 @@ def main() -> int:
     return 1 if run_all(chosen, args.out, args.tiny, args.budget_s) else 0
 
 
-def run_all(
-    chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float
-) -> int:
+def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float) -> int:
     """One after the other; how many failed."""
     begin, failed = time.monotonic(), 0
     for item in chosen:

@@ -1,5 +1,5 @@
-"""What is measured by commands that a user has: the tests, the matrix of dtypes on a real model, and
-the sanity experiment at the size of one GPU. No torch here.
+"""What is measured by commands that a user has: the tests, the matrix of dtypes on a real model,
+and the sanity experiment at the size of one GPU. No torch here.
 
 Each command is a process of its own, and one that has ended is not run again; the long ones go on
 where they were stopped.

@@ -49,7 +49,9 @@ def _pairs(kind: str, found: dict[str, Facts]) -> list[tuple[str, Facts, Facts]]
         other = found.get(_sibling(case), {}) if case.precision == "fp16" else {}
         one = found.get(case.name, {})
         if one or other:
-            label = case.name.removeprefix(f"{kind}-").replace("-fp16", "", case.precision == "fp16")
+            label = case.name.removeprefix(f"{kind}-").replace(
+                "-fp16", "", case.precision == "fp16"
+            )
             rows.append((label, one, other))
     return rows
 
@@ -187,9 +189,7 @@ def _experiments(found: dict[str, Facts]) -> list[str]:
         runs = [run["precision"] for run in found["sanity-smollm2"]["runs"]]
         lines = [_line(["figure", *runs, "ratio"]), _line(["---"] * (len(runs) + 2))]
         for name, figure in figures.items():
-            lines.append(
-                _line([name, *map(_figure, figure["values"]), _figure(figure["ratio"])])
-            )
+            lines.append(_line([name, *map(_figure, figure["values"]), _figure(figure["ratio"])]))
         parts.append("\n".join(["## The sanity experiment on SmolLM2-135M", "", *lines]))
     return parts
 
