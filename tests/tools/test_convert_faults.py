@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import transformers
 from hf_folders import MODELS, save, tensors_of
 from oracle import DENSE
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from megatron_precision.checkpoint import manifest
 from megatron_precision.errors import UserError
@@ -288,6 +289,53 @@ def test_a_pickle_that_runs_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no place in checkpoint metadata"):
         source.open_source(tmp_path / "megatron")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_metadata_of_any_python_is_read(tmp_path: Path) -> None:
+    hf = save(DENSE, tmp_path / "hf")
+    convert.import_checkpoint(hf, tmp_path / "megatron")
+    metadata = tmp_path / "megatron" / torch_dist_folder.METADATA
+    values = pickle.loads(metadata.read_bytes())
+
+    class ByName(pickle.Pickler):  # Enum.__reduce_ex__ of Python 3.11.2
+        def reducer_override(self, value: Any) -> Any:
+            return (
+                (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+            )
+
+    class ByValue(pickle.Pickler):  # and of 3.12
+        def reducer_override(self, value: Any) -> Any:
+            return (type(value), (value.value,)) if isinstance(value, Enum) else NotImplemented
+
+    (tmp_path / "megatron" / manifest.FILE).unlink()
+    seen = []
+    for pickler in (ByName, ByValue):
+        with metadata.open("wb") as file:
+            pickler(file).dump(values)
+        seen.append(b"getattr" in metadata.read_bytes())
+        assert main(["verify", str(hf), str(tmp_path / "megatron")]) == 0
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("name", ["__init__", "__subclasses__", "mro"])
+def test_of_an_enumeration_a_pickle_gets_its_members_alone(tmp_path: Path, name: str) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (getattr, (_MEM_FORMAT_ENCODING, name))
+
+    (tmp_path / torch_dist_folder.METADATA).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="cannot be read as it"):
+        torch_dist_folder._read_metadata(tmp_path)
+
+
+def test_a_pickle_gets_no_attribute_of_anything_else(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return (getattr, (torch.Size, "numel"))
+
+    (tmp_path / torch_dist_folder.METADATA).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="has no place in checkpoint metadata"):
+        torch_dist_folder._read_metadata(tmp_path)
 
 
 def edit_metadata(folder: Path, edit: Callable[[Any], None]) -> None:

@@ -9,6 +9,7 @@ Checkpoints of a trainer may hold more (optimizer, random state); only the model
 
 from __future__ import annotations
 
+import enum
 import io
 import itertools
 import math
@@ -317,8 +318,20 @@ class _Foreign(Exception):
     """A pickle names a class or function that is not of checkpoint metadata."""
 
 
+def _enum_member(enumeration: Any, name: str) -> Any:
+    """In the place of `getattr`, by which early releases of Python 3.11 (that of Debian 12 among
+    them) pickle an enumeration's members; others pickle them by value."""
+    if isinstance(enumeration, type) and issubclass(enumeration, enum.Enum):
+        return enumeration[name]
+    raise _Foreign(
+        f"builtins.getattr of {enumeration!r}, which has no place in checkpoint metadata"
+    )
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
