@@ -6,8 +6,9 @@
 
 Every measure is a process of its own: memory is fresh, and one that fails leaves its message in
 its file and the others alone. An experiment is several commands. What has a result is not done
-again, so that a run that was cut short goes on. `--budget-s` ends what is under way after so many
-seconds, and starts nothing else. What libraries say is in a log beside the result.
+again, so that a run that was cut short goes on; what was never begun comes before what failed.
+`--budget-s` ends what is under way after so many seconds, and starts nothing else. What libraries
+say is in a log beside the result.
 """
 
 from __future__ import annotations
@@ -18,30 +19,33 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_precision.errors import UserError  # noqa: E402
 from megatron_precision.gpu_bench import tables  # noqa: E402
 from megatron_precision.gpu_bench.cases import CASES, Case, config, needs_gpu  # noqa: E402
 from megatron_precision.gpu_bench.experiments import (  # noqa: E402
     WORK,
     Experiment,
     agenda,
-    read_result,
+    read_results,
 )
+from megatron_precision.launching import exclusive  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
 
 CASE_LIMIT_S = 900.0
-GRACE_S = 60.0  # after SIGTERM: a run saves a checkpoint
+GRACE_S = 60.0  # after SIGTERM; a run that launch.py watches has ten of them to save a checkpoint
 
 
 def main() -> int:
@@ -72,22 +76,35 @@ def main() -> int:
     if args.tables:
         print(tables.text(args.out))
         return 0
-    args.out = args.out.resolve()  # every process begins in the repository
-    args.out.mkdir(parents=True, exist_ok=True)
-    return 1 if run_all(chosen, args.out, args.tiny, args.budget_s) else 0
+    out = args.out.resolve()  # every process begins in the repository
+    (out / "work").mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, end)
+    try:
+        with exclusive(out / "work" / "lock"):
+            return 1 if run_all(chosen, out, args.tiny, args.budget_s) else 0
+    except UserError as wrong:
+        print(wrong, file=sys.stderr)
+        return 2
+
+
+def end(_signal: int, _frame: object) -> NoReturn:
+    """SIGTERM: an exception, so that what is under way is ended too."""
+    sys.exit(143)
 
 
 def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float) -> int:
     """One after the other; how many failed."""
     begin, failed = time.monotonic(), 0
-    for item in chosen:
+    for item in sorted(chosen, key=lambda item: standing(out / f"{item.name}.json")):
         gpu_only = item.gpu_only if isinstance(item, Experiment) else needs_gpu(item)
         if choose().name == "cpu" and gpu_only:
             say(item, "left out: only a GPU can do it")
             continue
         path = out / f"{item.name}.json"
         if has_result(path):
-            say(item, "there already")
+            found = json.loads(path.read_text())
+            failed += bool(found.get("failed"))
+            say(item, f"there already{outcome(found)}")
             continue
         left_s = budget_s - (time.monotonic() - begin)
         if left_s <= 0:
@@ -111,6 +128,15 @@ def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s
         failed += bool(found.get("failed"))
         say(item, f"{time.monotonic() - began:6.0f} s{outcome(found)}")
     return failed
+
+
+def standing(path: Path) -> int:
+    """0 for what was never begun or has a result, 1 for what failed, 2 for what did not fit: a
+    measure that fails takes no budget from those behind it twice."""
+    if not path.is_file():
+        return 0
+    found = json.loads(path.read_text())
+    return 1 if "error" in found else 2 if "left_out" in found else 0
 
 
 class Failed(Exception):
@@ -161,9 +187,13 @@ def case(item: Case, out: Path, tiny: bool, limit_s: float) -> None:
         "VLLM_LOGGING_LEVEL": "INFO",  # which kernels it takes
     }  # fmt: skip
     path, log = out / f"{item.name}.json", out / f"{item.name}.log"
-    path.unlink(missing_ok=True)  # what an earlier attempt said
+    before = path.with_suffix(".before")  # what an earlier attempt found, whole or not
+    if path.is_file():
+        path.replace(before)
     with log.open("wb") as file:
         code = bounded([*command, *(["--tiny"] if tiny else [])], environment, file, limit_s)
+    if before.is_file():
+        before.unlink() if path.is_file() else before.replace(path)
     if not path.is_file() or "error" in json.loads(path.read_text()):
         raise Failed(f"exit code {code}, {last_line(log)}")
     if code:  # libraries may yet fail as they leave the GPU; the numbers are there
@@ -178,30 +208,35 @@ def experiment(item: Experiment, out: Path, limit_s: float) -> None:
     """
     work = out / "work" / item.name
     work.mkdir(parents=True, exist_ok=True)
-    commands = [[word.replace(WORK, str(work)) for word in words] for words in item.commands]
     begin, log = time.monotonic(), out / f"{item.name}.log"
+    ended = [work / f"command-{number}.json" for number in range(len(item.commands))]
     with log.open("ab") as file:
-        for number, words in enumerate(commands):
-            done = work / f"command-{number}.json"
+        for command, done in zip(item.commands, ended, strict=True):
             if done.is_file():
                 continue
             began = time.monotonic()
-            left_s = limit_s - (began - begin)
-            code = bounded([sys.executable, *words], dict(os.environ), file, left_s)
-            if code and not (item.tolerates_failure and (work / item.result).is_file()):
-                raise Failed(f"command {number + 1} of {len(commands)}, exit code {code}")
+            words = [word.replace(WORK, str(work)) for word in command.words]
+            product = work / command.product if command.product else None
+            if product is None or not product.is_file():
+                left_s = limit_s - (began - begin)
+                code = bounded([sys.executable, *words], dict(os.environ), file, left_s)
+                if code not in command.ok:
+                    raise Failed(f"{shlex.join(command.words)}: exit code {code}, {last_line(log)}")
             write(done, {"seconds": time.monotonic() - began})
-    facts = {
-        "experiment": item.name,
-        "commands": [shlex.join(words) for words in item.commands],  # no path of this machine
-        "seconds": [
-            json.loads((work / f"command-{number}.json").read_text())["seconds"]
-            for number in range(len(commands))
-        ],
-        **read_result(work / item.result),
-    }
-    for source, ending in item.kept:
-        shutil.copyfile(work / source, out / f"{item.name}{ending}")
+    try:
+        facts = {
+            "experiment": item.name,
+            "commands": [shlex.join(command.words) for command in item.commands],
+            "seconds": [json.loads(done.read_text())["seconds"] for done in ended],
+            **read_results([work / name for name in item.results]),
+        }
+        for source, ending in item.kept:
+            shutil.copyfile(work / source, out / f"{item.name}{ending}")
+    except (OSError, ValueError, ElementTree.ParseError) as why:
+        raise Failed(f"no result: {why}") from why
+    finally:
+        for done in ended:  # the result stands for them, and what has none is done again
+            done.unlink()
     write(out / f"{item.name}.json", facts)
 
 
@@ -212,12 +247,14 @@ def bounded(
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
     )
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(max(0.0, limit_s))
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return process.wait(GRACE_S) or 1
-    process.kill()
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, limit_s))
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(GRACE_S) or 1
+    finally:  # nothing of it stays on the GPU
+        process.kill()
     return process.wait()
 
 
@@ -246,8 +283,11 @@ def measure(item: Case, out: Path, tiny: bool) -> None:
     if why := too_large(item, run_config):
         found: dict[str, Any] = {"left_out": why}
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            found = MEASURES[item.kind](run_config, Path(folder), keep)
+        folder = out / "work" / item.name  # gigabytes; a killed measure's are in its own way alone
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        found = MEASURES[item.kind](run_config, folder, keep)
+        shutil.rmtree(folder)
     write(path, {**facts, **found})
 
 

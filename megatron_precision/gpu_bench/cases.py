@@ -38,8 +38,11 @@ TINY: dict[str, ModelConfig] = {
     "qwen3-moe-slice": _TINY_MOE,
 }
 PRECISIONS = ("fp16", "bf16")
-# Tokens of a micro-batch; what a larger model leaves room for is less.
-MICRO_BATCH_TOKENS = {"qwen3-1.7b": 8192, "qwen3-4b": 4096, "qwen3-moe-slice": 4096}
+# Tokens of a micro-batch: what the larger models leave room for on an H200, and the smallest on
+# an H100.
+MICRO_BATCH_TOKENS = 4096
+# Of an optimizer step; a real one has more, and its optimizer weighs less.
+MICRO_BATCHES = 4
 QUESTIONS, ROLLOUTS, QUESTION_TOKENS = 64, 2, 32
 # Dense products of FP16 and BF16 without sparsity, by NVIDIA's data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -142,7 +145,7 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
         "rollout.max_response_tokens": length - prompt,
         "rollout.prefix_caching": str(case.shared_prompt).lower(),
         "rollout.record_routing": "false" if case.kind == "train" or gpu else "true",
-        "train.micro_batch_size": 4 if tiny else max(1, MICRO_BATCH_TOKENS[case.model] // length),
+        "train.micro_batch_size": _micro_batch_size(case, length, tiny),
         "train.micro_batch_tokens": length if case.packed else 0,
         "train.packed_sequences": str(case.packed).lower(),
         "memory.attention": "fused",
@@ -167,6 +170,14 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
     return built
 
 
+def _micro_batch_size(case: Case, length: int, tiny: bool) -> int:
+    if tiny:
+        return 4
+    if case.kind == "engine":
+        return 2  # it is scored, not trained on: logits are what takes room
+    return max(1, MICRO_BATCH_TOKENS // length)
+
+
 def needed_bytes(case: Case, config: RunConfig) -> int:
     """What a measure takes of a GPU by the estimate, without its reserve."""
     parts = memory.of_run(config)
@@ -183,11 +194,11 @@ def shared_prompt_tokens(config: RunConfig) -> int:
 
 
 def sequence_lengths(config: RunConfig) -> list[int]:
-    """Tokens of each sequence of one optimizer step: two micro-batches, packed ones a long tail."""
+    """Tokens of each sequence of one optimizer step; packed ones have a long tail."""
     length = config.max_sequence_tokens
     if not config.train.packed_sequences:
-        return [length] * 2 * config.train.micro_batch_size
-    return [length // 2, length // 4, length // 8, length // 8] * 2
+        return [length] * MICRO_BATCHES * config.train.micro_batch_size
+    return [length // 2, length // 4, length // 8, length // 8] * MICRO_BATCHES
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:

@@ -81,10 +81,11 @@ def too_large(case: Case, config: RunConfig) -> str:
     """Why this GPU cannot hold a measure; empty where it can, and on a CPU."""
     if startup.device().type != "cuda":
         return ""
-    needed, there = needed_bytes(case, config), torch.cuda.get_device_properties(0).total_memory
-    if needed <= there:
+    needed = needed_bytes(case, config) + memory.RESERVE_BYTES
+    free = torch.cuda.mem_get_info()[0]
+    if needed <= free:
         return ""
-    return f"{needed / 1e9:.0f} GB by the estimate, and this GPU has {there / 1e9:.0f}"
+    return f"{needed / 1e9:.0f} GB by the estimate, and this GPU has {free / 1e9:.0f} free"
 
 
 def attention_backends() -> dict[str, bool]:

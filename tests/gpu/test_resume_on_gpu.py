@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import real_jobs
-import torch
 from cases import Case
 from harness import run_distributed
+from one_gpu import ONE
 from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 from megatron_precision.config import (
@@ -22,21 +22,13 @@ from megatron_precision.config import (
     MemoryConfig,
     ModelConfig,
     OptimizerConfig,
-    ParallelConfig,
     RunConfig,
     TrainConfig,
 )
 from megatron_precision.weights.hf_config import hf_config
 
 pytestmark = pytest.mark.gpu
-ONE = ParallelConfig(world_size=1, tp_size=1, rollout_tp_size=1)
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
-
-
-@pytest.fixture(autouse=True)
-def _needs_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
 
 
 @pytest.mark.parametrize("model", [TIED, MOE], ids=["dense", "MoE"])

@@ -12,6 +12,7 @@ from megatron_precision import validation
 from megatron_precision.actor.packing import Packing, padding_share, plan_micro_batches
 from megatron_precision.config import to_dict
 from megatron_precision.gpu_bench import cases
+from megatron_precision.planning import memory
 from megatron_precision.platform import support
 from megatron_precision.platform.choice import Choice
 from megatron_precision.weights.architectures import hf_shapes
@@ -27,9 +28,11 @@ def test_a_measure_is_valid_here_and_on_a_gpu(case: cases.Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
-def test_a_measure_fits_an_h200_by_the_estimate(case: cases.Case) -> None:
-    config = cases.config(case, tiny=False, gpu=True)
-    assert cases.needed_bytes(case, config) < 141e9
+def test_a_measure_fits_a_gpu_by_the_estimate(case: cases.Case) -> None:
+    needed = cases.needed_bytes(case, cases.config(case, tiny=False, gpu=True))
+    assert needed + memory.RESERVE_BYTES < 149e9  # an H200, as torch sees it
+    if case.model == "qwen3-1.7b" and "16k" not in case.name and case.precision != "fp32":
+        assert needed + memory.RESERVE_BYTES < 84e9  # an H100
 
 
 def test_every_response_of_a_measure_has_its_place_in_the_kv_cache() -> None:
@@ -66,13 +69,13 @@ def test_a_packed_measure_fills_its_rows_and_pads_nothing() -> None:
     packed = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-16k-packed-fp16")
     config = cases.config(packed, tiny=False, gpu=True)
     lengths = torch.tensor(cases.sequence_lengths(config))
-    assert sorted(lengths.tolist()) == [2048] * 4 + [4096] * 2 + [8192] * 2
+    assert sorted(lengths.tolist()) == [2048] * 8 + [4096] * 4 + [8192] * 4
     train = config.train
     packing = Packing(
         1, train.micro_batch_size, train.micro_batch_tokens, 8, packed=train.packed_sequences
     )
     (plan,) = plan_micro_batches(lengths, torch.arange(len(lengths)), packing)
-    assert [micro.packed_tokens for micro in plan] == [16384, 16384]
+    assert [micro.packed_tokens for micro in plan] == [16384] * 4
     assert padding_share(lengths, [plan]) == 0
     padded = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-4k-fp16")
     assert cases.sequence_lengths(cases.config(padded, tiny=False, gpu=True)) == [4096] * 4

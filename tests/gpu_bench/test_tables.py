@@ -111,6 +111,13 @@ def test_an_empty_folder_has_no_tables(tmp_path: Path) -> None:
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("Memcpy DtoD (Device -> Device)", "copies and casts"),
         ("void at::native::vectorized_elementwise_kernel<4, MulFunctor>", "elementwise"),
+        (
+            "unrolled_elementwise_kernel<BinaryFunctor, LoadWithCast<2>, StoreWithCast<1>>",
+            "elementwise",
+        ),
+        ("at::native::elementwise_kernel_with_index<int, arange_cuda_out>", "elementwise"),
+        ("at::native::index_elementwise_kernel<128, 4, gpu_index_kernel>", "routing"),
+        ("transformer_engine::detail::cast_transpose_kernel", "copies and casts"),
         ("aten::mm", "products"),
         ("aten::_log_softmax", "log-probs"),
         ("aten::mul", "elementwise"),

@@ -3,6 +3,7 @@ is not. The commands are small ones; the slow test runs a real measure."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -13,7 +14,15 @@ from types import ModuleType
 
 import pytest
 
-from megatron_precision.gpu_bench.experiments import WORK, Experiment, agenda, read_result
+from megatron_precision.gpu_bench.experiments import (
+    TESTS,
+    WORK,
+    Command,
+    Experiment,
+    agenda,
+    read_results,
+)
+from megatron_precision.launching import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,14 +42,14 @@ APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 FINISH = "import json, sys; json.dump({'answer': 42}, open(sys.argv[1], 'w'))"
 
 
-def experiment(second: str, *words: str) -> Experiment:
+def experiment(second: str, product: str = "") -> Experiment:
     return Experiment(
         name="small",
         commands=(
-            ("-c", APPEND, f"{WORK}/first", "x"),
-            ("-c", second, f"{WORK}/result.json", *words),
+            Command(("-c", APPEND, f"{WORK}/first", "x")),
+            Command(("-c", second, f"{WORK}/result.json"), product),
         ),
-        result="result.json",
+        results=("result.json",),
         kept=(("first", ".txt"),),
     )
 
@@ -64,7 +73,7 @@ def test_a_result_has_its_commands_and_what_is_kept(tmp_path: Path) -> None:
 def test_it_goes_on_behind_the_last_command_that_ended(tmp_path: Path) -> None:
     failed, found = run(experiment("import sys; print('no luck'); sys.exit(3)"), tmp_path)
     assert failed == 1
-    assert "command 2 of 2, exit code 3" in str(found["error"])
+    assert "exit code 3, no luck" in str(found["error"])
     assert "no luck" in (tmp_path / "small.log").read_text()
     failed, found = run(experiment(FINISH), tmp_path)
     assert (failed, found.get("error")) == (0, None)
@@ -99,9 +108,10 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
     )
     words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
     words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_three.py"))
-    item = Experiment("small", (words,), "tests.xml", tolerates_failure=True)
-    failed, found = run(item, tmp_path / "out")
-    assert failed == 1
+    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    for _ in range(2):  # the second time its result is there
+        failed, found = run(item, tmp_path / "out")
+        assert failed == 1
     assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 2, 1]
     outcomes = {test["test"]: test["outcome"] for test in found["tests"]}  # type: ignore[attr-defined]
     assert outcomes == {
@@ -109,10 +119,54 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_a_result_that_is_not_whole_is_none(tmp_path: Path) -> None:
+def test_tests_that_cannot_be_collected_are_no_result(tmp_path: Path) -> None:
+    (tmp_path / "test_broken.py").write_text("import nothing_of_that_name\n")
+    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
+    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_broken.py"))
+    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    failed, found = run(item, tmp_path / "out")
+    assert failed == 1
+    assert "exit code 2" in str(found["error"])
+
+
+def test_a_result_that_is_not_whole_is_none_and_made_again(tmp_path: Path) -> None:
+    failed, found = run(experiment("import sys; open(sys.argv[1], 'w').write('{')"), tmp_path)
+    assert failed == 1
+    assert "no result" in str(found["error"])
+    failed, found = run(experiment(FINISH), tmp_path)
+    assert (failed, found.get("error")) == (0, None)
+
+
+def test_a_file_that_is_not_whole_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "half.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match="Expecting value"):
-        read_result(tmp_path / "half.json")
+    with pytest.raises(ValueError, match="Expecting"):
+        read_results([tmp_path / "half.json"])
+
+
+def test_a_product_says_that_its_command_has_ended(tmp_path: Path) -> None:
+    ends_badly = FINISH + "; sys.stdout.flush(); import os; os._exit(9)"
+    assert run(experiment(ends_badly, "result.json"), tmp_path)[0] == 1
+    failed, found = run(experiment("raise SystemExit('asked twice')", "result.json"), tmp_path)
+    assert (failed, found["answer"]) == (0, 42)
+
+
+def test_what_failed_comes_behind_what_was_never_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(experiment("raise SystemExit(1)"), tmp_path)
+    (tmp_path / "large.json").write_text('{"left_out": "too large"}')
+    names = ("large", "small", "fresh")
+    items = [dataclasses.replace(experiment(FINISH), name=name) for name in names]
+    capsys.readouterr()
+    assert bench_gpu.run_all(items, tmp_path, tiny=True, budget_s=60) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "fresh", "small", "large"
+    ]  # fmt: skip
+
+
+def test_every_test_of_one_gpu_is_on_the_agenda() -> None:
+    files = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    assert sorted(Path(command.words[-1]).name for command in TESTS.commands) == files
 
 
 def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
@@ -125,6 +179,16 @@ def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
         ]  # fmt: skip
         assert names[4] == "tests"
         assert names[-2:] == ["mismatch-smollm2", "sanity-smollm2"]
+
+
+def test_two_do_not_measure_into_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    words = [sys.executable, "scripts/bench_gpu.py", "--out", str(tmp_path), "--only", "tests"]
+    with exclusive(tmp_path / "work" / "lock"):
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "remedy" in done.stderr
 
 
 @pytest.mark.slow
