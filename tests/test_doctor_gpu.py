@@ -30,6 +30,9 @@ def installed(
         lines += [f"Requires-Dist: {line}" for line in requires]
         (info / "METADATA").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+    for file in files:  # from Python 3.12 on a listed file counts only where it lies
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
     return Packages([str(folder)])
 
 

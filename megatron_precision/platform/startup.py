@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -109,5 +110,9 @@ def _quieten() -> None:
     # at run time) for helpers that cost microseconds; both engines run their eager code instead.
     if choose().name == "cpu":
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        # A PyTorch that is built for CUDA brings Triton, and looks for a GPU where there is a
+        # compiler for one; vLLM and PyTorch warn of what is no fault on this platform.
+        for name in ("vllm.triton_utils.importing", "torch.utils.cpp_extension"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed.*")
     warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")

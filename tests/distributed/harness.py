@@ -96,6 +96,13 @@ def _ranks() -> ForkServerContext:
     return context
 
 
+def stop_server() -> None:
+    """End the process that ranks are forked from, for tests of what forks from a server of its own;
+    the next rank starts another."""
+    vars(forkserver)["_forkserver"]._stop()
+    _ranks.cache_clear()
+
+
 def _wait(processes: list[BaseProcess], timeout_s: float) -> list[int]:
     """Exit codes in order; when one rank fails its peers wait for it in vain and are ended."""
     deadline = time.monotonic() + timeout_s
