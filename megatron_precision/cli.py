@@ -45,8 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(words: list[str]) -> argparse.Namespace:
     parser, commands = _parser()
-    if words and not words[0].startswith("-") and words[0] not in commands:
-        shown = [name for name in commands if name != mismatch.PART]
+    shown = [name for name in commands if name != mismatch.PART]
+    if not words:
+        expected = f"one of {', '.join(shown)}"
+        raise UserError(Problem("no command", "the command line", "nothing", expected))
+    if not words[0].startswith("-") and words[0] not in commands:
         raise UserError(unknown_name("command", "COMMAND", words[0], shown))
     args = parser.parse_args(words)
     args.words = words

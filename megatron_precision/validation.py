@@ -79,11 +79,19 @@ def unknown_precision(where: str, got: str) -> Problem:
     return dataclasses.replace(problem, expected=expected)
 
 
+def unknown_algorithm(where: str, got: str) -> Problem:
+    """The problem of an algorithm that has no row; by the papers' names GRPO is PPO here."""
+    problem = unknown_name("algorithm", where, got, list(ALGORITHMS))
+    ours = got.upper().replace("GRPO", "PPO", 1)
+    named = [name for name in ALGORITHMS if name.upper() == ours]
+    return dataclasses.replace(problem, remedy=f"it is {named[0]} here") if named else problem
+
+
 def _names(config: RunConfig) -> Iterator[Problem]:
     if not is_precision(config.precision):
         yield unknown_precision("precision", config.precision)
     if config.algo.name not in ALGORITHMS:
-        yield unknown_name("algorithm", "algo.name", config.algo.name, list(ALGORITHMS))
+        yield unknown_algorithm("algo.name", config.algo.name)
 
 
 _AT_LEAST_ONE = (

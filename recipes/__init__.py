@@ -14,7 +14,7 @@ from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.planning import search
 from megatron_precision.precision.policy import is_precision
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.validation import unknown_precision
+from megatron_precision.validation import unknown_algorithm, unknown_precision
 from recipes import dense14b, moe, octothinker, sanity
 from recipes.layouts import Size, Sized
 from recipes.sanity import r1_distill, smollm2
@@ -152,6 +152,6 @@ def examine(
     if algo in ALGORITHMS:
         changes.insert(0, f"algo.name={algo}")
     elif algo is not None:
-        problems.append(unknown_name("algorithm", "--algo", algo, list(ALGORITHMS)))
+        problems.append(unknown_algorithm("--algo", algo))
     config, wrong = typed.examine(config, changes)
     return config, [*problems, *wrong]

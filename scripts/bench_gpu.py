@@ -32,7 +32,7 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from megatron_precision.errors import UserError  # noqa: E402
+from megatron_precision.errors import Problem, UserError, unknown_name  # noqa: E402
 from megatron_precision.gpu_bench import tables  # noqa: E402
 from megatron_precision.gpu_bench.cases import CASES, Case, config, needs_gpu  # noqa: E402
 from megatron_precision.gpu_bench.experiments import (  # noqa: E402
@@ -65,26 +65,49 @@ def main() -> int:
     if args.measure:
         measure(next(case for case in CASES if case.name == args.measure), args.out, args.tiny)
         return 0
-    chosen = [
-        item
-        for item in agenda(args.tiny)
-        if not args.only or item.name.startswith(tuple(args.only))
-    ]
-    if args.list:
-        print("\n".join(item.name for item in chosen))
-        return 0
     if args.tables:
         print(tables.text(args.out))
         return 0
-    out = args.out.resolve()  # every process begins in the repository
-    (out / "work").mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, end)
     try:
+        chosen = choice(args)
+        if args.list:
+            print("\n".join(item.name for item in chosen))
+            return 0
+        out = args.out.resolve()  # every process begins in the repository
+        signal.signal(signal.SIGTERM, end)
         with exclusive(out / "work" / "lock"):
             return 1 if run_all(chosen, out, args.tiny, args.budget_s) else 0
     except UserError as wrong:
         print(wrong, file=sys.stderr)
         return 2
+
+
+def choice(args: argparse.Namespace) -> list[Case | Experiment]:
+    """What is asked for, in order of priority.
+
+    Raises:
+        UserError: for a name that nothing begins with, and large models on a CPU.
+    """
+    everything = agenda(args.tiny)
+    names = [item.name for item in everything]
+    wrong = [
+        unknown_name("measure", "--only", word, names)
+        for word in args.only or ()
+        if not any(name.startswith(word) for name in names)
+    ]
+    if choose().name == "cpu" and not (args.tiny or args.list):
+        wrong.append(
+            Problem(
+                "models of billions of weights on a CPU",
+                "the platform",
+                choose().reason,
+                "CUDA",
+                "a GPU host's interpreter (docs/gpu.md), or --tiny",
+            )
+        )
+    if wrong:
+        raise UserError(wrong)
+    return [item for item in everything if not args.only or item.name.startswith(tuple(args.only))]
 
 
 def end(_signal: int, _frame: object) -> NoReturn:

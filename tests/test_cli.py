@@ -83,6 +83,10 @@ def test_nothing_heavy_is_imported_to_answer(argv: list[str]) -> None:
     ("words", "hints"),
     [
         (["sanity.tiny_dens"], ["unknown recipe", "sanity.tiny_dense", "sanity.tiny_moe"]),
+        (
+            ["sanity.tiny_dense", "--algo", "grpo-seq-mis"],
+            ["unknown algorithm", "it is PPO-Seq-MIS"],
+        ),
         (["sanity.tiny_dense", "--algo", "PG-Seq-SI"], ["unknown algorithm", "PG-Seq-IS", "PPO"]),
         (["sanity.tiny_dense", "--precision", "pf16"], ["unknown precision", "fp16", "bf16"]),
         (["sanity.tiny_dense", "--set", "trian.iterations=1"], ["train.iterations"]),

@@ -181,9 +181,19 @@ def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
         assert names[-2:] == ["mismatch-smollm2", "sanity-smollm2"]
 
 
+def test_mistakes_are_answered_at_once(tmp_path: Path) -> None:
+    words = [sys.executable, "scripts/bench_gpu.py", "--out", str(tmp_path / "out")]
+    words += ["--platform", "cpu", "--only", "train-qwen3-5b"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "did you mean train-qwen3" in done.stderr
+    assert "--tiny" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_do_not_measure_into_one_folder(tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    words = [sys.executable, "scripts/bench_gpu.py", "--out", str(tmp_path), "--only", "tests"]
+    words = [sys.executable, "scripts/bench_gpu.py", "--out", str(tmp_path), "--tiny"]
     with exclusive(tmp_path / "work" / "lock"):
         done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
