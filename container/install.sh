@@ -12,9 +12,10 @@ te=$(sed -n 's/^transformer-engine==//p' "$list")
 "$venv/bin/pip" install ${PIP_OPTIONS:-} --no-deps -r "$list"
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}" NVTE_FRAMEWORK=pytorch
-# cuDNN's and NCCL's headers come with the wheels that torch brings.
+# Headers of cuDNN and NCCL, and of libraries that a small toolkit lacks, come with torch's wheels.
 export CUDNN_PATH="$site/nvidia/cudnn"
-export CPATH="$site/nvidia/cudnn/include:$site/nvidia/nccl/include${CPATH:+:$CPATH}"
+headers="$site/nvidia/cudnn/include:$site/nvidia/nccl/include:$site/nvidia/cu13/include"
+export CPATH="$headers${CPATH:+:$CPATH}"
 export PATH="$(cd "$venv" && pwd)/bin:$PATH" MAX_JOBS="${MAX_JOBS:-8}"
 # shellcheck disable=SC2086
 "$venv/bin/pip" install ${PIP_OPTIONS:-} --no-deps --no-build-isolation \
