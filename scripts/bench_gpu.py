@@ -118,14 +118,14 @@ def end(_signal: int, _frame: object) -> NoReturn:
 def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float) -> int:
     """One after the other; how many failed."""
     begin, failed = time.monotonic(), 0
-    for item in sorted(chosen, key=lambda item: standing(out / f"{item.name}.json")):
+    for item in sorted(chosen, key=lambda item: standing(recorded(out / f"{item.name}.json"))):
         gpu_only = item.gpu_only if isinstance(item, Experiment) else needs_gpu(item)
         if choose().name == "cpu" and gpu_only:
             say(item, "left out: only a GPU can do it")
             continue
         path = out / f"{item.name}.json"
-        if has_result(path):
-            found = json.loads(path.read_text())
+        found = recorded(path)
+        if found and not standing(found):
             failed += bool(found.get("failed"))
             say(item, f"there already{outcome(found)}")
             continue
@@ -142,23 +142,24 @@ def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s
         except Failed as why:
             failed += 1
             took = time.monotonic() - began
-            kept = json.loads(path.read_text()) if path.is_file() else {"case": item.name}
-            write(path, {**kept, "error": f"{why} after {took:.0f} s"})
+            write(path, {"case": item.name, **recorded(path), "error": f"{why} after {took:.0f} s"})
             say(item, f"FAILED, see {path.with_suffix('.log')}: {why}")
             continue
-        found = json.loads(path.read_text())
+        found = recorded(path)
         # Tests that fail are a result, and no success.
         failed += bool(found.get("failed"))
         say(item, f"{time.monotonic() - began:6.0f} s{outcome(found)}")
     return failed
 
 
-def standing(path: Path) -> int:
+def recorded(path: Path) -> dict[str, Any]:
+    """What a result's file says, whole or not; empty where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def standing(found: dict[str, Any]) -> int:
     """0 for what was never begun or has a result, 1 for what failed, 2 for what did not fit: a
     measure that fails takes no budget from those behind it twice."""
-    if not path.is_file():
-        return 0
-    found = json.loads(path.read_text())
     return 1 if "error" in found else 2 if "left_out" in found else 0
 
 
@@ -184,11 +185,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def has_result(path: Path) -> bool:
-    """Whether a measure has come to its end."""
-    return path.is_file() and not {"error", "left_out"} & json.loads(path.read_text()).keys()
 
 
 def last_line(log: Path) -> str:
@@ -217,7 +213,8 @@ def case(item: Case, out: Path, tiny: bool, limit_s: float) -> None:
         code = bounded([*command, *(["--tiny"] if tiny else [])], environment, file, limit_s)
     if before.is_file():
         before.unlink() if path.is_file() else before.replace(path)
-    if not path.is_file() or "error" in json.loads(path.read_text()):
+    found = recorded(path)
+    if not found or "error" in found:
         raise Failed(f"exit code {code}, {last_line(log)}")
     if code:  # libraries may yet fail as they leave the GPU; the numbers are there
         say(item, f"exit code {code} behind its result, see {log}")

@@ -4,15 +4,14 @@ is not. The commands are small ones; the slow test runs a real measure."""
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from script import load
 
 from megatron_precision.gpu_bench.experiments import (
     TESTS,
@@ -27,17 +26,7 @@ from megatron_precision.launching import exclusive
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load() -> ModuleType:
-    path = ROOT / "scripts" / "bench_gpu.py"
-    spec = importlib.util.spec_from_file_location("bench_gpu", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bench_gpu = load()
+bench_gpu = load("bench_gpu")
 APPEND = "import sys; open(sys.argv[1], 'a').write(sys.argv[2])"
 FINISH = "import json, sys; json.dump({'answer': 42}, open(sys.argv[1], 'w'))"
 

@@ -7,32 +7,21 @@ is installed by pip from what arrived.
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from script import load
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("idna", "six", "mdurl")
 PART_BYTES = 40_000
 
 
-def load() -> ModuleType:
-    path = ROOT / "scripts" / "bundle_wheels.py"
-    spec = importlib.util.spec_from_file_location("bundle_wheels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-bundle_wheels = load()
+bundle_wheels = load("bundle_wheels")
 
 
 @pytest.fixture(scope="module")
