@@ -5,7 +5,8 @@
     .venv/bin/python scripts/bench_gpu.py --out /tmp/gpu --platform cpu --tiny     # the code alone
 
 Every measure is a process of its own: memory is fresh, and one that fails leaves its message in
-its file and the others alone. An experiment is several commands. What has a result is not done
+its file and the others alone. It imports while the one before it measures, and touches the GPU
+when that has ended. An experiment is several commands. What has a result is not done
 again, so that a run that was cut short goes on; what was never begun comes before what failed.
 `--budget-s` ends what is under way after so many seconds, and starts nothing else. What libraries
 say is in a log beside the result.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
+import itertools
 import json
 import os
 import shlex
@@ -43,8 +46,11 @@ from megatron_precision.gpu_bench.experiments import (  # noqa: E402
 )
 from megatron_precision.launching import exclusive  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
+from megatron_precision.platform.process import JOB_PREFIX, JOB_VARIABLE  # noqa: E402
 
 CASE_LIMIT_S = 900.0
+GO = b"go\n"  # to a measure that waits
+ENGINES = ("megatron.core", "transformer_engine.pytorch", "vllm.v1.worker.gpu_model_runner")
 GRACE_S = 60.0  # after SIGTERM; a run that launch.py watches has ten of them to save a checkpoint
 
 
@@ -118,37 +124,43 @@ def end(_signal: int, _frame: object) -> NoReturn:
 def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float) -> int:
     """One after the other; how many failed."""
     begin, failed = time.monotonic(), 0
+    todo = []
     for item in sorted(chosen, key=lambda item: standing(recorded(out / f"{item.name}.json"))):
         gpu_only = item.gpu_only if isinstance(item, Experiment) else needs_gpu(item)
+        found = recorded(out / f"{item.name}.json")
         if choose().name == "cpu" and gpu_only:
             say(item, "left out: only a GPU can do it")
-            continue
-        path = out / f"{item.name}.json"
-        found = recorded(path)
-        if found and not standing(found):
+        elif found and not standing(found):
             failed += bool(found.get("failed"))
             say(item, f"there already{outcome(found)}")
-            continue
-        left_s = budget_s - (time.monotonic() - begin)
-        if left_s <= 0:
-            say(item, "not begun: the budget is spent")
-            continue
-        began = time.monotonic()
-        try:
-            if isinstance(item, Experiment):
-                experiment(item, out, min(left_s, item.limit_s))
-            else:
-                case(item, out, tiny, min(left_s, CASE_LIMIT_S))
-        except Failed as why:
-            failed += 1
-            took = time.monotonic() - began
-            write(path, {"case": item.name, **recorded(path), "error": f"{why} after {took:.0f} s"})
-            say(item, f"FAILED, see {path.with_suffix('.log')}: {why}")
-            continue
-        found = recorded(path)
-        # Tests that fail are a result, and no success.
-        failed += bool(found.get("failed"))
-        say(item, f"{time.monotonic() - began:6.0f} s{outcome(found)}")
+        else:
+            todo.append(item)
+    with contextlib.closing(Measuring(out, tiny)) as measuring:
+        for item, later in itertools.zip_longest(todo, todo[1:]):
+            left_s = budget_s - (time.monotonic() - begin)
+            if left_s <= 0:
+                say(item, "not begun: the budget is spent")
+                continue
+            began = time.monotonic()
+            path = out / f"{item.name}.json"
+            try:
+                if isinstance(item, Experiment):
+                    experiment(item, out, min(left_s, item.limit_s))
+                else:
+                    measuring.run(item, later, min(left_s, CASE_LIMIT_S))
+            except Failed as why:
+                failed += 1
+                took = time.monotonic() - began
+                write(
+                    path,
+                    {"case": item.name, **recorded(path), "error": f"{why} after {took:.0f} s"},
+                )
+                say(item, f"FAILED, see {path.with_suffix('.log')}: {why}")
+                continue
+            found = recorded(path)
+            # Tests that fail are a result, and no success.
+            failed += bool(found.get("failed"))
+            say(item, f"{time.monotonic() - began:6.0f} s{outcome(found)}")
     return failed
 
 
@@ -192,32 +204,75 @@ def last_line(log: Path) -> str:
     return lines[-1] if lines else ""
 
 
-def case(item: Case, out: Path, tiny: bool, limit_s: float) -> None:
-    """One measure in a process of its own.
+class Measuring:
+    """Processes of measures: one measures while the next one imports.
 
-    Raises:
-        Failed: where it left no result.
+    Args:
+        out: where results and logs are.
+        tiny: whether with models of a million weights.
     """
-    command = [sys.executable, __file__, "--out", str(out), "--measure", item.name]
-    environment = {
-        **os.environ,
-        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "VLLM_LOGGING_LEVEL": "INFO",  # which kernels it takes
-    }  # fmt: skip
-    path, log = out / f"{item.name}.json", out / f"{item.name}.log"
-    before = path.with_suffix(".before")  # what an earlier attempt found, whole or not
-    if path.is_file():
-        path.replace(before)
-    with log.open("wb") as file:
-        code = bounded([*command, *(["--tiny"] if tiny else [])], environment, file, limit_s)
-    if before.is_file():
-        before.unlink() if path.is_file() else before.replace(path)
-    found = recorded(path)
-    if not found or "error" in found:
-        raise Failed(f"exit code {code}, {last_line(log)}")
-    if code:  # libraries may yet fail as they leave the GPU; the numbers are there
-        say(item, f"exit code {code} behind its result, see {log}")
+
+    def __init__(self, out: Path, tiny: bool) -> None:
+        self.out, self.tiny = out, tiny
+        self._ahead: tuple[str, subprocess.Popen[bytes]] | None = None
+        self._begun = 0
+
+    def run(self, item: Case, later: Case | Experiment | None, limit_s: float) -> None:
+        """A measure to its end, in a process of its own; meanwhile what is `later` imports.
+
+        Raises:
+            Failed: where it left no result.
+        """
+        path, log = self.out / f"{item.name}.json", self.out / f"{item.name}.log"
+        if self._ahead is None or self._ahead[0] != item.name:
+            self.close()
+            self._ahead = item.name, self._begin(item)
+        process, self._ahead = self._ahead[1], None
+        before = path.with_suffix(".before")  # what an earlier attempt found, whole or not
+        if path.is_file():
+            path.replace(before)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has failed already; its log says why
+            process.stdin.write(GO)
+            process.stdin.close()
+        if isinstance(later, Case):
+            self._ahead = later.name, self._begin(later)
+        code = wait_for(process, limit_s)
+        if before.is_file():
+            before.unlink() if path.is_file() else before.replace(path)
+        found = recorded(path)
+        if not found or "error" in found:
+            raise Failed(f"exit code {code}, {last_line(log)}")
+        if code:  # libraries may yet fail as they leave the GPU; the numbers are there
+            say(item, f"exit code {code} behind its result, see {log}")
+
+    def close(self) -> None:
+        """End the process that waits, if there is one."""
+        if self._ahead is not None:
+            self._ahead[1].kill()
+            self._ahead[1].wait()
+            self._ahead = None
+
+    def _begin(self, item: Case) -> subprocess.Popen[bytes]:
+        command = [sys.executable, __file__, "--out", str(self.out), "--measure", item.name]
+        self._begun += 1
+        environment = {
+            **os.environ,
+            "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "VLLM_LOGGING_LEVEL": "INFO",  # which kernels it takes
+            # Named after its parent it would be the same job as the one beside it.
+            JOB_VARIABLE: f"{JOB_PREFIX}{os.getpid()}-{self._begun}",
+        }  # fmt: skip
+        with (self.out / f"{item.name}.log").open("wb") as log:
+            return subprocess.Popen(
+                [*command, *(["--tiny"] if self.tiny else [])],
+                env=environment,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
 
 def experiment(item: Experiment, out: Path, limit_s: float) -> None:
@@ -263,10 +318,15 @@ def experiment(item: Experiment, out: Path, limit_s: float) -> None:
 def bounded(
     command: Sequence[str], environment: dict[str, str], log: IO[bytes], limit_s: float
 ) -> int:
-    """Exit code of a command; at its limit it is asked to end, and then made to."""
+    """Exit code of a command that may take so long."""
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
     )
+    return wait_for(process, limit_s)
+
+
+def wait_for(process: subprocess.Popen[bytes], limit_s: float) -> int:
+    """Exit code of a process; at its limit it is asked to end, and then made to."""
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(max(0.0, limit_s))
@@ -281,6 +341,10 @@ def bounded(
 def measure(item: Case, out: Path, tiny: bool) -> None:
     """In the measure's own process: run it and write its result."""
     run_config = config(item, tiny=tiny, gpu=choose().name == "cuda")
+    if choose().name == "cuda":  # the CPU's patches want to be there first
+        import_engines()
+    if sys.stdin.buffer.readline() != GO:
+        raise SystemExit("nobody waits for this measure any more")
     from megatron_precision.platform import startup
 
     startup.start(run_config.seed)
@@ -309,6 +373,15 @@ def measure(item: Case, out: Path, tiny: bool) -> None:
         found = MEASURES[item.kind](run_config, folder, keep)
         shutil.rmtree(folder)
     write(path, {**facts, **found})
+
+
+def import_engines() -> None:
+    """What takes seconds and no GPU."""
+    from megatron_precision.rollout import vllm_versions
+
+    vllm_versions.set_environment()
+    for name in ENGINES:
+        importlib.import_module(name)
 
 
 def write(path: Path, facts: dict[str, Any]) -> None:

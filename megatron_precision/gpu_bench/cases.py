@@ -83,7 +83,7 @@ def _engine(
     model: str, precision: str, label: str = "", *switches: str, shared_prompt: bool = False
 ) -> Case:
     name = f"engine-{model}-{precision.replace('/', '-in-')}{'-' if label else ''}{label}"
-    return Case(name, "engine", model, precision, 1024, switches, shared_prompt=shared_prompt)
+    return Case(name, "engine", model, precision, 512, switches, shared_prompt=shared_prompt)
 
 
 _DENSE = "qwen3-1.7b"
