@@ -358,6 +358,10 @@ class MemoryConfig:
     offload_trainer: bool = False
 
 
+# Switches of `KernelConfig` that Megatron's own modules have not.
+TRANSFORMER_ENGINE_FUSIONS = ("fused_rope", "fused_permute", "fused_weight_gradients")
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """Which kernels compute; each fusion by itself, so that what it does to the mismatch shows.
@@ -367,6 +371,8 @@ class KernelConfig:
     fused_rope, fused_permute: Transformer Engine's kernels for rotary embeddings, and for the order
         of tokens among experts.
     fused_activation: SwiGLU of the trainer as one function.
+    fused_weight_gradients: Transformer Engine's products add a weight's gradient to the FP32 buffer
+        themselves; it is never rounded to 16 bits on its way.
     fp32_lm_head: both sides multiply the last hidden states with the output weights in FP32.
     cuda_graphs: the engine's steps are replayed. Nothing of the engine is watched then: neither
         the range of its activations nor the experts that it chooses.
@@ -376,6 +382,7 @@ class KernelConfig:
     fused_rope: bool = False
     fused_permute: bool = False
     fused_activation: bool = False
+    fused_weight_gradients: bool = False
     fp32_lm_head: bool = False
     cuda_graphs: bool = False
     cascade_attention: bool = False

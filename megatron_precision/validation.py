@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_precision import layout_checks
-from megatron_precision.config import RECOMPUTE_MODULES, RunConfig
+from megatron_precision.config import RECOMPUTE_MODULES, TRANSFORMER_ENGINE_FUSIONS, RunConfig
 from megatron_precision.data.sets import set_problems
 from megatron_precision.errors import Problem, UserError, unknown_name
 from megatron_precision.layout_checks import DATA_PARALLEL_SIZE, value_at
@@ -251,7 +251,7 @@ def _kernels_and_memory(config: RunConfig) -> Iterator[Problem]:
             "nothing to recompute", "memory.recompute_modules", "none", "one part or more"
         )
     if kernels.trainer == "local":
-        for name in ("fused_rope", "fused_permute"):
+        for name in TRANSFORMER_ENGINE_FUSIONS:
             if getattr(kernels, name):
                 yield Problem(
                     what="a kernel of Transformer Engine without Transformer Engine",

@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from megatron_precision.errors import Problem, UserError, unknown_name  # noqa: E402
 from megatron_precision.gpu_bench import tables  # noqa: E402
-from megatron_precision.gpu_bench.cases import CASES, Case, config, needs_gpu  # noqa: E402
+from megatron_precision.gpu_bench.cases import CASES, Case, config, needs_gpu, other_trainers  # noqa: E402
 from megatron_precision.gpu_bench.experiments import (  # noqa: E402
     WORK,
     Experiment,
@@ -259,7 +259,7 @@ class Measuring:
         environment = {
             **os.environ,
             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "MASTER_ADDR": "127.0.0.1",
             "VLLM_LOGGING_LEVEL": "INFO",  # which kernels it takes
             # Named after its parent it would be the same job as the one beside it.
             JOB_VARIABLE: f"{JOB_PREFIX}{os.getpid()}-{self._begun}",
@@ -340,11 +340,13 @@ def wait_for(process: subprocess.Popen[bytes], limit_s: float) -> int:
 
 def measure(item: Case, out: Path, tiny: bool) -> None:
     """In the measure's own process: run it and write its result."""
-    run_config = config(item, tiny=tiny, gpu=choose().name == "cuda")
-    if choose().name == "cuda":  # the CPU's patches want to be there first
+    gpu = choose().name == "cuda"
+    run_config = config(item, tiny=tiny, gpu=gpu)
+    if gpu:  # the CPU's patches want to be there first
         import_engines()
     if sys.stdin.buffer.readline() != GO:
         raise SystemExit("nobody waits for this measure any more")
+    os.environ["MASTER_PORT"] = str(free_port())  # not before: the one ahead may have taken it
     from megatron_precision.platform import startup
 
     startup.start(run_config.seed)
@@ -370,7 +372,12 @@ def measure(item: Case, out: Path, tiny: bool) -> None:
         folder = out / "work" / item.name  # gigabytes; a killed measure's are in its own way alone
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        found = MEASURES[item.kind](run_config, folder, keep)
+        others = {
+            name: config(other, tiny=tiny, gpu=gpu)
+            for name, other in other_trainers(item).items()
+            if gpu or not needs_gpu(other)
+        }
+        found = MEASURES[item.kind](run_config, folder, keep, others)
         shutil.rmtree(folder)
     write(path, {**facts, **found})
 

@@ -26,6 +26,7 @@ from megatron_precision.actor.held_weights import HeldWeights
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.models import (
     build_model,
+    fuse_weight_gradients,
     implementation,
     of_params,
     transformer_config,
@@ -112,6 +113,8 @@ class Actor:
         self.config = transformer_config(model, layout, self.policy, memory, kernels, platform)
         modules = implementation(kernels, platform)
         module = build_model(model, layout, self.config, memory, modules, self.policy.lm_head)
+        if kernels.fused_weight_gradients:
+            fuse_weight_gradients(module)
         self.range_watch = RangeWatch(module)
         self.routing = _routing(module, config) if config.records_routing else None
         self.model = DistributedDataParallel(

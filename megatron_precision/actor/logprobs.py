@@ -3,7 +3,8 @@
     log p(t) = x_t - log sum_v exp(x_v),   x = logits / temperature,   v over the real vocabulary
 
 Each tensor-parallel rank holds the columns of its own part of the (padded) vocabulary; padded
-columns take no part. Two small collectives a call: one maximum, one sum.
+columns take no part. Two small collectives a call: one maximum, one sum. The sums over columns
+are PyTorch's on the CPU, and on a GPU those of `logprob_kernels.py`.
 """
 
 from __future__ import annotations
@@ -63,6 +64,59 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return (logits_grad / ctx.temperature).to(ctx.logits_dtype), None, None, None, None
 
 
+class _FusedLogprob(torch.autograd.Function):
+    """The same of some rows of the logits, by kernels that keep no FP32 copy of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: torch.Tensor,
+        rows: torch.Tensor,
+        targets: torch.Tensor,
+        vocab_size: int,
+        temperature: float,
+        group: dist.ProcessGroup,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from megatron_precision.actor.logprob_kernels import row_sums
+
+        columns = logits.shape[-1]
+        first = dist.get_rank(group) * columns
+        real = max(0, min(columns, vocab_size - first))
+        local_peak, local_sum, local_weighted = row_sums(logits, rows, real, temperature)
+        peak = local_peak.clone()
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        # A rank of nothing but padding has sums of zero below any peak.
+        drop = (local_peak - peak).masked_fill(local_sum == 0, 0.0)
+        factor = drop.exp()
+        local = targets - first
+        mine = (local >= 0) & (local < real)
+        scaled = logits[rows, local.clamp(0, columns - 1)].float() / temperature
+        target = (scaled - peak).masked_fill(~mine, 0.0)
+        weighted = factor * (local_weighted + drop * local_sum)
+        sums = torch.stack([factor * local_sum, weighted, target])
+        dist.all_reduce(sums, group=group)
+
+        log_norm = sums[0].log()
+        ctx.save_for_backward(logits, rows, local.masked_fill(~mine, -1), peak + log_norm)
+        ctx.temperature, ctx.real = temperature, real
+        entropy = log_norm - sums[1] / sums[0]
+        ctx.mark_non_differentiable(entropy)
+        return sums[2] - log_norm, entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor, _entropy: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None, None, None]:
+        from megatron_precision.actor.logprob_kernels import row_gradients
+
+        logits, rows, targets, log_norms = ctx.saved_tensors
+        found = row_gradients(
+            logits, rows, ctx.real, ctx.temperature,
+            log_norms=log_norms, targets=targets, grads=grad.contiguous(),
+        )  # fmt: skip
+        return found, None, None, None, None, None
+
+
 def response_logprobs(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -89,9 +143,22 @@ def response_logprobs(
         differentiable with respect to logits.
     """
     predicted = response_mask[:, 1:]
-    logprobs, entropies = _VocabParallelLogprob.apply(
-        logits[:, :-1][predicted], tokens[:, 1:][predicted], vocab_size, temperature, tp_group
-    )
+    targets = tokens[:, 1:][predicted]
+    if logits.is_cuda:
+        batch, length = tokens.shape
+        grid = torch.arange(batch * length, device=logits.device).view(batch, length)
+        logprobs, entropies = _FusedLogprob.apply(
+            logits.flatten(0, 1),
+            grid[:, :-1][predicted],
+            targets,
+            vocab_size,
+            temperature,
+            tp_group,
+        )
+    else:
+        logprobs, entropies = _VocabParallelLogprob.apply(
+            logits[:, :-1][predicted], targets, vocab_size, temperature, tp_group
+        )
     empty = torch.zeros(tokens.shape, dtype=torch.float32, device=logits.device)
     return (
         empty.masked_scatter(response_mask, logprobs),

@@ -35,7 +35,13 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_precision.actor.attention import FusedAttention, ScoresAttention
 from megatron_precision.actor.lm_head import widen
 from megatron_precision.actor.norm import RMSNorm
-from megatron_precision.config import KernelConfig, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.config import (
+    TRANSFORMER_ENGINE_FUSIONS,
+    KernelConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.platform.choice import Platform, installed
 from megatron_precision.precision.dtypes import torch_dtype
@@ -60,7 +66,8 @@ def of_params(kernels: KernelConfig, params: DType) -> KernelConfig:
     """
     if params != "fp32" or kernels.trainer != "auto":
         return kernels
-    return dataclasses.replace(kernels, trainer="local", fused_rope=False, fused_permute=False)
+    without = dict.fromkeys(TRANSFORMER_ENGINE_FUSIONS, False)
+    return dataclasses.replace(kernels, trainer="local", **without)
 
 
 def implementation(kernels: KernelConfig, platform: Platform) -> Implementation:
@@ -80,7 +87,7 @@ def implementation(kernels: KernelConfig, platform: Platform) -> Implementation:
             got=f"true with the trainer's {wanted} modules",
             expected="false, or kernels.trainer=transformer_engine on a GPU",
         )
-        for name in ("fused_rope", "fused_permute")
+        for name in TRANSFORMER_ENGINE_FUSIONS
         if getattr(kernels, name) and wanted == "local"
     ]
     if wanted == "transformer_engine" and (platform == "cpu" or not transformer_engine.HAVE_TE):
@@ -239,6 +246,17 @@ def layer_spec(
             sharded_state_dict_keys_map=_CHECKPOINT_NAMES | ({} if model.num_experts else _DENSE),
         ),
     )
+
+
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's products add to the gradients' buffer.
+
+    Megatron's own option (`gradient_accumulation_fusion`) wants Apex's kernel for the output layer,
+    which is none of Transformer Engine's; here that one adds afterwards.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_model(

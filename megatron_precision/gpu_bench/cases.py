@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import recipes
-from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.config import (
+    TRANSFORMER_ENGINE_FUSIONS,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megatron_precision.layout_checks import KV_BLOCK_TOKENS, kv_token_bytes
 from megatron_precision.overrides import examine
 from megatron_precision.planning import memory
@@ -74,37 +79,50 @@ class Case:
     shared_prompt: bool = False
 
 
-def _train(model: str, length: int, packed: bool = False) -> list[Case]:
-    name = f"train-{model}-{length // 1024}k{'-packed' * packed}"
-    return [Case(f"{name}-{p}", "train", model, p, length, packed=packed) for p in PRECISIONS]
+# Everything that is one kernel instead of several, of what changes no result by more than rounding.
+FUSED = tuple(
+    f"kernels.{name}=true" for name in ("fused_rope", "fused_activation", "fused_weight_gradients")
+)
+
+
+def _train(
+    model: str, length: int, *switches: str, packed: bool = False, label: str = ""
+) -> list[Case]:
+    name = f"train-{model}-{length // 1024}k{'-packed' * packed}{label}"
+    return [Case(f"{name}-{p}", "train", model, p, length, switches, packed) for p in PRECISIONS]
+
+
+def _fused(model: str, length: int, packed: bool = False) -> list[Case]:
+    switches = (*FUSED, "kernels.fused_permute=true") if MODELS[model].num_experts else FUSED
+    return _train(model, length, *switches, packed=packed, label="-fused")
 
 
 def _engine(
     model: str, precision: str, label: str = "", *switches: str, shared_prompt: bool = False
 ) -> Case:
-    name = f"engine-{model}-{precision.replace('/', '-in-')}{'-' if label else ''}{label}"
-    return Case(name, "engine", model, precision, 512, switches, shared_prompt=shared_prompt)
+    name = f"engine-{model}-{precision}{'-' if label else ''}{label}"
+    length = 1024 if shared_prompt else 512
+    return Case(name, "engine", model, precision, length, switches, shared_prompt=shared_prompt)
 
 
 _DENSE = "qwen3-1.7b"
 CASES: tuple[Case, ...] = (
-    *_train(_DENSE, 4096),
+    *_fused(_DENSE, 4096),
     *(_engine(_DENSE, precision) for precision in PRECISIONS),
-    *_train("qwen3-4b", 4096),
-    *_train("qwen3-moe-slice", 4096),
-    *(_engine(_DENSE, precision) for precision in ("bf16/fp16", "fp16/bf16", "fp32")),
+    *_train(_DENSE, 4096),
+    *_fused("qwen3-4b", 4096),
+    *_fused("qwen3-moe-slice", 4096),
     *(_engine("qwen3-moe-slice", precision) for precision in PRECISIONS),
+    *_fused(_DENSE, 16384, packed=True),
     *(
         _engine(_DENSE, precision, label, switch)
         for label, switch in (
-            ("fused-rope", "kernels.fused_rope=true"),
-            ("fused-activation", "kernels.fused_activation=true"),
-            ("fp32-head", "kernels.fp32_lm_head=true"),
             ("cuda-graphs", "kernels.cuda_graphs=true"),
-            ("local-trainer", "kernels.trainer=local"),
+            ("fp32-head", "kernels.fp32_lm_head=true"),
         )
         for precision in PRECISIONS
     ),
+    _engine(_DENSE, "fp32"),
     *(
         _engine(_DENSE, precision, label, switch, shared_prompt=True)
         for label, switch in (
@@ -113,13 +131,40 @@ CASES: tuple[Case, ...] = (
         )
         for precision in PRECISIONS
     ),
-    *_train(_DENSE, 16384, packed=True),
-    *_train(_DENSE, 16384),
-    *_train("qwen3-4b", 16384),
-    *_train("qwen3-moe-slice", 16384),
+    *_fused(_DENSE, 16384),
+    *_fused("qwen3-4b", 16384),
+    *_fused("qwen3-moe-slice", 16384),
 )
 # What the CPU platform refuses: left out of a run there, and said so.
-_GPU_ONLY = ("kernels.fused_rope", "kernels.cuda_graphs")
+_GPU_ONLY = ("kernels.cuda_graphs", *(f"kernels.{name}" for name in TRANSFORMER_ENGINE_FUSIONS))
+# Trainers that score what an engine has sampled, each with one thing changed.
+_SWITCHES = {
+    "fused-rope": "kernels.fused_rope=true",
+    "fused-activation": "kernels.fused_activation=true",
+    "fused-permute": "kernels.fused_permute=true",
+    "local": "kernels.trainer=local",
+}
+
+
+def other_trainers(case: Case) -> dict[str, Case]:
+    """By name, further trainers for the responses of an engine's case; it has none itself where
+    it is about a switch of its own."""
+    if case.kind != "engine" or case.switches:
+        return {}
+    rollout = case.precision
+    found = {
+        precision: dataclasses.replace(case, precision=f"{precision}/{rollout}")
+        for precision in ("fp32", *PRECISIONS)
+        if precision != rollout
+    }
+    if rollout in PRECISIONS:
+        dense = not MODELS[case.model].num_experts
+        found |= {
+            name: dataclasses.replace(case, switches=(switch,))
+            for name, switch in _SWITCHES.items()
+            if not (dense and name == "fused-permute")
+        }
+    return found
 
 
 def needs_gpu(case: Case) -> bool:

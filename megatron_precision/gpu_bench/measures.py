@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def batch_of(config: RunConfig, lengths: list[int]) -> Batch:
     return make_batch(heads, tails, zeros, torch.ones(len(rows)))
 
 
-def train(config: RunConfig, _folder: Path, keep: Keep) -> Facts:
+def train(config: RunConfig, _folder: Path, keep: Keep, _others: Mapping[str, RunConfig]) -> Facts:
     """Optimizer steps of the trainer alone: tokens/s, MFU, memory against the estimate, and what
     the time of a step is made of."""
     parallel.open_world(startup.backend())
@@ -166,10 +167,12 @@ def train(config: RunConfig, _folder: Path, keep: Keep) -> Facts:
     return {**found, "profile": profiled(step)}
 
 
-def engine(config: RunConfig, folder: Path, keep: Keep) -> Facts:
-    """Both sides: audit and proof, rollout tokens/s, mismatch, sync, sleep and wake."""
+def engine(config: RunConfig, folder: Path, keep: Keep, others: Mapping[str, RunConfig]) -> Facts:
+    """Both sides: audit and proof, rollout tokens/s, mismatch, sync, sleep and wake; and the
+    mismatch of other trainers with the same responses."""
     model_dir = folder / "model"
-    write_checkpoint(model_dir, config.model, weights(config.model, config.seed))
+    tensors = weights(config.model, config.seed)
+    write_checkpoint(model_dir, config.model, tensors)
     questions = make_questions(config.task, split="train", count=QUESTIONS, seed=1)
     task = arithmetic_task(config.task, questions, config.seed)
     session = Session(config, config.optimizer, config.loss_scale, model_dir, task)
@@ -179,11 +182,23 @@ def engine(config: RunConfig, folder: Path, keep: Keep) -> Facts:
     found: Facts = {"audit": session.check()}
     found["audit_and_proof_s"] = time.perf_counter() - begin
     found["memory"] = allocated()
-    found |= _rollouts(session, _prompts(session))
+    rollouts, found["rollout"] = _rollouts(session, _prompts(session))
+    batch = _batch_of_rollouts(rollouts)
+    found["mismatch"] = _mismatch(session.actor, batch)
+    found["attention"] = attention_backends()
     keep(found)
     found["sync"] = _sync(session)
     keep(found)
     found["sleep"] = _sleep(session)
+    session.engine.sleep()  # room for another trainer
+    found["other_trainers"] = {}
+    for name, other in others.items():
+        keep(found)
+        actor = Actor(other, other.optimizer, other.loss_scale)
+        actor.weights.load(tensors)
+        found["other_trainers"][name] = _mismatch(actor, batch)
+        del actor
+        gc.collect()
     session.close()
     return found
 
@@ -195,8 +210,8 @@ def _prompts(session: Session) -> list[Prompt]:
     return [Prompt(str(n), (*head, *question.tokens)) for n, question in enumerate(questions)]
 
 
-def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
-    """Tokens/s after a short call that warms up, and the mismatch with the trainer."""
+def _rollouts(session: Session, prompts: list[Prompt]) -> tuple[list[Rollout], Facts]:
+    """Responses to the prompts, and tokens/s after a short call that warms up."""
     config = session.config
 
     def sample(iteration: int, max_tokens: int) -> tuple[list[Rollout], float]:
@@ -217,24 +232,27 @@ def _rollouts(session: Session, prompts: list[Prompt]) -> Facts:
     sample(0, min(64, longest))
     rollouts, took = sample(1, longest)
     tokens = sum(len(rollout.tokens) for rollout in rollouts)
-    batch = make_batch(
+    return rollouts, {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took}
+
+
+def _batch_of_rollouts(rollouts: list[Rollout]) -> Batch:
+    return make_batch(
         [rollout.request.prompt_tokens for rollout in rollouts],
         [rollout.tokens for rollout in rollouts],
         [rollout.rollout_logprobs for rollout in rollouts],
         torch.zeros(len(rollouts)),
     )
-    rows = torch.arange(len(batch)).split(config.train.micro_batch_size)
-    logprobs = session.actor.logprobs(batch, list(rows))
+
+
+def _mismatch(actor: Actor, batch: Batch) -> Facts:
+    """Of a trainer with the engine that sampled a batch."""
+    rows = torch.arange(len(batch)).split(actor.packing.micro_batch_size)
     stats = mismatch_stats(
-        old_logprobs=logprobs, rollout_logprobs=batch.rollout_logprobs, mask=batch.response_mask
+        old_logprobs=actor.logprobs(batch, list(rows)),
+        rollout_logprobs=batch.rollout_logprobs,
+        mask=batch.response_mask,
     )
-    of_trainer = attention_backends()
-    mismatch = {n: v for n, v in stats.metrics().items() if not isinstance(v, list)}
-    return {
-        "rollout": {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took},
-        "mismatch": mismatch,
-        "attention": of_trainer,
-    }
+    return {name: value for name, value in stats.metrics().items() if not isinstance(value, list)}
 
 
 def _ungraded(_rollout: Rollout) -> Future[Grade]:
@@ -292,4 +310,5 @@ def _nap(session: Session) -> Facts:
     }
 
 
-MEASURES: dict[str, Callable[[RunConfig, Path, Keep], Facts]] = {"train": train, "engine": engine}
+Measure = Callable[[RunConfig, Path, Keep, Mapping[str, RunConfig]], Facts]
+MEASURES: dict[str, Measure] = {"train": train, "engine": engine}

@@ -30,6 +30,7 @@ def text(folder: Path) -> str:
         _table("Share of a step's kernels (FP16)", None, _profiles(found)),
         _table("Engine", ENGINE, _pairs("engine", found)),
         _table("Mismatch at equal weights", MISMATCH, _pairs("engine", found)),
+        _other_trainers(found),
         *_experiments(found),
         _absent(found),
     ]
@@ -169,6 +170,24 @@ def _profiles(found: dict[str, Facts]) -> list[tuple[str, Facts, Facts]]:
             busy = {"busy, of the step": profile["busy_s"] / profile["seconds"]}
             rows.append((label, {**busy, **shares}, {}))
     return rows
+
+
+def _other_trainers(found: dict[str, Facts]) -> str:
+    """k3 of every trainer with the same responses; the first is the engine's own."""
+    rows: dict[str, dict[str, Facts]] = {}
+    for case in CASES:
+        facts = found.get(case.name, {})
+        if others := facts.get("other_trainers"):
+            own = {"as the engine": facts["mismatch"]}
+            rows[case.name.removeprefix("engine-")] = {**own, **others}
+    if not rows:
+        return ""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = [_line(["k3 of trainer", *names]), _line(["---"] * (len(names) + 1))]
+    for label, row in rows.items():
+        values = (_number(row.get(name, {}), "mismatch/k3_kl") for name in names)
+        lines.append(_line([label, *(_cell(value, ".2e") for value in values)]))
+    return "\n".join(["## Other trainers, the same responses", "", *lines])
 
 
 def _experiments(found: dict[str, Facts]) -> list[str]:

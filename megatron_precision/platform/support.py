@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config import TRANSFORMER_ENGINE_FUSIONS, RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.platform.choice import Choice, choose
 
@@ -34,7 +34,7 @@ def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
                 expected="auto or local, or a 16-bit trainer",
             )
         if kernels.trainer == "auto" and config.policy.params == "fp32":
-            for name in ("fused_rope", "fused_permute"):
+            for name in TRANSFORMER_ENGINE_FUSIONS:
                 if getattr(kernels, name):
                     yield Problem(
                         what="a kernel of Transformer Engine, which an FP32 trainer has not",
@@ -48,8 +48,7 @@ def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
         ("memory.engine_sleep", memory.engine_sleep, "off"),
         ("memory.offload_trainer", memory.offload_trainer, False),
         ("kernels.cuda_graphs", kernels.cuda_graphs, False),
-        ("kernels.fused_rope", kernels.fused_rope, False),
-        ("kernels.fused_permute", kernels.fused_permute, False),
+        *((f"kernels.{n}", getattr(kernels, n), False) for n in TRANSFORMER_ENGINE_FUSIONS),
     ):
         if value != neutral:
             yield Problem(

@@ -2,7 +2,7 @@
 
 A world of Megatron Core and vLLM imports some 4,500 modules on every rank, two thirds of them
 PyTorch's and others' that no patch of ours touches. Megatron Core, vLLM and our own packages are
-not among these: each rank imports them after its patches, as a rank of torchrun does.
+not among these on the CPU: each rank imports them after its patches, as a rank of torchrun does.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import warnings
 
 import torch
+
+from megatron_precision.platform.choice import choose
 
 _MODULES = """
 torch torch._dynamo torch._inductor.lowering torch._inductor.codegen.triton
@@ -23,6 +25,9 @@ opentelemetry.sdk.trace tensorboard.compat.proto
 # Importing it starts CUDA where torch has it, and a process that has is of no use once forked.
 if torch.version.cuda is None:
     _MODULES += " xgrammar"
+# There nothing of these is patched before they are imported.
+if choose().name == "cuda":
+    _MODULES += " megatron.core transformer_engine.pytorch"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

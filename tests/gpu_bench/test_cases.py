@@ -39,7 +39,7 @@ def test_every_response_of_a_measure_has_its_place_in_the_kv_cache() -> None:
     # By hand: 28 layers, keys and values, 8 heads of 128, two bytes; 64 questions, 2 responses.
     case = next(case for case in cases.CASES if case.name == "engine-qwen3-1.7b-fp16")
     config = cases.config(case, tiny=False, gpu=True)
-    assert config.rollout.kv_cache_mib * 2**20 >= 64 * 2 * 1024 * 28 * 2 * 8 * 128 * 2
+    assert config.rollout.kv_cache_mib * 2**20 >= 64 * 2 * 512 * 28 * 2 * 8 * 128 * 2
     assert config.rollout.max_num_seqs >= 64 * 2
 
 
@@ -66,7 +66,9 @@ def test_the_pairs_of_a_measure_differ_in_precision_alone() -> None:
 
 
 def test_a_packed_measure_fills_its_rows_and_pads_nothing() -> None:
-    packed = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-16k-packed-fp16")
+    packed = next(
+        case for case in cases.CASES if case.name == "train-qwen3-1.7b-16k-packed-fused-fp16"
+    )
     config = cases.config(packed, tiny=False, gpu=True)
     lengths = torch.tensor(cases.sequence_lengths(config))
     assert sorted(lengths.tolist()) == [2048] * 8 + [4096] * 4 + [8192] * 4
@@ -102,3 +104,18 @@ def test_operations_are_six_a_weight_and_half_the_square_of_attention() -> None:
 def test_a_peak_is_known_by_the_devices_name_or_not_at_all() -> None:
     assert cases.peak_flops("NVIDIA H200") == 989e12
     assert cases.peak_flops("CPU, 2 cores") is None
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_other_trainers_are_valid_and_differ_from_the_engines_in_one_thing(
+    case: cases.Case,
+) -> None:
+    own = to_dict(cases.config(case, tiny=False, gpu=True))
+    for other in cases.other_trainers(case).values():
+        config = cases.config(other, tiny=False, gpu=True)
+        assert validation.problems(config) == []
+        assert list(support.problems(config, Choice("cuda", "test"))) == []
+        assert config.model == cases.config(case, tiny=False, gpu=True).model
+        found = to_dict(config)
+        changed = [name for name in found if found[name] != own[name]]
+        assert changed in (["precision"], ["kernels"])

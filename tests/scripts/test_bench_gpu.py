@@ -163,7 +163,7 @@ def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
         names = [item.name for item in agenda(tiny)]
         assert len(set(names)) == len(names)
         assert names[:4] == [
-            "train-qwen3-1.7b-4k-fp16", "train-qwen3-1.7b-4k-bf16",
+            "train-qwen3-1.7b-4k-fused-fp16", "train-qwen3-1.7b-4k-fused-bf16",
             "engine-qwen3-1.7b-fp16", "engine-qwen3-1.7b-bf16",
         ]  # fmt: skip
         assert names[4] == "tests"
