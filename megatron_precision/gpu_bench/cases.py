@@ -47,7 +47,7 @@ PRECISIONS = ("fp16", "bf16")
 # an H100.
 MICRO_BATCH_TOKENS = 4096
 # Of an optimizer step; a real one has more, and its optimizer weighs less.
-MICRO_BATCHES = 4
+MICRO_BATCHES = 8
 QUESTIONS, ROLLOUTS, QUESTION_TOKENS = 64, 2, 32
 # Dense products of FP16 and BF16 without sparsity, by NVIDIA's data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}

@@ -71,16 +71,16 @@ def test_a_packed_measure_fills_its_rows_and_pads_nothing() -> None:
     )
     config = cases.config(packed, tiny=False, gpu=True)
     lengths = torch.tensor(cases.sequence_lengths(config))
-    assert sorted(lengths.tolist()) == [2048] * 8 + [4096] * 4 + [8192] * 4
+    assert sorted(lengths.tolist()) == [2048] * 16 + [4096] * 8 + [8192] * 8
     train = config.train
     packing = Packing(
         1, train.micro_batch_size, train.micro_batch_tokens, 8, packed=train.packed_sequences
     )
     (plan,) = plan_micro_batches(lengths, torch.arange(len(lengths)), packing)
-    assert [micro.packed_tokens for micro in plan] == [16384] * 4
+    assert [micro.packed_tokens for micro in plan] == [16384] * 8
     assert padding_share(lengths, [plan]) == 0
     padded = next(case for case in cases.CASES if case.name == "train-qwen3-1.7b-4k-fp16")
-    assert cases.sequence_lengths(cases.config(padded, tiny=False, gpu=True)) == [4096] * 4
+    assert cases.sequence_lengths(cases.config(padded, tiny=False, gpu=True)) == [4096] * 8
 
 
 def test_the_models_have_the_weights_that_their_names_say() -> None:
