@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the raw results")
     parser.add_argument("--platform", choices=("cpu", "cuda"), help="default: the engine's")
     parser.add_argument("--tiny", action="store_true", help="models of a million weights")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings of some")
     parser.add_argument("--budget-s", type=float, default=float("inf"))
     parser.add_argument("--list", action="store_true", help="names, in order; nothing is run")
     parser.add_argument("--tables", action="store_true", help="print what was found, and stop")
@@ -89,7 +89,7 @@ def main() -> int:
 
 
 def choice(args: argparse.Namespace) -> list[Case | Experiment]:
-    """What is asked for, in order of priority.
+    """What is asked for, as it is named, or everything in order of priority.
 
     Raises:
         UserError: for a name that nothing begins with, and large models on a CPU.
@@ -113,7 +113,16 @@ def choice(args: argparse.Namespace) -> list[Case | Experiment]:
         )
     if wrong:
         raise UserError(wrong)
-    return [item for item in everything if not args.only or item.name.startswith(tuple(args.only))]
+    if not args.only:
+        return list(everything)
+    # As named, and each once; a whole name is that measure alone.
+    found = [
+        item
+        for word in args.only
+        for item in everything
+        if item.name == word or (word not in names and item.name.startswith(word))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def end(_signal: int, _frame: object) -> NoReturn:

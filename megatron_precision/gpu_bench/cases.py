@@ -43,11 +43,11 @@ TINY: dict[str, ModelConfig] = {
     "qwen3-moe-slice": _TINY_MOE,
 }
 PRECISIONS = ("fp16", "bf16")
-# Tokens of a micro-batch: what the larger models leave room for on an H200, and the smallest on
-# an H100.
-MICRO_BATCH_TOKENS = 4096
+# Tokens of a micro-batch of a trainer, as an H200 has room for without recomputation. With fewer
+# the host is what is measured: it needs some 170 ms to launch 28 layers and their gradients.
+MICRO_BATCH_TOKENS = {"qwen3-1.7b": 16384, "qwen3-4b": 8192, "qwen3-moe-slice": 16384}
 # Of an optimizer step; a real one has more, and its optimizer weighs less.
-MICRO_BATCHES = 8
+STEP_TOKENS = 65536
 QUESTIONS, ROLLOUTS, QUESTION_TOKENS = 64, 2, 32
 # Dense products of FP16 and BF16 without sparsity, by NVIDIA's data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -65,6 +65,7 @@ class Case:
         length: tokens of a sequence, prompt and response; of a row, where it is packed.
         switches: overrides that this case is about.
         packed: rows hold sequences of unlike lengths end to end.
+        fused: with every fusion of the trainer that the platform has.
         shared_prompt: the first half of every sequence is the same, and cached: what cascade
             attention is for.
     """
@@ -76,25 +77,16 @@ class Case:
     length: int
     switches: tuple[str, ...] = ()
     packed: bool = False
+    fused: bool = False
     shared_prompt: bool = False
 
 
-# Everything that is one kernel instead of several, of what changes no result by more than rounding.
-FUSED = tuple(
-    f"kernels.{name}=true" for name in ("fused_rope", "fused_activation", "fused_weight_gradients")
-)
-
-
-def _train(
-    model: str, length: int, *switches: str, packed: bool = False, label: str = ""
-) -> list[Case]:
-    name = f"train-{model}-{length // 1024}k{'-packed' * packed}{label}"
-    return [Case(f"{name}-{p}", "train", model, p, length, switches, packed) for p in PRECISIONS]
-
-
-def _fused(model: str, length: int, packed: bool = False) -> list[Case]:
-    switches = (*FUSED, "kernels.fused_permute=true") if MODELS[model].num_experts else FUSED
-    return _train(model, length, *switches, packed=packed, label="-fused")
+def _train(model: str, length: int, *, packed: bool = False, fused: bool = True) -> list[Case]:
+    name = f"train-{model}-{length // 1024}k{'-packed' * packed}{'-fused' * fused}"
+    return [
+        Case(f"{name}-{p}", "train", model, p, length, packed=packed, fused=fused)
+        for p in PRECISIONS
+    ]
 
 
 def _engine(
@@ -107,13 +99,13 @@ def _engine(
 
 _DENSE = "qwen3-1.7b"
 CASES: tuple[Case, ...] = (
-    *_fused(_DENSE, 4096),
-    *(_engine(_DENSE, precision) for precision in PRECISIONS),
     *_train(_DENSE, 4096),
-    *_fused("qwen3-4b", 4096),
-    *_fused("qwen3-moe-slice", 4096),
+    *(_engine(_DENSE, precision) for precision in PRECISIONS),
+    *_train(_DENSE, 4096, fused=False),
+    *_train("qwen3-4b", 4096),
+    *_train("qwen3-moe-slice", 4096),
     *(_engine("qwen3-moe-slice", precision) for precision in PRECISIONS),
-    *_fused(_DENSE, 16384, packed=True),
+    *_train(_DENSE, 16384, packed=True),
     *(
         _engine(_DENSE, precision, label, switch)
         for label, switch in (
@@ -131,9 +123,9 @@ CASES: tuple[Case, ...] = (
         )
         for precision in PRECISIONS
     ),
-    *_fused(_DENSE, 16384),
-    *_fused("qwen3-4b", 16384),
-    *_fused("qwen3-moe-slice", 16384),
+    *_train(_DENSE, 16384),
+    *_train("qwen3-4b", 16384),
+    *_train("qwen3-moe-slice", 16384),
 )
 # What the CPU platform refuses: left out of a run there, and said so.
 _GPU_ONLY = ("kernels.cuda_graphs", *(f"kernels.{name}" for name in TRANSFORMER_ENGINE_FUSIONS))
@@ -194,7 +186,7 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
         "train.micro_batch_tokens": length if case.packed else 0,
         "train.packed_sequences": str(case.packed).lower(),
         "memory.attention": "fused",
-        "memory.recompute": "none" if tiny or length < 8192 else "full",
+        "memory.recompute": "none" if tiny or length <= MICRO_BATCH_TOKENS[case.model] else "full",
         "memory.engine_sleep": "keep_weights" if gpu and case.kind == "engine" else "off",
     }
     base = dataclasses.replace(
@@ -207,7 +199,7 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
     tokens = (QUESTIONS * ROLLOUTS if case.kind == "engine" else 1) * (length + 2 * KV_BLOCK_TOKENS)
     values["rollout.kv_cache_mib"] = math.ceil(tokens * kv_token_bytes(base) / 2**20)
     overrides = [f"{path}={value}" for path, value in values.items()]
-    built, problems = examine(base, [*overrides, *case.switches])
+    built, problems = examine(base, [*overrides, *case.switches, *_fusions(case, gpu)])
     if problems:
         from megatron_precision.errors import UserError
 
@@ -215,12 +207,22 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
     return built
 
 
+def _fusions(case: Case, gpu: bool) -> list[str]:
+    if not case.fused:
+        return []
+    names = ["fused_activation"]
+    if gpu:
+        names += ["fused_rope", "fused_weight_gradients"]
+        names += ["fused_permute"] * bool(MODELS[case.model].num_experts)
+    return [f"kernels.{name}=true" for name in names]
+
+
 def _micro_batch_size(case: Case, length: int, tiny: bool) -> int:
     if tiny:
         return 4
     if case.kind == "engine":
-        return 2  # it is scored, not trained on: logits are what takes room
-    return max(1, MICRO_BATCH_TOKENS // length)
+        return 8  # it is scored, not trained on
+    return max(1, MICRO_BATCH_TOKENS[case.model] // length)
 
 
 def needed_bytes(case: Case, config: RunConfig) -> int:
@@ -240,10 +242,11 @@ def shared_prompt_tokens(config: RunConfig) -> int:
 
 def sequence_lengths(config: RunConfig) -> list[int]:
     """Tokens of each sequence of one optimizer step; packed ones have a long tail."""
-    length = config.max_sequence_tokens
-    if not config.train.packed_sequences:
-        return [length] * MICRO_BATCHES * config.train.micro_batch_size
-    return [length // 2, length // 4, length // 8, length // 8] * MICRO_BATCHES
+    length, size = config.max_sequence_tokens, config.train.micro_batch_size
+    row = [length]
+    if config.train.packed_sequences:
+        row, size = [length // 2, length // 4, length // 8, length // 8], 1
+    return row * size * min(8, max(2, STEP_TOKENS // (length * size)))  # a tiny one has no more
 
 
 def flops_per_token(model: ModelConfig, length: int) -> float:

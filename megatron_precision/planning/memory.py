@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from megatron_precision.config import ModelConfig, RunConfig
 from megatron_precision.layout_checks import kv_token_bytes
+from megatron_precision.platform.choice import Platform
 from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 from megatron_precision.weights.architectures import architecture
 from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
@@ -27,10 +28,12 @@ MAIN_GRAD_BYTES = 4  # gradients accumulate in FP32 in every policy
 MOMENTS_BYTES = 8  # Adam's two, in FP32
 MAIN_COPY_BYTES = 4  # FP32, where the parameters are not
 # What `actor/logprobs.py` holds of one logit at its peak, above the logit's own bytes: FP32
-# values, shifted values, their exponentials, and the softmax that the backward pass needs.
-LOGPROB_BYTES = 16
+# values, shifted values, their exponentials, and the softmax that the backward pass needs. On a
+# GPU its kernels hold none of these.
+LOGPROB_BYTES = {"cpu": 16, "cuda": 0}
 # Tokens that the fullest expert-parallel rank gets, over the mean: nothing balances the router
-# here (no auxiliary loss), and a step dies with its worst micro-batch. An estimate.
+# here (no auxiliary loss), and a step dies with its worst micro-batch. An estimate. A rank that
+# has all experts gets all tokens.
 EXPERT_IMBALANCE = 2.0
 # CUDA contexts and kernels of two engines, NCCL's buffers, and memory that allocators cut up: an
 # estimate, since none of it follows from the configuration.
@@ -81,22 +84,23 @@ class Memory:
         return sum(getattr(self, part.name) for part in dataclasses.fields(self))
 
 
-def of_run(config: RunConfig) -> Memory:
+def of_run(config: RunConfig, platform: Platform = "cuda") -> Memory:
     """Memory of the fullest rank of a valid configuration.
 
     No stage between the first and the last has more than the first: it has as many layers, no
     embedding, and fewer micro-batches under way.
     """
     ends = {0, config.parallel.pp_size - 1}
-    return max((of_stage(config, stage) for stage in ends), key=lambda m: m.total)
+    return max((of_stage(config, stage, platform) for stage in ends), key=lambda m: m.total)
 
 
-def of_stage(config: RunConfig, stage: int) -> Memory:
+def of_stage(config: RunConfig, stage: int, platform: Platform = "cuda") -> Memory:
     """Memory of a rank of one pipeline stage; the ranks of a stage differ in nothing.
 
     Args:
         config: a valid configuration.
         stage: counted from 0.
+        platform: whose kernels compute.
     """
     layout, policy = config.parallel, config.policy
     held = trainer_elements(config, stage)
@@ -109,8 +113,8 @@ def of_stage(config: RunConfig, stage: int) -> Memory:
         optimizer=round(
             share * (MOMENTS_BYTES + main_copy) * (1 - config.memory.optimizer_offload)
         ),
-        activations=_activations(config, stage),
-        logits=_logits(config) if stage == layout.pp_size - 1 else 0,
+        activations=_activations(config, stage, platform),
+        logits=_logits(config, platform) if stage == layout.pp_size - 1 else 0,
         engine_weights=engine_elements(config) * BYTES_PER_ELEMENT[policy.rollout_params],
         kv_cache=config.rollout.kv_cache_mib * 2**20,
         engine_workspace=_engine_workspace(config),
@@ -185,22 +189,34 @@ def kv_sequences(config: RunConfig) -> float:
     )
 
 
-def layer_activations(config: RunConfig) -> int:
+def layer_activations(config: RunConfig, platform: Platform = "cuda") -> int:
     """What the backward pass of one layer needs from its forward pass, for one micro-batch.
 
     Counted tensor by tensor as Korthikanti et al. count (arXiv 2205.05198, section 4), for the
-    modules that `actor/models.py` builds: an RMSNorm in FP32, grouped-query attention, a gated
-    MLP, no biases. T tokens, h hidden, q and v the widths of queries and of values, d a head's, I
-    the MLP's, t TP, s = t with sequence parallelism and 1 without, e bytes of an element:
+    modules that `actor/models.py` builds: RMSNorms, grouped-query attention, a gated MLP, no
+    biases. T tokens, h hidden, q and v the widths of queries and of values, d a head's, I the
+    MLP's, t TP, s = t with sequence parallelism and 1 without, e bytes of an element. By
+    Megatron's own modules, with our RMSNorm in FP32:
 
         two norms    T 2 (8 + e) h / s        wide, scaled, and rounded
         head norms   T 8 (q + v) / t          wide and scaled
         attention    e T (4q + 3v) / t        the fused projection, rotated q and k, the result
                                               as the kernel and as the next product has it
-        rotation     e T 4 d                  cosines and sines, for q and for k
         residual     T 2 h / s                masks of two dropouts, of one byte
         MLP          e T 4 I / t              gate | up, SiLU of the gate, the product
-        experts      e T (2h + 4 I / etp) k etp / s x imbalance, I an expert's width: tokens and
+
+    By Transformer Engine's, whose norms keep no FP32:
+
+        two norms    e T 4 h / s              what goes in, and what comes out
+        attention    e T (3q + 3v) / t        the fused projection, rotated q and k, the result
+        MLP          e T 3 I / t              gate | up, the product
+                     e T 2 I / t              SiLU of the gate, and `up` again (Megatron adds 0
+                                              to it): without `kernels.fused_activation`
+
+    By both:
+
+        rotation     e T 4 d                  cosines and sines, for q and for k
+        experts      e T (2h + the MLP's) k / s x imbalance, with an expert's width: tokens and
                      results, k a token; and T 12 experts / s of FP32 router probabilities
         scores       T 8 heads L / t          where they are written: FP32 softmax, rounded
                                               probabilities, mask; L the longest sequence
@@ -211,22 +227,36 @@ def layer_activations(config: RunConfig) -> int:
     shards = tp if layout.sequence_parallel else 1
     q = model.num_attention_heads * model.head_dim
     kv = model.num_key_value_heads * model.head_dim
-    token = (2 * (8 + element) + 2) * hidden // shards + element * 4 * model.head_dim
-    token += element * (4 * q + 3 * kv) // tp
-    if architecture(model).qk_norm:
-        token += 8 * (q + kv) // tp
+    token = element * 4 * model.head_dim
+    if _by_transformer_engine(config, platform):
+        widths = 3 if config.kernels.fused_activation else 5  # of the MLP
+        token += element * (4 * hidden // shards + 3 * (q + kv) // tp)
+    else:
+        widths = 4
+        token += (2 * (8 + element) + 2) * hidden // shards + element * (4 * q + 3 * kv) // tp
+        if architecture(model).qk_norm:
+            token += 8 * (q + kv) // tp
     if architecture(model).experts:
-        sent = 2 * hidden + 4 * model.moe_intermediate_size // layout.etp_size
-        copies = model.num_experts_per_tok * layout.etp_size * EXPERT_IMBALANCE
+        sent = 2 * hidden + widths * model.moe_intermediate_size // layout.etp_size
+        copies: float = model.num_experts_per_tok * layout.etp_size
+        if layout.ep_size > 1:
+            copies *= EXPERT_IMBALANCE
         token += int(element * sent * copies) // shards + 12 * model.num_experts // shards
     else:
-        token += element * 4 * model.intermediate_size // tp
+        token += element * widths * model.intermediate_size // tp
     if config.memory.attention == "scores" and config.policy.params != "fp32":
         token += 8 * model.num_attention_heads // tp * config.max_sequence_tokens
     return tokens * token
 
 
-def _activations(config: RunConfig, stage: int) -> int:
+def _by_transformer_engine(config: RunConfig, platform: Platform) -> bool:
+    """Whether the trainer's modules are Transformer Engine's (`actor/models.py`)."""
+    if config.kernels.trainer == "auto":
+        return platform == "cuda" and config.policy.params != "fp32"
+    return config.kernels.trainer == "transformer_engine"
+
+
+def _activations(config: RunConfig, stage: int, platform: Platform) -> int:
     """Full recomputation keeps a layer's input alone, and one layer whole while it is run again.
 
     A stage has as many micro-batches under way as there are stages from it on (1F1B). The layer
@@ -239,7 +269,7 @@ def _activations(config: RunConfig, stage: int) -> int:
     together = 1 if config.train.micro_batch_tokens else config.train.micro_batch_size
     micro_batches = -(-sequences // (layout.dp_size * together))
     under_way = min(layout.pp_size - stage, micro_batches)
-    one = layer_activations(config)
+    one = layer_activations(config, platform)
     if config.memory.recompute != "full":  # of a selective one nothing is taken off
         return under_way * layers * one + one
     shards = layout.tp_size if layout.sequence_parallel else 1
@@ -248,8 +278,9 @@ def _activations(config: RunConfig, stage: int) -> int:
     return under_way * layers * kept + 2 * one
 
 
-def _logits(config: RunConfig) -> int:
-    """Logits of a micro-batch, their responses' part, and the FP32 tensors of the log-probs."""
+def _logits(config: RunConfig, platform: Platform) -> int:
+    """Logits of a micro-batch, and what their log-probs take: on the CPU the responses' part and
+    FP32 tensors, on a GPU their gradient."""
     tp = config.parallel.tp_size
     columns = padded_vocab_size(config.model.vocab_size, tp) // tp
     element = BYTES_PER_ELEMENT[config.policy.lm_head]
@@ -257,7 +288,7 @@ def _logits(config: RunConfig) -> int:
     alone = train.micro_batch_size == 1 and not train.micro_batch_tokens
     # Batch first: a copy for more than one row.
     copies = 2 if alone or train.packed_sequences else 3
-    held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES)
+    held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES[platform])
     if config.policy.lm_head != config.policy.params:
         hidden, divided = config.model.hidden_size, config.parallel.sequence_parallel
         held += 2 * element * columns * hidden  # its weight, and the gradient

@@ -121,13 +121,13 @@ def world() -> dict[str, dict[str, Any]]:
 def pairs(name: str) -> list[tuple[memory.Memory, dict[str, int]]]:
     config = cases()[name].config
     stages = range(2) if config.parallel.pp_size == 2 else (0, 0)
-    plans = [memory.of_stage(config, stage) for stage in stages]
+    plans = [memory.of_stage(config, stage, "cpu") for stage in stages]
     return list(zip(plans, world()["footprints"][name], strict=True))
 
 
 def _saved(name: str, plan: memory.Memory) -> int:
     """What the plan says autograd keeps: without the gradients of the layer in its backward."""
-    return plan.activations - memory.layer_activations(cases()[name].config) + plan.logits
+    return plan.activations - memory.layer_activations(cases()[name].config, "cpu") + plan.logits
 
 
 @pytest.mark.parametrize("name", list(cases()))

@@ -202,3 +202,14 @@ def test_a_real_measure_is_profiled_and_tabled(tmp_path: Path) -> None:
     assert profile["by_class"]["products"] > 0
     printed = subprocess.run([*words, "--tables"], cwd=ROOT, capture_output=True, text=True)
     assert f"{found['tokens_per_s']:,.0f} / -" in printed.stdout
+
+
+def test_measures_come_as_they_are_named() -> None:
+    def listed(*words: str) -> list[str]:
+        command = [sys.executable, "scripts/bench_gpu.py", "--out", "x", "--list", "--only", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    packed = "train-qwen3-1.7b-16k-packed-fused"
+    named = listed(packed, "engine-qwen3-1.7b-fp16", f"{packed}-bf16")
+    assert named == [f"{packed}-fp16", f"{packed}-bf16", "engine-qwen3-1.7b-fp16"]
