@@ -325,9 +325,7 @@ class Actor:
                 maxima[name] = max(maxima.get(name, float("-inf")), value)
             return result.loss
 
-        self.range_watch.reset()
-        self.range_watch.loss_rows = self._loss_rows(batch, micro_batches[0])
-        self.range_watch.active = True
+        self.range_watch.begin(self._loss_rows(batch, micro_batches[0]), self._device)
         with self._flips_counted() if keep_logprobs else contextlib.nullcontext():
             self._forward_backward(batch, micro_batches, evaluate, forward_only=False)
         if kept is not None:

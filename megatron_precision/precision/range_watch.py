@@ -27,14 +27,13 @@ class RangeWatch:
 
     Attributes:
         active: record now; switched on for one micro-batch a step, to keep the cost small.
-        loss_rows: [length, batch] bool, tokens that carry loss, in the layout of this rank's
-            hidden states; None to leave gradients out.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.active = False
-        self.loss_rows: torch.Tensor | None = None
-        self.reset()
+        self._loss_rows: torch.Tensor | None = None
+        self._loss_tokens = 0
+        self._forget()
         for name, module in model.named_modules():
             leaf = name.rpartition(".")[2]
             if leaf == "linear_fc2":
@@ -42,21 +41,42 @@ class RangeWatch:
             elif leaf.isdigit() and name.rpartition(".")[0].endswith("layers"):
                 module.register_forward_hook(self._watch_layer)
 
-    def reset(self) -> None:
-        """Forget what was recorded."""
-        self.act_max = 0.0
-        self._small = 0
+    def begin(self, loss_rows: torch.Tensor | None, device: torch.device) -> None:
+        """Forget what was recorded, and record from now on.
+
+        Args:
+            loss_rows: [length, batch] bool, tokens that carry loss, in the layout of this rank's
+                hidden states; None to leave gradients out.
+            device: of the model.
+        """
+        self._forget()
+        self._loss_rows = None if loss_rows is None else loss_rows.to(device)[..., None]
+        self._loss_tokens = 0 if loss_rows is None else int(loss_rows.sum())
+        self.active = True
+
+    def _forget(self) -> None:
+        # On the device: a number asked for in a layer would have a GPU wait for the host there.
+        self._largest: torch.Tensor | None = None
+        self._small: torch.Tensor | None = None
         self._entries = 0
+
+    @property
+    def act_max(self) -> float:
+        """The largest absolute activation; nan where one was."""
+        return 0.0 if self._largest is None else float(self._largest)
 
     @property
     def grad_subnormal_share(self) -> float:
         """Share of watched gradient entries below FP16's smallest normal number, 2^-14."""
-        return self._small / self._entries if self._entries else 0.0
+        if self._small is None or not self._entries:
+            return 0.0
+        return float(self._small) / self._entries
 
     def _record_activation(self, activation: torch.Tensor) -> None:
         if activation.numel():
-            largest = float(activation.detach().abs().amax())
-            self.act_max = larger_or_nan(self.act_max, largest)
+            largest = activation.detach().abs().amax().float()
+            so_far = self._largest
+            self._largest = largest if so_far is None else torch.maximum(so_far, largest)
 
     def _watch_input(self, _module: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         if self.active:
@@ -67,11 +87,11 @@ class RangeWatch:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         self._record_activation(hidden)
-        if self.loss_rows is not None and hidden.requires_grad:
-            rows = self.loss_rows
-            hidden.register_hook(lambda grad: self._record_gradient(grad, rows))
+        if self._loss_rows is not None and hidden.requires_grad:
+            rows, tokens = self._loss_rows, self._loss_tokens
+            hidden.register_hook(lambda grad: self._record_gradient(grad, rows, tokens))
 
-    def _record_gradient(self, grad: torch.Tensor, rows: torch.Tensor) -> None:
-        entries = grad[rows]
-        self._small += int((entries.abs() < FP16_SMALLEST_NORMAL).sum())
-        self._entries += entries.numel()
+    def _record_gradient(self, grad: torch.Tensor, rows: torch.Tensor, tokens: int) -> None:
+        small = ((grad.abs() < FP16_SMALLEST_NORMAL) & rows).sum()
+        self._small = small if self._small is None else self._small + small
+        self._entries += tokens * grad.shape[-1]

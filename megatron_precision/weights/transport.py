@@ -13,6 +13,7 @@ costs nothing.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,15 @@ class _Group:
     through_wire: bool
     turns: list[_Turn]
 
+    @functools.cached_property
+    def lots(self) -> list[list[int]]:
+        """Numbers of the cells that are copied together: those of one run on both sides, and the
+        others. On a GPU the former are one launch, and each of the latter is one."""
+        ends = zip(self.copy_to, self.copy_from, strict=True)
+        runs = [all(view.is_contiguous() for view in pair) for pair in ends]
+        split = [[n for n, run in enumerate(runs) if run == wanted] for wanted in (True, False)]
+        return [lot for lot in split if lot]
+
     def steps(self, received: torch.Tensor, sent: torch.Tensor) -> list[_Step]:
         """The turns bound to the buffers."""
         return [
@@ -197,12 +207,13 @@ class Transport:
     def run(self, group: int) -> None:
         """Bring a group's tensors up to date; every rank of the world calls it, in order."""
         part = self._groups[group]
-        if part.copy_to:
-            if not part.through_wire:
-                torch._foreach_copy_(part.copy_to, part.copy_from)
-            else:
-                for target, source in zip(part.copy_to, part.copy_from, strict=True):
-                    target.copy_(source.to(self._wire))
+        if part.through_wire:
+            for target, source in zip(part.copy_to, part.copy_from, strict=True):
+                target.copy_(source.to(self._wire))
+        else:
+            for lot in part.lots:
+                targets, sources = [part.copy_to[n] for n in lot], [part.copy_from[n] for n in lot]
+                torch._foreach_copy_(targets, sources)
         for step in self._steps[group]:
             step.run()
 

@@ -22,12 +22,14 @@ transformers.models.auto.tokenization_auto transformers.models.auto.processing_a
 openai.types.responses openai.lib.streaming wandb ray accelerate fastapi aiohttp
 opentelemetry.sdk.trace tensorboard.compat.proto
 """
-# Importing it starts CUDA where torch has it, and a process that has is of no use once forked.
-if torch.version.cuda is None:
-    _MODULES += " xgrammar"
-# There nothing of these is patched before they are imported.
 if choose().name == "cuda":
-    _MODULES += " megatron.core transformer_engine.pytorch"
+    # There nothing of these is patched before they are imported; and, since whether there is a GPU
+    # is asked of the driver's library, none of them starts CUDA, which a fork would not survive.
+    importlib.import_module("megatron_precision.rollout.vllm_versions").set_environment()
+    _MODULES += """ megatron.core transformer_engine.pytorch xgrammar
+    vllm.v1.engine.llm_engine vllm.v1.worker.gpu_model_runner"""
+elif torch.version.cuda is None:  # where torch has it, importing this starts CUDA
+    _MODULES += " xgrammar"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
