@@ -227,12 +227,13 @@ def _micro_batch_size(case: Case, length: int, tiny: bool) -> int:
 
 def needed_bytes(case: Case, config: RunConfig) -> int:
     """What a measure takes of a GPU by the estimate, without its reserve."""
-    parts = memory.of_run(config)
-    trainer = parts.parameters + parts.gradients + parts.optimizer + parts.logits
+    whole, parts = memory.of_trainer(config), memory.of_run(config)
     if case.kind == "train":
-        return trainer + parts.activations
+        return whole
     # Nothing goes backward.
-    return trainer + parts.engine_weights + parts.kv_cache + parts.engine_workspace
+    return (
+        whole - parts.activations + parts.engine_weights + parts.kv_cache + parts.engine_workspace
+    )
 
 
 def shared_prompt_tokens(config: RunConfig) -> int:

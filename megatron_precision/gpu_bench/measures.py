@@ -152,8 +152,6 @@ def train(config: RunConfig, _folder: Path, keep: Keep, _others: Mapping[str, Ru
     tokens_per_s = sum(lengths) / took["median_s"]
     peak = peak_flops(str(startup.describe()["device"]))
     flops = sum(n * flops_per_token(config.model, n) for n in lengths) / sum(lengths)
-    estimate = memory.of_run(config)
-    trainer = ("parameters", "gradients", "optimizer", "activations", "logits")
     found = {
         "tokens_per_s": tokens_per_s,
         "flops_per_token": flops,
@@ -162,7 +160,7 @@ def train(config: RunConfig, _folder: Path, keep: Keep, _others: Mapping[str, Ru
         "step": took,
         "attention": attention_backends(),
         "memory": allocated(),
-        "estimated_bytes": {name: getattr(estimate, name) for name in trainer},
+        "planned_bytes": memory.of_trainer(config),
     }
     keep(found)
     return {**found, "profile": profiled(step)}

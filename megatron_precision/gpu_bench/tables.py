@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_precision.config import RunConfig
 from megatron_precision.gpu_bench.cases import CASES, Case
 from megatron_precision.gpu_bench.experiments import agenda
+from megatron_precision.overrides import config_from_dict
+from megatron_precision.planning import memory
 
 Facts = dict[str, Any]
 MISSING = "-"
@@ -85,9 +88,21 @@ def _at(*path: str) -> Callable[[Facts], float | None]:
     return lambda facts: _number(facts, *path)
 
 
+def _config(facts: Facts) -> RunConfig | None:
+    return config_from_dict(facts["config"]) if "config" in facts else None
+
+
 def _memory_share(facts: Facts) -> float | None:
-    parts = facts.get("estimated_bytes") or {}
-    return _ratio(_number(facts, "memory", "peak_allocated_bytes"), float(sum(parts.values())))
+    """Of the plan as it is now, which may be another than when it was measured."""
+    config = _config(facts)
+    return config and _ratio(
+        _number(facts, "memory", "peak_allocated_bytes"), memory.of_trainer(config)
+    )
+
+
+def _micro_batch(facts: Facts, _other: Facts) -> str:
+    config = _config(facts)
+    return MISSING if config is None else f"{memory.micro_batch_tokens(config):,}"
 
 
 def _against_copy(action: str) -> Callable[[Facts], float | None]:
@@ -109,10 +124,11 @@ def _quotient(path: str, form: str = ".3f") -> Callable[[Facts, Facts], str]:
 
 
 TRAINING: tuple[Column, ...] = (
+    ("tokens a micro-batch", _micro_batch),
     ("tokens/s, FP16 / BF16", _shown("tokens_per_s", ",.0f")),
     ("FP16 : BF16 (goal 0.97)", _quotient("tokens_per_s")),
     ("MFU (goal 45 %, dense)", _shown("mfu", ".1%")),
-    ("memory : estimate (goal 1 ± 0.1)", lambda a, b: _both(a, b, _memory_share, ".2f")),
+    ("memory : plan (goal 1 ± 0.1)", lambda a, b: _both(a, b, _memory_share, ".2f")),
     ("steps skipped", _shown("skipped_steps", ".0f")),
 )
 ENGINE: tuple[Column, ...] = (

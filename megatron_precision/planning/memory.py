@@ -94,6 +94,13 @@ def of_run(config: RunConfig, platform: Platform = "cuda") -> Memory:
     return max((of_stage(config, stage, platform) for stage in ends), key=lambda m: m.total)
 
 
+def of_trainer(config: RunConfig) -> int:
+    """Bytes of a trainer alone on a GPU, in its fullest moment; one rank."""
+    parts = of_run(config)
+    state = parts.parameters + parts.gradients + parts.optimizer
+    return state + parts.activations + parts.logits
+
+
 def of_stage(config: RunConfig, stage: int, platform: Platform = "cuda") -> Memory:
     """Memory of a rank of one pipeline stage; the ranks of a stage differ in nothing.
 

@@ -9,7 +9,7 @@ Megatron Core, Transformer Engine and vLLM are written for it, so that nearly no
 - FP32 products are FP32, not TF32: the router, and every FP32 reference, depend on it;
 - tensors on the host travel by gloo and tensors on a GPU by NCCL, in one process group.
 
-Nothing here has run on a GPU yet (docs/gpu.md).
+One rank has run on a GPU (docs/gpu.md); several have not.
 """
 
 from __future__ import annotations

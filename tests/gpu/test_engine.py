@@ -1,7 +1,6 @@
 """Sync, sleep and the trainer's stepping aside on one GPU, bit for bit.
 
-Nothing here has been run on a GPU yet (docs/gpu.md). Not covered: several ranks, which cannot
-share a GPU over NCCL and are tested on gloo.
+Not covered: several ranks, which cannot share a GPU over NCCL and are tested on gloo.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""FP16 and BF16 kernels of one GPU against FP64.
-
-Nothing here has been run on a GPU yet (docs/gpu.md).
-"""
+"""FP16 and BF16 kernels of one GPU against FP64."""
 
 from __future__ import annotations
 
@@ -72,3 +69,33 @@ def test_fused_attention_is_as_close_to_fp64_as_the_dtype_allows(precision: str)
     exact = attend(*(x.double() for x in cast), is_causal=True)
     got = attend(*(x.cuda() for x in cast), is_causal=True).double().cpu()
     assert (got - exact).abs().max() <= 4 * torch.finfo(DTYPES[precision]).eps
+
+
+@both_dtypes
+@pytest.mark.parametrize("columns", [4096, 4990])
+def test_log_probs_and_their_gradients_are_those_of_fp64(precision: str, columns: int) -> None:
+    from megatron_precision.actor.logprob_kernels import row_gradients, row_sums
+
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(21, 5120, generator=generator)).to(DTYPES[precision])
+    rows = torch.tensor([0, 3, 4, 11, 20])
+    targets = torch.randint(0, columns, (5,), generator=generator)
+    grads = torch.randn(5, generator=generator)
+    there = [t.cuda() for t in (logits, rows, targets, grads)]
+    peak, total, weighted = (t.double().cpu() for t in row_sums(*there[:2], columns, 0.7))
+    exact = torch.log_softmax(logits[rows, :columns].double() / 0.7, -1)
+    picked = logits[rows, targets].double() / 0.7 - peak - total.log()
+    assert (picked - exact.gather(-1, targets[:, None]).squeeze(-1)).abs().max() < 1e-5
+    entropy = total.log() - weighted / total
+    assert (entropy + (exact.exp() * exact).sum(-1)).abs().max() < 1e-5
+
+    got = row_gradients(
+        *there[:2], columns, 0.7,
+        log_norms=(peak + total.log()).float().cuda(), targets=there[2], grads=there[3],
+    ).double().cpu()  # fmt: skip
+    expected = torch.zeros(21, 5120, dtype=torch.float64)
+    onehot = torch.nn.functional.one_hot(targets, columns)
+    expected[rows, :columns] = grads[:, None].double() * (onehot - exact.exp()) / 0.7
+    eps = torch.finfo(DTYPES[precision]).eps
+    smallest = torch.finfo(DTYPES[precision]).smallest_normal * eps
+    assert ((got - expected).abs() <= eps * expected.abs() + 1e-6 + smallest).all()

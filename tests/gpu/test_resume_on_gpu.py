@@ -1,7 +1,7 @@
 """A trainer's checkpoint on one GPU, bit for bit, and a real run that is killed and goes on.
 
-Nothing here has been run on a GPU yet (docs/gpu.md). Not covered: whether the run that goes on is
-bit for bit the one that was never killed; kernels of a GPU may add in another order every time.
+Not covered: whether the run that goes on is bit for bit the one that was never killed; kernels of
+a GPU may add in another order every time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Transformer Engine's modules against the local ones and transformers, and steps that overflow.
-
-Nothing here has been run on a GPU yet (docs/gpu.md).
-"""
+"""Transformer Engine's modules against the local ones and transformers, and steps that overflow."""
 
 from __future__ import annotations
 

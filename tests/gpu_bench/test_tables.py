@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from megatron_precision.gpu_bench import tables
+from megatron_precision.config import to_dict
+from megatron_precision.gpu_bench import cases, tables
 from megatron_precision.gpu_bench.kernel_times import class_of
+from megatron_precision.planning import memory
 
 
 def put(folder: Path, name: str, **facts: Any) -> None:
@@ -23,21 +25,27 @@ def rows(text: str, title: str) -> list[list[str]]:
 
 
 def test_training_is_fp16_beside_bf16(tmp_path: Path) -> None:
+    configs = {}
+    for precision in ("fp16", "bf16"):
+        name = f"train-qwen3-1.7b-4k-{precision}"
+        case = next(case for case in cases.CASES if case.name == name)
+        configs[precision] = cases.config(case, tiny=False, gpu=True)
+    planned = memory.of_trainer(configs["fp16"])
     profile = {"seconds": 2.0, "busy_s": 1.5, "by_class": {"products": 1.2, "norm": 0.3}}
     put(
         tmp_path, "train-qwen3-1.7b-4k-fp16", tokens_per_s=19_400, mfu=0.451, skipped_steps=1,
-        memory={"peak_allocated_bytes": 95}, estimated_bytes={"parameters": 40, "logits": 60},
+        memory={"peak_allocated_bytes": 0.95 * planned}, config=to_dict(configs["fp16"]),
         profile=profile,
     )  # fmt: skip
     put(
         tmp_path, "train-qwen3-1.7b-4k-bf16", tokens_per_s=20_000, mfu=0.465, skipped_steps=0,
-        memory={"peak_allocated_bytes": 50}, estimated_bytes={"parameters": 40, "logits": 60},
+        memory={"peak_allocated_bytes": planned // 2}, config=to_dict(configs["bf16"]),
     )  # fmt: skip
     text = tables.text(tmp_path)
     assert "Measured on: NVIDIA H200." in text
     _, _, row = rows(text, "Training")
     assert row == [
-        "qwen3-1.7b-4k", "19,400 / 20,000", "0.970", "45.1% / 46.5%", "0.95 / 0.50", "1 / 0"
+        "qwen3-1.7b-4k", "16,384", "19,400 / 20,000", "0.970", "45.1% / 46.5%", "0.95 / 0.50", "1 / 0"
     ]  # fmt: skip
     head, _, shares = rows(text, "Share of a step's kernels (FP16)")
     assert head == ["measure", "busy, of the step", "products", "norm"]
@@ -125,3 +133,12 @@ def test_an_empty_folder_has_no_tables(tmp_path: Path) -> None:
 )
 def test_a_kernel_is_known_by_its_name(kernel: str, name: str) -> None:
     assert class_of(kernel) == name
+
+
+def test_other_trainers_stand_beside_the_engines_own(tmp_path: Path) -> None:
+    others = {"fp32": {"mismatch/k3_kl": 7e-6}, "bf16": {"mismatch/k3_kl": 5e-4}}
+    own = {"mismatch/k3_kl": 9e-6}
+    put(tmp_path, "engine-qwen3-1.7b-fp16", mismatch=own, other_trainers=others)
+    head, _, row = rows(tables.text(tmp_path), "Other trainers, the same responses")
+    assert head == ["k3 of trainer", "as the engine", "fp32", "bf16"]
+    assert row == ["qwen3-1.7b-fp16", "9.00e-06", "7.00e-06", "5.00e-04"]

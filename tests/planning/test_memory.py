@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 
 import recipes
 from megatron_precision.config import MemoryConfig, ParallelConfig, RunConfig
+from megatron_precision.overrides import config_from_dict
 from megatron_precision.planning import memory
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
 from megatron_precision.weights.holdings import engine_holdings, trainer_holdings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def one_rank(recipe: str) -> RunConfig:
@@ -92,8 +97,9 @@ def test_state_of_a_dense_model_is_worked_by_hand() -> None:
     assert found.optimizer == 12 * held  # DP is 1
     # 8 KV heads over 8 ranks: 1 head × (keys, values) × 40 layers × 128 × 2 bytes a token.
     assert memory.kv_token_bytes(config) == 1 * 2 * 40 * 128 * 2
-    # 22,528 tokens × 151,936 / 8 columns × (three 2-byte copies and 16 bytes of FP32).
-    assert found.logits == 22_528 * (151_936 // 8) * 22
+    # 22,528 tokens × 151,936 / 8 columns × three 2-byte copies, and on a CPU 16 bytes of FP32.
+    assert found.logits == 22_528 * (151_936 // 8) * 6
+    assert memory.of_run(config, "cpu").logits == 22_528 * (151_936 // 8) * 22
 
 
 def test_experts_state_is_shared_by_their_own_data_parallelism() -> None:
@@ -138,6 +144,20 @@ def test_scores_grow_with_the_square_of_the_length_and_fused_attention_does_not(
     scores = [layer("scores", n) - layer("fused", n) for n in (short, long)]
     assert scores[0] == 8 * 5 * 8192**2  # 40 heads over 8 ranks
     assert scores[1] == 4 * scores[0]
+
+
+MEASURED = ROOT / "docs/benchmarks/raw/gpu_h200"
+
+
+@pytest.mark.parametrize("path", sorted(MEASURED.glob("train-*.json")), ids=lambda path: path.stem)
+def test_what_a_gpu_needed_is_what_is_planned(path: Path) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    config = config_from_dict(found["config"])
+    plan = memory.of_run(config)
+    state = plan.parameters + plan.gradients + plan.optimizer
+    assert abs(found["memory"]["allocated_bytes"] / state - 1) < 0.01
+    planned = memory.of_trainer(config)
+    assert abs(found["memory"]["peak_allocated_bytes"] / planned - 1) < 0.02
 
 
 def test_a_budget_of_tokens_bounds_a_micro_batch_of_any_sequences() -> None:
