@@ -19,7 +19,13 @@ from megatron.core.transformer.enums import AttnBackend
 
 import recipes
 from megatron_precision.actor import models
-from megatron_precision.config import KernelConfig, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.config import (
+    TRANSFORMER_ENGINE_FUSIONS,
+    KernelConfig,
+    MemoryConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from megatron_precision.errors import UserError
 from megatron_precision.precision.policy import policy
 
@@ -127,12 +133,21 @@ def test_transformer_engine_is_refused_where_it_cannot_be_used() -> None:
     assert models.implementation(KernelConfig(trainer="local"), "cuda") == "local"
 
 
+def test_weight_gradients_are_fused_where_a_module_can() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].fuse_wgrad_accumulation = False  # type: ignore[assignment]
+    models.fuse_weight_gradients(model)
+    assert model[0].fuse_wgrad_accumulation is True
+    assert not hasattr(model[1], "fuse_wgrad_accumulation")
+
+
 def test_transformer_engines_fusions_are_refused_without_it() -> None:
-    kernels = KernelConfig(trainer="local", fused_rope=True, fused_permute=True)
+    fusions = dict.fromkeys(TRANSFORMER_ENGINE_FUSIONS, True)
+    kernels = KernelConfig(trainer="local", **fusions)
     with pytest.raises(UserError) as caught:
         models.implementation(kernels, "cuda")
     found = [problem.where for problem in caught.value.problems]
-    assert found == ["kernels.fused_rope", "kernels.fused_permute"]
+    assert found == [f"kernels.{name}" for name in TRANSFORMER_ENGINE_FUSIONS]
 
 
 @pytest.mark.usefixtures("with_te")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
+from cases import Case
 from engine_worlds import DENSE
 from harness import run_distributed
 from one_gpu import DTYPES, MODELS, both_dtypes, case, every_model
@@ -88,6 +90,25 @@ def test_packed_sequences_give_what_padded_ones_do(model: str, precision: str) -
         a, b = gradient.double().flatten(), padded["gradients"][name].double().flatten()
         similar = torch.nn.functional.cosine_similarity(a, b, dim=0)
         assert b.norm() == 0 or similar > 0.98, name
+
+
+@every_model
+@both_dtypes
+def test_products_that_add_to_the_gradients_add_the_same(model: str, precision: str) -> None:
+    def with_fusion(fused: bool) -> Case:
+        plain = case(MODELS[model], precision)
+        kernels = dataclasses.replace(plain.config.kernels, fused_weight_gradients=fused)
+        config = dataclasses.replace(plain.config, kernels=kernels)
+        return dataclasses.replace(plain, config=config)
+
+    cases = {str(fused): with_fusion(fused) for fused in (False, True)}
+    results: dict[str, Any] = run_distributed("actor_bodies.passes", 1, cases)
+    plain, fused = results["False"], results["True"]
+    assert torch.equal(plain["logprobs"], fused["logprobs"])
+    for name, gradient in plain["gradients"].items():
+        a, b = gradient.double(), fused["gradients"][name].double()
+        # Each of two micro-batches rounds once less, and kernels may add in another order.
+        assert (a - b).norm() <= 8 * torch.finfo(DTYPES[precision]).eps * a.norm(), name
 
 
 @every_model

@@ -45,7 +45,8 @@ def test_training_is_fp16_beside_bf16(tmp_path: Path) -> None:
     assert "Measured on: NVIDIA H200." in text
     _, _, row = rows(text, "Training")
     assert row == [
-        "qwen3-1.7b-4k", "16,384", "19,400 / 20,000", "0.970", "45.1% / 46.5%", "0.95 / 0.50", "1 / 0"
+        "qwen3-1.7b-4k", "16,384", "19,400 / 20,000", "0.970", "45.1% / 46.5%",
+        "0.95 / 0.50", "1 / 0",
     ]  # fmt: skip
     head, _, shares = rows(text, "Share of a step's kernels (FP16)")
     assert head == ["measure", "busy, of the step", "products", "norm"]
