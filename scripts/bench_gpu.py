@@ -5,11 +5,11 @@
     .venv/bin/python scripts/bench_gpu.py --out /tmp/gpu --platform cpu --tiny     # the code alone
 
 Every measure is a process of its own: memory is fresh, and one that fails leaves its message in
-its file and the others alone. It imports while the one before it measures, and touches the GPU
-when that has ended. An experiment is several commands. What has a result is not done
+its file and the others alone. An experiment is several commands. What has a result is not done
 again, so that a run that was cut short goes on; what was never begun comes before what failed.
-`--budget-s` ends what is under way after so many seconds, and starts nothing else. What libraries
-say is in a log beside the result.
+`--budget-s` ends what is under way after so many seconds, and starts nothing else. With `--ahead`
+a measure imports while the one before it measures, and touches the GPU when that has ended: for
+short leases, since it may disturb what is timed. What libraries say is in a log beside the result.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from megatron_precision.gpu_bench.experiments import (  # noqa: E402
 )
 from megatron_precision.launching import exclusive  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
-from megatron_precision.platform.process import JOB_PREFIX, JOB_VARIABLE  # noqa: E402
+from megatron_precision.platform.process import JOB_VARIABLE, new_job_id  # noqa: E402
 
 CASE_LIMIT_S = 900.0
 GO = b"go\n"  # to a measure that waits
@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="models of a million weights")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings of some")
     parser.add_argument("--budget-s", type=float, default=float("inf"))
+    parser.add_argument("--ahead", action="store_true", help="the next measure imports meanwhile")
     parser.add_argument("--list", action="store_true", help="names, in order; nothing is run")
     parser.add_argument("--tables", action="store_true", help="print what was found, and stop")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
@@ -82,7 +83,7 @@ def main() -> int:
         out = args.out.resolve()  # every process begins in the repository
         signal.signal(signal.SIGTERM, end)
         with exclusive(out / "work" / "lock"):
-            return 1 if run_all(chosen, out, args.tiny, args.budget_s) else 0
+            return 1 if run_all(chosen, out, args.tiny, args.budget_s, args.ahead) else 0
     except UserError as wrong:
         print(wrong, file=sys.stderr)
         return 2
@@ -130,7 +131,13 @@ def end(_signal: int, _frame: object) -> NoReturn:
     sys.exit(143)
 
 
-def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s: float) -> int:
+def run_all(
+    chosen: Sequence[Case | Experiment],
+    out: Path,
+    tiny: bool,
+    budget_s: float,
+    ahead: bool = False,
+) -> int:
     """One after the other; how many failed."""
     begin, failed = time.monotonic(), 0
     todo = []
@@ -156,7 +163,7 @@ def run_all(chosen: Sequence[Case | Experiment], out: Path, tiny: bool, budget_s
                 if isinstance(item, Experiment):
                     experiment(item, out, min(left_s, item.limit_s))
                 else:
-                    measuring.run(item, later, min(left_s, CASE_LIMIT_S))
+                    measuring.run(item, later if ahead else None, min(left_s, CASE_LIMIT_S))
             except Failed as why:
                 failed += 1
                 took = time.monotonic() - began
@@ -214,7 +221,7 @@ def last_line(log: Path) -> str:
 
 
 class Measuring:
-    """Processes of measures: one measures while the next one imports.
+    """Processes of measures: one that measures, and perhaps one that has imported and waits.
 
     Args:
         out: where results and logs are.
@@ -224,7 +231,6 @@ class Measuring:
     def __init__(self, out: Path, tiny: bool) -> None:
         self.out, self.tiny = out, tiny
         self._ahead: tuple[str, subprocess.Popen[bytes]] | None = None
-        self._begun = 0
 
     def run(self, item: Case, later: Case | Experiment | None, limit_s: float) -> None:
         """A measure to its end, in a process of its own; meanwhile what is `later` imports.
@@ -262,20 +268,25 @@ class Measuring:
             self._ahead[1].wait()
             self._ahead = None
 
+    def command(self, item: Case) -> list[str]:
+        """What measures in a process of its own, when it has read `GO`."""
+        words = [sys.executable, __file__, "--out", str(self.out), "--measure", item.name]
+        return [*words, *(["--tiny"] if self.tiny else [])]
+
     def _begin(self, item: Case) -> subprocess.Popen[bytes]:
-        command = [sys.executable, __file__, "--out", str(self.out), "--measure", item.name]
-        self._begun += 1
         environment = {
             **os.environ,
             "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "VLLM_LOGGING_LEVEL": "INFO",  # which kernels it takes
+            # It imports the engines first: none of them is to start CUDA, and this is read by then.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1",
             # Named after its parent it would be the same job as the one beside it.
-            JOB_VARIABLE: f"{JOB_PREFIX}{os.getpid()}-{self._begun}",
+            JOB_VARIABLE: new_job_id(),
         }  # fmt: skip
-        with (self.out / f"{item.name}.log").open("wb") as log:
+        with (self.out / f"{item.name}.log").open("ab") as log:
             return subprocess.Popen(
-                [*command, *(["--tiny"] if self.tiny else [])],
+                self.command(item),
                 env=environment,
                 cwd=ROOT,
                 stdin=subprocess.PIPE,

@@ -207,7 +207,7 @@ def work(config: RunConfig, out: Path) -> None:
     found = measure(config, Path(folder[0], "model"))
     if dist.get_rank() == 0:
         shutil.rmtree(folder[0])
-        plan = memory.of_run(config)
+        plan = memory.of_run(config, "cpu")
         found |= {
             "plan": dataclasses.asdict(plan),
             "plan_phases": phases.totals(config, plan),

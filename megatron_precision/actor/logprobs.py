@@ -117,6 +117,11 @@ class _FusedLogprob(torch.autograd.Function):
         return found, None, None, None, None, None
 
 
+def by_kernels(logits: torch.Tensor) -> bool:
+    """Whether the kernels of a GPU read these logits."""
+    return logits.is_cuda
+
+
 def response_logprobs(
     logits: torch.Tensor,
     tokens: torch.Tensor,
@@ -144,7 +149,7 @@ def response_logprobs(
     """
     predicted = response_mask[:, 1:]
     targets = tokens[:, 1:][predicted]
-    if logits.is_cuda:
+    if by_kernels(logits):
         batch, length = tokens.shape
         grid = torch.arange(batch * length, device=logits.device).view(batch, length)
         logprobs, entropies = _FusedLogprob.apply(

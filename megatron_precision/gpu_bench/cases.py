@@ -44,7 +44,7 @@ TINY: dict[str, ModelConfig] = {
 }
 PRECISIONS = ("fp16", "bf16")
 # Tokens of a micro-batch of a trainer, as an H200 has room for without recomputation. With fewer
-# the host is what is measured: it needs some 170 ms to launch 28 layers and their gradients.
+# the host is what is measured: it needs 170 to 210 ms to launch 28 layers and their gradients.
 MICRO_BATCH_TOKENS = {"qwen3-1.7b": 16384, "qwen3-4b": 8192, "qwen3-moe-slice": 16384}
 # Of an optimizer step; a real one has more, and its optimizer weighs less.
 STEP_TOKENS = 65536

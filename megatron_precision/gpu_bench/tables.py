@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config import RunConfig, to_dict
 from megatron_precision.gpu_bench.cases import CASES, Case
 from megatron_precision.gpu_bench.experiments import agenda
 from megatron_precision.overrides import config_from_dict
@@ -88,20 +88,32 @@ def _at(*path: str) -> Callable[[Facts], float | None]:
     return lambda facts: _number(facts, *path)
 
 
-def _config(facts: Facts) -> RunConfig | None:
-    return config_from_dict(facts["config"]) if "config" in facts else None
+def recorded_config(facts: Facts) -> RunConfig | None:
+    """The configuration of a measure; what is newer than its file has the default."""
+    if "config" not in facts:
+        return None
+    return config_from_dict(_over(to_dict(RunConfig("recorded")), facts["config"]))
+
+
+def _over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    return defaults | {
+        name: _over(defaults[name], value)
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _memory_share(facts: Facts) -> float | None:
     """Of the plan as it is now, which may be another than when it was measured."""
-    config = _config(facts)
+    config = recorded_config(facts)
     return config and _ratio(
         _number(facts, "memory", "peak_allocated_bytes"), memory.of_trainer(config)
     )
 
 
 def _micro_batch(facts: Facts, _other: Facts) -> str:
-    config = _config(facts)
+    config = recorded_config(facts)
     return MISSING if config is None else f"{memory.micro_batch_tokens(config):,}"
 
 
@@ -183,7 +195,7 @@ def _profiles(found: dict[str, Facts]) -> list[tuple[str, Facts, Facts]]:
         profile = one.get("profile")
         if profile:
             shares = {name: s / profile["busy_s"] for name, s in profile["by_class"].items()}
-            busy = {"busy, of the step": profile["busy_s"] / profile["seconds"]}
+            busy = {"busy, of a step": profile["busy_s"] / one["step"]["median_s"]}
             rows.append((label, {**busy, **shares}, {}))
     return rows
 

@@ -223,8 +223,9 @@ def layer_activations(config: RunConfig, platform: Platform = "cuda") -> int:
     By both:
 
         rotation     e T 4 d                  cosines and sines, for q and for k
-        experts      e T (2h + the MLP's) k / s x imbalance, with an expert's width: tokens and
-                     results, k a token; and T 12 experts / s of FP32 router probabilities
+        experts      e T (2h + n I / etp) k etp / s, n of the MLP's and an expert's width: tokens
+                     and results, k a token, where EP > 1 for the rank that gets most; and
+                     T 12 experts / s of FP32 router probabilities
         scores       T 8 heads L / t          where they are written: FP32 softmax, rounded
                                               probabilities, mask; L the longest sequence
     """

@@ -181,7 +181,7 @@ def _assumptions(found: Preflight) -> Iterator[str]:
     yield f"groups sampled for one kept: {found.sampled_per_kept:g} (--sampled-per-kept)"
     yield (
         "not counted: evaluation, grading, the start, checkpoints, padding, an uneven router; no "
-        "part of this was measured on a GPU"
+        "run's time was measured on GPUs"
     )
 
 

@@ -8,7 +8,7 @@ So the largest things, the optimizer's state and the KV cache, are never there t
 first iteration. What steps aside is `memory.engine_sleep` and `memory.offload_trainer`; with
 neither, nothing here does anything. Whoever reads the trainer's state does so between
 `to_trainer` and `to_engine`, or in `trainer_present`: outside of them it may not be there. Both
-are for GPUs and neither has run on one (docs/gpu.md).
+are for GPUs, and have run on one where the engine keeps its weights (docs/gpu.md).
 """
 
 from __future__ import annotations

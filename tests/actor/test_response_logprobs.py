@@ -49,14 +49,19 @@ CASES: dict[str, tuple[Inputs, int]] = {
     "two ranks, the second holds padding alone": (make_inputs(23), 2),
     "two ranks, FP16 logits": (make_inputs(VOCAB, torch.float16), 2),
 }
+SILENT = "two ranks, nobody responds"
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, torch.Tensor]]:
+@pytest.fixture(scope="module", params=["", "_by_kernels"], ids=["operators", "kernels"])
+def results(request: pytest.FixtureRequest) -> dict[str, dict[str, torch.Tensor]]:
     found: dict[str, dict[str, torch.Tensor]] = {}
     for world_size in (1, 2):
         cases = {name: inputs for name, (inputs, size) in CASES.items() if size == world_size}
-        found |= run_distributed("actor_bodies.many_sharded_logprobs", world_size, cases)
+        if world_size == 2:
+            logits, tokens, mask, *more = make_inputs(VOCAB)
+            cases[SILENT] = (logits, tokens, torch.zeros_like(mask), *more)  # type: ignore[assignment]
+        body = f"actor_bodies.many_sharded_logprobs{request.param}"
+        found |= run_distributed(body, world_size, cases)
     return found
 
 
@@ -92,3 +97,7 @@ def test_everything_outside_the_response_is_zero(results: Any) -> None:
     mask = CASES["two ranks"][0][2]
     for what in ("logprobs", "entropies"):
         assert (results["two ranks"][what][~mask] == 0).all()
+
+
+def test_no_response_is_no_gradient(results: Any) -> None:
+    assert all((value == 0).all() for value in results[SILENT].values())

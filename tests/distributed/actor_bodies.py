@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+from unittest import mock
 
+import logprob_kernels_in_torch
 import torch
 import torch.distributed as dist
 from cases import Case
 from megatron.core import parallel_state
 
+from megatron_precision.actor import logprobs
 from megatron_precision.actor.actor import Actor, MicroLoss
 from megatron_precision.actor.batch import Batch
 from megatron_precision.actor.logprobs import response_logprobs
@@ -143,6 +147,18 @@ def many_sharded_logprobs(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """`sharded_logprobs` for each case."""
     return {name: sharded_logprobs(*case) for name, case in cases.items()}
+
+
+def many_sharded_logprobs_by_kernels(
+    cases: dict[str, tuple[Any, ...]],
+) -> dict[str, dict[str, torch.Tensor]]:
+    """The same on the way that a GPU takes, with PyTorch for its kernels."""
+    kernels = {"megatron_precision.actor.logprob_kernels": logprob_kernels_in_torch}
+    with (
+        mock.patch.dict(sys.modules, kernels),
+        mock.patch.object(logprobs, "by_kernels", return_value=True),
+    ):
+        return many_sharded_logprobs(cases)
 
 
 def head_passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ def test_training_is_fp16_beside_bf16(tmp_path: Path) -> None:
     put(
         tmp_path, "train-qwen3-1.7b-4k-fp16", tokens_per_s=19_400, mfu=0.451, skipped_steps=1,
         memory={"peak_allocated_bytes": 0.95 * planned}, config=to_dict(configs["fp16"]),
-        profile=profile,
+        profile=profile, step={"median_s": 2.0},
     )  # fmt: skip
     put(
         tmp_path, "train-qwen3-1.7b-4k-bf16", tokens_per_s=20_000, mfu=0.465, skipped_steps=0,
@@ -49,7 +49,7 @@ def test_training_is_fp16_beside_bf16(tmp_path: Path) -> None:
         "0.95 / 0.50", "1 / 0",
     ]  # fmt: skip
     head, _, shares = rows(text, "Share of a step's kernels (FP16)")
-    assert head == ["measure", "busy, of the step", "products", "norm"]
+    assert head == ["measure", "busy, of a step", "products", "norm"]
     assert shares == ["qwen3-1.7b-4k", "75.0%", "80.0%", "20.0%"]
 
 

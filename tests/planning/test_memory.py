@@ -12,7 +12,7 @@ import pytest
 
 import recipes
 from megatron_precision.config import MemoryConfig, ParallelConfig, RunConfig
-from megatron_precision.overrides import config_from_dict
+from megatron_precision.gpu_bench.tables import recorded_config
 from megatron_precision.planning import memory
 from megatron_precision.weights.architectures import hf_shapes
 from megatron_precision.weights.families import RolloutLayout, TrainerLayout
@@ -152,7 +152,8 @@ MEASURED = ROOT / "docs/benchmarks/raw/gpu_h200"
 @pytest.mark.parametrize("path", sorted(MEASURED.glob("train-*.json")), ids=lambda path: path.stem)
 def test_what_a_gpu_needed_is_what_is_planned(path: Path) -> None:
     found = json.loads(path.read_text(encoding="utf-8"))
-    config = config_from_dict(found["config"])
+    config = recorded_config(found)
+    assert config is not None
     plan = memory.of_run(config)
     state = plan.parameters + plan.gradients + plan.optimizer
     assert abs(found["memory"]["allocated_bytes"] / state - 1) < 0.01

@@ -213,3 +213,73 @@ def test_measures_come_as_they_are_named() -> None:
     packed = "train-qwen3-1.7b-16k-packed-fused"
     named = listed(packed, "engine-qwen3-1.7b-fp16", f"{packed}-bf16")
     assert named == [f"{packed}-fp16", f"{packed}-bf16", "engine-qwen3-1.7b-fp16"]
+
+
+# A measure that says when it came, waits to be let go, and says when it measured.
+STUB = """
+import json, pathlib, sys, time
+out, name = pathlib.Path(sys.argv[1]), sys.argv[2]
+begun = time.monotonic()
+if name == sys.argv[3]:
+    sys.exit("it cannot even import")
+if sys.stdin.buffer.readline() != b"go\\n":
+    sys.exit("nobody waits")
+let_go = time.monotonic()
+time.sleep(float(sys.argv[4]))
+facts = {"begun": begun, "let_go": let_go, "ended": time.monotonic()}
+(out / f"{name}.json").write_text(json.dumps(facts))
+"""
+
+
+def measure_stubs(
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+    *,
+    ahead: bool,
+    broken: str = "",
+    takes_s: float = 1,
+    budget_s: float = 60,
+) -> tuple[int, dict[str, dict[str, float]]]:
+    def command(self: object, item: bench_gpu.Case) -> list[str]:
+        return [sys.executable, "-c", STUB, str(out), item.name, broken, str(takes_s)]
+
+    monkeypatch.setattr(bench_gpu.Measuring, "command", command)
+    out.mkdir()
+    cases = [case for case in agenda(True) if isinstance(case, bench_gpu.Case)][:3]
+    failed = bench_gpu.run_all(cases, out, True, budget_s, ahead)
+    return failed, {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_one_measures_at_a_time_and_the_next_may_have_begun(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ahead: bool
+) -> None:
+    failed, found = measure_stubs(monkeypatch, tmp_path / "out", ahead=ahead)
+    assert failed == 0
+    first, second, third = sorted(found.values(), key=lambda facts: facts["let_go"])
+    for one, later in ((first, second), (second, third)):
+        assert later["let_go"] > one["ended"]
+        assert (later["begun"] < one["ended"]) == ahead
+
+
+def test_one_that_dies_while_it_waits_has_failed_and_the_others_have_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    broken = "train-qwen3-1.7b-4k-fused-bf16"
+    failed, found = measure_stubs(monkeypatch, tmp_path / "out", ahead=True, broken=broken)
+    assert failed == 1
+    assert "it cannot even import" in str(found.pop(broken)["error"])
+    assert len([facts for facts in found.values() if "ended" in facts]) == 2
+
+
+def test_one_that_waits_ends_with_the_budget(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(bench_gpu, "GRACE_S", 1.0)
+    failed, found = measure_stubs(monkeypatch, out, ahead=True, takes_s=60, budget_s=3)
+    assert failed == 1
+    assert len(found) == 1
+    assert "exit code" in str(found.popitem()[1]["error"])
+    left = subprocess.run(["pgrep", "-f", str(out)], capture_output=True, text=True)
+    assert left.stdout == ""
