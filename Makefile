@@ -65,6 +65,7 @@ test-gpu:
 GPU_OUT ?= docs/benchmarks/raw/gpu
 gpu:
 	@$(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) $(if $(BUDGET_S),--budget-s $(BUDGET_S)); code=$$?; \
+	  test $$code -ge 2 && exit $$code; \
 	  $(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) --tables && exit $$code
 
 check: install

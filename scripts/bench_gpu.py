@@ -35,9 +35,17 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from megatron_precision.doctor_gpu import DRIVER  # noqa: E402
 from megatron_precision.errors import Problem, UserError, unknown_name  # noqa: E402
 from megatron_precision.gpu_bench import tables  # noqa: E402
-from megatron_precision.gpu_bench.cases import CASES, Case, config, needs_gpu, other_trainers  # noqa: E402
+from megatron_precision.gpu_bench.cases import (  # noqa: E402
+    CASES,
+    Case,
+    config,
+    needed_bytes,
+    needs_gpu,
+    other_trainers,
+)
 from megatron_precision.gpu_bench.experiments import (  # noqa: E402
     WORK,
     Experiment,
@@ -45,6 +53,7 @@ from megatron_precision.gpu_bench.experiments import (  # noqa: E402
     read_results,
 )
 from megatron_precision.launching import exclusive  # noqa: E402
+from megatron_precision.planning.memory import RESERVE_BYTES  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
 from megatron_precision.platform.process import JOB_VARIABLE, new_job_id  # noqa: E402
 
@@ -63,7 +72,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="names, or beginnings of some")
     parser.add_argument("--budget-s", type=float, default=float("inf"))
     parser.add_argument("--ahead", action="store_true", help="the next measure imports meanwhile")
-    parser.add_argument("--list", action="store_true", help="names, in order; nothing is run")
+    parser.add_argument(
+        "--list", action="store_true", help="names and GB, in order; nothing is run"
+    )
     parser.add_argument("--tables", action="store_true", help="print what was found, and stop")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -72,13 +83,15 @@ def main() -> int:
     if args.measure:
         measure(next(case for case in CASES if case.name == args.measure), args.out, args.tiny)
         return 0
-    if args.tables:
-        print(tables.text(args.out))
-        return 0
     try:
+        if args.tables:
+            if not args.out.is_dir():
+                raise UserError(Problem("no results", "--out", args.out, "a folder of results"))
+            print(tables.text(args.out))
+            return 0
         chosen = choice(args)
         if args.list:
-            print("\n".join(item.name for item in chosen))
+            print("\n".join(map(line_of, chosen)))
             return 0
         out = args.out.resolve()  # every process begins in the repository
         signal.signal(signal.SIGTERM, end)
@@ -87,6 +100,14 @@ def main() -> int:
     except UserError as wrong:
         print(wrong, file=sys.stderr)
         return 2
+
+
+def line_of(item: Case | Experiment) -> str:
+    """A measure's name, and for a model of size what it needs of a GPU."""
+    if isinstance(item, Experiment):
+        return f"{item.name:48}at most {item.limit_s / 60:.0f} min"
+    needed = needed_bytes(item, config(item, tiny=False, gpu=True)) + RESERVE_BYTES
+    return f"{item.name:48}{needed / 1e9:.0f} GB"
 
 
 def choice(args: argparse.Namespace) -> list[Case | Experiment]:
@@ -109,7 +130,17 @@ def choice(args: argparse.Namespace) -> list[Case | Experiment]:
                 "the platform",
                 choose().reason,
                 "CUDA",
-                "a GPU host's interpreter (docs/gpu.md), or --tiny",
+                "a GPU host's interpreter (docs/gpu.md; make gpu GPU_PYTHON=...), or --tiny",
+            )
+        )
+    if choose().name == "cuda" and not DRIVER.exists() and not args.list:
+        wrong.append(
+            Problem(
+                "no GPU here to measure",
+                "the platform",
+                f"cuda: {choose().reason}; {DRIVER} is not there",
+                "NVIDIA's driver",
+                "a host with a GPU (docs/gpu.md)",
             )
         )
     if wrong:
@@ -325,6 +356,8 @@ def experiment(item: Experiment, out: Path, limit_s: float) -> None:
             "seconds": [json.loads(done.read_text())["seconds"] for done in ended],
             **read_results([work / name for name in item.results]),
         }
+        if facts.get("skipped") and not facts["passed"]:
+            raise Failed(f"all {facts['skipped']} tests were skipped")
         for source, ending in item.kept:
             shutil.copyfile(work / source, out / f"{item.name}{ending}")
     except (OSError, ValueError, ElementTree.ParseError) as why:
@@ -378,6 +411,7 @@ def measure(item: Case, out: Path, tiny: bool) -> None:
         "command": f"scripts/bench_gpu.py --only {item.name}{' --tiny' * tiny}",
         "platform": startup.describe(),
         "versions": startup.versions(),
+        "commit": commit(),
         "config": to_dict(run_config),
     }
     path = out / f"{item.name}.json"
@@ -400,6 +434,13 @@ def measure(item: Case, out: Path, tiny: bool) -> None:
         found = MEASURES[item.kind](run_config, folder, keep, others)
         shutil.rmtree(folder)
     write(path, {**facts, **found})
+
+
+def commit() -> str:
+    """Of the checkout, and whether it was changed since; empty where git does not know."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def import_engines() -> None:

@@ -99,13 +99,13 @@ def _engine(
 
 _DENSE = "qwen3-1.7b"
 CASES: tuple[Case, ...] = (
-    *_train(_DENSE, 4096),
+    *_train(_DENSE, 16384, packed=True),
     *(_engine(_DENSE, precision) for precision in PRECISIONS),
+    *_train(_DENSE, 4096),
     *_train(_DENSE, 4096, fused=False),
     *_train("qwen3-4b", 4096),
     *_train("qwen3-moe-slice", 4096),
     *(_engine("qwen3-moe-slice", precision) for precision in PRECISIONS),
-    *_train(_DENSE, 16384, packed=True),
     *(
         _engine(_DENSE, precision, label, switch)
         for label, switch in (

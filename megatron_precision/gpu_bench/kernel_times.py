@@ -21,7 +21,7 @@ CLASSES: tuple[tuple[str, str], ...] = (
     ("norm", r"norm"),
     ("products", r"gemm|nvjet|cutlass|cublas|xmma|splitk|::(mm|bmm|addmm|matmul|baddbmm)\b"),
     ("log-probs", r"softmax|logsumexp|cross_entropy"),
-    ("routing", r"permute|sort|topk|scatter|gather|index(?=_|select|put|func|ing)|cumsum"),
+    ("routing, gathers", r"permute|sort|topk|scatter|gather|index(?=_|select|put|func|ing)|cumsum"),
     ("copies and casts", r"memcpy|memset|copy|\bcast|_cast\b|fill|::(zero_|to|clone|cat)\b"),
     ("communication", r"nccl|all_?reduce|reduce_scatter"),
 )

@@ -11,6 +11,8 @@ from megatron_precision.config import RunConfig
 from megatron_precision.errors import Problem, UserError
 from megatron_precision.planning import job, preflight, search, tables
 from megatron_precision.planning.search import GB, Verdict
+from megatron_precision.platform import support
+from megatron_precision.platform.choice import Choice
 
 
 def add(commands: Any) -> None:
@@ -32,6 +34,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.all_sizes:
         return _all_sizes(args)
     config = _resolve(args)
+    if refused := list(support.problems(config, Choice("cuda", "a plan is for GPUs"))):
+        raise UserError(refused)
     gpu_gb = arguments.gpu_gb(args)
     verdict = search.judge(config, gpu_gb)
     found = preflight.of_run(

@@ -79,11 +79,11 @@ def says(config: RunConfig) -> str:
     if _hands_over(config):
         return (
             "The largest phase has to fit: what a phase frees is given back before the other side "
-            "takes memory. `host` parts wait in host memory, `gone` ones are made anew. Not "
-            "measured."
+            "takes memory. `host` parts wait in host memory, `gone` ones are made anew. What sleep "
+            "gives back was measured (docs/benchmarks/gpu.md), a whole turn was not."
         )
     return (
-        "All parts at once have to fit: nothing sleeps and nothing is offloaded here "
+        "All parts at once have to fit: nothing sleeps and nothing steps aside here "
         "(memory.engine_sleep, memory.offload_trainer), `kept` parts stay on the GPU, and of "
         "`freed` ones the allocator keeps the memory."
     )

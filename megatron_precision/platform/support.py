@@ -56,6 +56,7 @@ def problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
                 where=path,
                 got=f"{value} on the CPU platform ({choice.reason})",
                 expected=str(neutral),
+                remedy=f"--set {path}={str(neutral).lower()}, or a GPU host (docs/gpu.md)",
             )
 
 

@@ -125,7 +125,7 @@ def test_an_empty_folder_has_no_tables(tmp_path: Path) -> None:
             "elementwise",
         ),
         ("at::native::elementwise_kernel_with_index<int, arange_cuda_out>", "elementwise"),
-        ("at::native::index_elementwise_kernel<128, 4, gpu_index_kernel>", "routing"),
+        ("at::native::index_elementwise_kernel<128, 4, gpu_index_kernel>", "routing, gathers"),
         ("transformer_engine::detail::cast_transpose_kernel", "copies and casts"),
         ("aten::mm", "products"),
         ("aten::_log_softmax", "log-probs"),

@@ -108,6 +108,29 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_tests_that_are_all_skipped_are_no_result(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text("import pytest\ndef test_a(): pytest.skip('no GPU')\n")
+    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
+    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_one.py"))
+    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    failed, found = run(item, tmp_path / "out")
+    assert failed == 1
+    assert "all 1 tests were skipped" in str(found["error"])
+
+
+def test_cuda_without_a_driver_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_gpu, "DRIVER", tmp_path / "nowhere")
+    monkeypatch.setenv("MEGATRON_PRECISION_PLATFORM", "cuda")
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--out", str(tmp_path / "out")])
+    assert bench_gpu.main() == 2
+    assert "no GPU here to measure" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tables"])
+    assert bench_gpu.main() == 2
+    assert "no results" in capsys.readouterr().err
+
+
 def test_tests_that_cannot_be_collected_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import nothing_of_that_name\n")
     words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
@@ -163,7 +186,7 @@ def test_names_are_unique_and_the_first_hours_worth_comes_first() -> None:
         names = [item.name for item in agenda(tiny)]
         assert len(set(names)) == len(names)
         assert names[:4] == [
-            "train-qwen3-1.7b-4k-fused-fp16", "train-qwen3-1.7b-4k-fused-bf16",
+            "train-qwen3-1.7b-16k-packed-fused-fp16", "train-qwen3-1.7b-16k-packed-fused-bf16",
             "engine-qwen3-1.7b-fp16", "engine-qwen3-1.7b-bf16",
         ]  # fmt: skip
         assert names[4] == "tests"
@@ -208,7 +231,7 @@ def test_measures_come_as_they_are_named() -> None:
     def listed(*words: str) -> list[str]:
         command = [sys.executable, "scripts/bench_gpu.py", "--out", "x", "--list", "--only", *words]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.split()
+        return [line.split()[0] for line in done.stdout.splitlines()]
 
     packed = "train-qwen3-1.7b-16k-packed-fused"
     named = listed(packed, "engine-qwen3-1.7b-fp16", f"{packed}-bf16")
@@ -265,7 +288,7 @@ def test_one_measures_at_a_time_and_the_next_may_have_begun(
 def test_one_that_dies_while_it_waits_has_failed_and_the_others_have_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    broken = "train-qwen3-1.7b-4k-fused-bf16"
+    broken = "train-qwen3-1.7b-16k-packed-fused-bf16"
     failed, found = measure_stubs(monkeypatch, tmp_path / "out", ahead=True, broken=broken)
     assert failed == 1
     assert "it cannot even import" in str(found.pop(broken)["error"])
