@@ -21,6 +21,8 @@ from megatron_precision.errors import Problem, UserError, nearest
 from megatron_precision.launching import elsewhere, local, mounts, options, slurm
 from megatron_precision.launching.jobs import Job, prepare_job, train_job
 from megatron_precision.launching.options import Options
+from megatron_precision.platform import support
+from megatron_precision.platform.choice import choose
 
 # What a dry run shows for a run folder that was not named.
 NO_FOLDER = Path("DIR")
@@ -88,6 +90,8 @@ def _missing(
         )  # fmt: skip
     if launch is not None and launch.executor == "slurm":
         yield from slurm.require_slurm(launch)
+    if launch is not None and launch.executor == "local":  # elsewhere the platform is not known
+        yield from support.problems(config, choose())
     if config.start.kind == "checkpoint":
         yield from inputs.problems(_as_on_host(config, launch))
 

@@ -193,3 +193,13 @@ def test_the_answer_comes_within_a_second_and_without_nemo_run(tmp_path: Path) -
     assert not imported & {"torch", "nemo_run", "torchx", "megatron.core", "vllm"}
     assert min(seconds) < ANSWER_S
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_only_a_gpu_can_do_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["--set", "kernels.fused_weight_gradients=true", "memory.engine_sleep=keep_weights"]
+    said = refused(capsys, DENSE, "--out", str(tmp_path / "run"), *words)
+    for name in ("kernels.fused_weight_gradients=false", "memory.engine_sleep=off"):
+        assert f"remedy:   --set {name}, or a GPU host" in said
+    assert not (tmp_path / "run").exists()
