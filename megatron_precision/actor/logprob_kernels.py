@@ -1,10 +1,10 @@
 """What `logprobs.py` computes of logits on a GPU, in one pass over them each way.
 
 PyTorch's operators would read and write FP32 copies of the logits some twenty times, and hold four
-of them: ten gigabytes for 4,096 tokens of a vocabulary of 152k. Here a
-program reads a row once, keeps running sums in FP32, and writes nothing but these; backward it
-reads the row again and writes the gradient in the logits' dtype. Triton's kernels need a GPU, or
-its interpreter (`TRITON_INTERPRET=1`).
+of them: ten gigabytes for 4,096 tokens of a vocabulary of 152k. Here a program reads a row once,
+keeps running sums in FP32, and writes nothing but these; backward it reads the row again and writes
+the gradient in the logits' dtype. Triton's kernels need a GPU, or its interpreter
+(`TRITON_INTERPRET=1`).
 """
 
 from __future__ import annotations

@@ -15,6 +15,17 @@ import torch
 import torch.distributed as dist
 
 
+def _share(
+    columns: int, targets: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """This rank's part of the vocabulary: how many of its columns are real, the targets' columns,
+    and which of these targets are here; the column of one that is not says nothing."""
+    first = dist.get_rank(group) * columns
+    real = max(0, min(columns, vocab_size - first))
+    local = targets - first
+    return real, local.clamp(0, columns - 1), (local >= 0) & (local < real)
+
+
 class _VocabParallelLogprob(torch.autograd.Function):
     """FP32 statistics of the sharded softmax; backward is g (onehot - softmax) / temperature."""
 
@@ -28,18 +39,14 @@ class _VocabParallelLogprob(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         columns = logits.shape[-1]
-        first = dist.get_rank(group) * columns
+        real, local, mine = _share(columns, targets, vocab_size, group)
         scaled = logits.float() / temperature
-        real = max(0, min(columns, vocab_size - first))
         scaled[:, real:] = float("-inf")
 
         peak = scaled.amax(-1) if columns else scaled.new_full(scaled.shape[:1], float("-inf"))
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         shifted = scaled - peak[:, None]
         exps = shifted.exp()
-        local = targets - first
-        mine = (local >= 0) & (local < real)
-        local = local.clamp(0, columns - 1)
         target = shifted.gather(-1, local[:, None]).squeeze(-1).masked_fill(~mine, 0.0)
         # Padded columns are exp(-inf) * -inf: left out, not multiplied.
         weighted = (exps[:, :real] * shifted[:, :real]).sum(-1)
@@ -79,18 +86,14 @@ class _FusedLogprob(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from megatron_precision.actor.logprob_kernels import row_sums
 
-        columns = logits.shape[-1]
-        first = dist.get_rank(group) * columns
-        real = max(0, min(columns, vocab_size - first))
+        real, local, mine = _share(logits.shape[-1], targets, vocab_size, group)
         local_peak, local_sum, local_weighted = row_sums(logits, rows, real, temperature)
         peak = local_peak.clone()
         dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
         # A rank of nothing but padding has sums of zero below any peak.
         drop = (local_peak - peak).masked_fill(local_sum == 0, 0.0)
         factor = drop.exp()
-        local = targets - first
-        mine = (local >= 0) & (local < real)
-        scaled = logits[rows, local.clamp(0, columns - 1)].float() / temperature
+        scaled = logits[rows, local].float() / temperature
         target = (scaled - peak).masked_fill(~mine, 0.0)
         weighted = factor * (local_weighted + drop * local_sum)
         sums = torch.stack([factor * local_sum, weighted, target])

@@ -210,11 +210,9 @@ def config(case: Case, *, tiny: bool, gpu: bool) -> RunConfig:
 def _fusions(case: Case, gpu: bool) -> list[str]:
     if not case.fused:
         return []
-    names = ["fused_activation"]
-    if gpu:
-        names += ["fused_rope", "fused_weight_gradients"]
-        names += ["fused_permute"] * bool(MODELS[case.model].num_experts)
-    return [f"kernels.{name}=true" for name in names]
+    names = ("fused_activation", *(TRANSFORMER_ENGINE_FUSIONS if gpu else ()))
+    experts = MODELS[case.model].num_experts > 0
+    return [f"kernels.{name}=true" for name in names if experts or name != "fused_permute"]
 
 
 def _micro_batch_size(case: Case, length: int, tiny: bool) -> int:

@@ -44,7 +44,7 @@ from megatron_precision.weights.plan import rank_groups, rank_plan
 from megatron_precision.weights.sync import WeightSync
 
 WARMUP, ROUNDS = 2, 5
-TRAIN_WARMUP, TRAIN_ROUNDS = 2, 4  # steps of seconds
+STEPS = 4  # of a trainer: each takes seconds
 Facts = dict[str, Any]
 Keep = Callable[[Facts], None]  # writes what there is so far
 
@@ -148,7 +148,7 @@ def train(config: RunConfig, _folder: Path, keep: Keep, _others: Mapping[str, Ru
         nonlocal skipped
         skipped += actor.step(batch, plan, loss).outcome.skipped
 
-    took = seconds(step, TRAIN_ROUNDS, TRAIN_WARMUP)
+    took = seconds(step, STEPS)
     tokens_per_s = sum(lengths) / took["median_s"]
     peak = peak_flops(str(startup.describe()["device"]))
     flops = sum(n * flops_per_token(config.model, n) for n in lengths) / sum(lengths)

@@ -172,14 +172,15 @@ def _table(
     if columns is None:  # a column a class of kernels
         names = list(dict.fromkeys(name for _, one, _ in rows for name in one))
         columns = [(name, lambda one, _, n=name: _cell(one.get(n), ".1%")) for name in names]
-    lines = [
-        f"## {title}",
-        "",
-        _line(["measure", *(name for name, _ in columns)]),
-        _line(["---"] * (len(columns) + 1)),
-        *(_line([label, *(get(one, two) for _, get in columns)]) for label, one, two in rows),
-    ]
-    return "\n".join(lines)
+    head = ["measure", *(name for name, _ in columns)]
+    cells = ([label, *(get(one, two) for _, get in columns)] for label, one, two in rows)
+    return _grid(title, head, cells)
+
+
+def _grid(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(
+        [f"## {title}", "", _line(head), _line(["---"] * len(head)), *map(_line, rows)]
+    )
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -211,11 +212,11 @@ def _other_trainers(found: dict[str, Facts]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = [_line(["k3 of trainer", *names]), _line(["---"] * (len(names) + 1))]
-    for label, row in rows.items():
-        values = (_number(row.get(name, {}), "mismatch/k3_kl") for name in names)
-        lines.append(_line([label, *(_cell(value, ".2e") for value in values)]))
-    return "\n".join(["## Other trainers, the same responses", "", *lines])
+    cells = (
+        [label, *(_cell(_number(row.get(n, {}), "mismatch/k3_kl"), ".2e") for n in names)]
+        for label, row in rows.items()
+    )
+    return _grid("Other trainers, the same responses", ["k3 of trainer", *names], cells)
 
 
 def _experiments(found: dict[str, Facts]) -> list[str]:
@@ -230,14 +231,15 @@ def _experiments(found: dict[str, Facts]) -> list[str]:
         rows = {cell["train"]: [cell["train"]] for cell in cells}
         for cell in cells:
             rows[cell["train"]].append(_cell(cell["statistics"]["k3_kl"], ".2e"))
-        lines = [_line(head), _line(["---"] * len(head)), *(_line(row) for row in rows.values())]
-        parts.append("\n".join(["## SmolLM2-135M: k3, nats a token", "", *lines]))
+        parts.append(_grid("SmolLM2-135M: k3, nats a token", head, rows.values()))
     if figures := found.get("sanity-smollm2", {}).get("figures"):
         runs = [run["precision"] for run in found["sanity-smollm2"]["runs"]]
-        lines = [_line(["figure", *runs, "ratio"]), _line(["---"] * (len(runs) + 2))]
-        for name, figure in figures.items():
-            lines.append(_line([name, *map(_figure, figure["values"]), _figure(figure["ratio"])]))
-        parts.append("\n".join(["## The sanity experiment on SmolLM2-135M", "", *lines]))
+        lines = (
+            [name, *map(_figure, figure["values"]), _figure(figure["ratio"])]
+            for name, figure in figures.items()
+        )
+        title = "The sanity experiment on SmolLM2-135M"
+        parts.append(_grid(title, ["figure", *runs, "ratio"], lines))
     return parts
 
 

@@ -43,6 +43,12 @@ def experiment(second: str, product: str = "") -> Experiment:
     )
 
 
+def pytest_on(file: Path) -> Experiment:
+    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
+    words += (f"--junitxml={WORK}/tests.xml", str(file))
+    return Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+
+
 def run(item: Experiment, out: Path, budget_s: float = 60) -> tuple[int, dict[str, object]]:
     out.mkdir(exist_ok=True)
     failed = bench_gpu.run_all([item], out, tiny=True, budget_s=budget_s)
@@ -95,9 +101,7 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
         "def test_c(): pytest.skip('no GPU')\n"
         "@pytest.fixture\ndef broken(): raise OSError('gone')\ndef test_d(broken): pass\n"
     )
-    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
-    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_three.py"))
-    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    item = pytest_on(tmp_path / "test_three.py")
     for _ in range(2):  # the second time its result is there
         failed, found = run(item, tmp_path / "out")
         assert failed == 1
@@ -110,9 +114,7 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
 
 def test_tests_that_are_all_skipped_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text("import pytest\ndef test_a(): pytest.skip('no GPU')\n")
-    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
-    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_one.py"))
-    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    item = pytest_on(tmp_path / "test_one.py")
     failed, found = run(item, tmp_path / "out")
     assert failed == 1
     assert "all 1 tests were skipped" in str(found["error"])
@@ -133,9 +135,7 @@ def test_cuda_without_a_driver_is_refused_at_once(
 
 def test_tests_that_cannot_be_collected_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import nothing_of_that_name\n")
-    words = ("-m", "pytest", "-c", "/dev/null", "-p", "no:cacheprovider")
-    words += (f"--junitxml={WORK}/tests.xml", str(tmp_path / "test_broken.py"))
-    item = Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
+    item = pytest_on(tmp_path / "test_broken.py")
     failed, found = run(item, tmp_path / "out")
     assert failed == 1
     assert "exit code 2" in str(found["error"])
