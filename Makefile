@@ -44,7 +44,7 @@ mismatch: install
 	@$(BIN)/python -m megatron_precision mismatch --model smollm2 --rollouts 2 --out runs/mismatch-smollm2
 
 sweep: install
-	@$(BIN)/python scripts/sweep.py
+	@$(BIN)/python benchmarks/sweep.py
 
 test: install
 	$(BIN)/python -m pytest -m '$(FAST)'
@@ -64,9 +64,9 @@ test-gpu:
 # A second call goes on where the first was stopped. BUDGET_S=600 ends it after so many seconds.
 GPU_OUT ?= docs/benchmarks/raw/gpu
 gpu:
-	@$(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) $(if $(BUDGET_S),--budget-s $(BUDGET_S)); code=$$?; \
+	@$(GPU_PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) $(if $(BUDGET_S),--budget-s $(BUDGET_S)); code=$$?; \
 	  test $$code -ge 2 && exit $$code; \
-	  $(GPU_PYTHON) scripts/bench_gpu.py --out $(GPU_OUT) --tables && exit $$code
+	  $(GPU_PYTHON) benchmarks/gpu/run.py --out $(GPU_OUT) --tables && exit $$code
 
 check: install
 	$(BIN)/ruff check .

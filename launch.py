@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_precision.launching import command
+from megatron_precision.cli import launch
 
 if __name__ == "__main__":
-    sys.exit(command.main(sys.argv[1:]))
+    sys.exit(launch.main(sys.argv[1:]))

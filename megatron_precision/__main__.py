@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_precision.cli import entry_point
+from megatron_precision.cli.main import entry_point
 
 if __name__ == "__main__":
     entry_point()

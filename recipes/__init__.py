@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_precision import overrides as typed
-from megatron_precision.config import RunConfig
-from megatron_precision.errors import Problem, UserError, unknown_name
-from megatron_precision.planning import search
+from megatron_precision.checks.settings import unknown_algorithm, unknown_precision
+from megatron_precision.config import overrides as typed
+from megatron_precision.config.errors import Problem, UserError, unknown_name
+from megatron_precision.config.schema import RunConfig
 from megatron_precision.precision.policy import is_precision
+from megatron_precision.preflight import search
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.validation import unknown_algorithm, unknown_precision
 from recipes import dense14b, moe, octothinker, sanity
 from recipes.layouts import Size, Sized
 from recipes.sanity import r1_distill, smollm2

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_precision.config import ParallelConfig
+from megatron_precision.config.schema import ParallelConfig
 
 
 @dataclass(frozen=True, order=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.config.schema import ModelConfig, ParallelConfig, RunConfig
 
 _PROMPT, _RESPONSE = 64, 24
 _BUDGET = 3 * (_PROMPT + _RESPONSE) // 2

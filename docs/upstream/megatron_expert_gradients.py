@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_precision.actor.models import build_model, transformer_config
 from megatron_precision.actor.parallel import divide_world, open_world
-from megatron_precision.config import MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.config.schema import MemoryConfig, ModelConfig, ParallelConfig
 from megatron_precision.platform.startup import start
 from megatron_precision.precision.policy import policy
 

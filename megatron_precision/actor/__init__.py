@@ -1,0 +1,1 @@
+"""The trainer on one rank: Megatron's model, optimizer, batches, log-probs and routing replay."""

@@ -21,8 +21,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_precision.actor.batch import Batch, MicroBatch
-from megatron_precision.actor.held_weights import HeldWeights
+from megatron_precision.actor.batch import Batch, MicroBatch, TokenLayout
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.models import (
     build_model,
@@ -40,9 +39,9 @@ from megatron_precision.actor.packing import (
     padding_share,
     plan_micro_batches,
 )
+from megatron_precision.actor.parameters import HeldWeights
 from megatron_precision.actor.routing import RouterFlips, Routing
-from megatron_precision.actor.token_layout import TokenLayout
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,

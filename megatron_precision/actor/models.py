@@ -32,22 +32,20 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from megatron_precision.actor.attention import FusedAttention, ScoresAttention
-from megatron_precision.actor.lm_head import widen
-from megatron_precision.actor.norm import RMSNorm
-from megatron_precision.config import (
+from megatron_precision.actor.modules import FusedAttention, RMSNorm, ScoresAttention, widen
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import (
     TRANSFORMER_ENGINE_FUSIONS,
     KernelConfig,
     MemoryConfig,
     ModelConfig,
     ParallelConfig,
 )
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.layouts.architectures import architecture
+from megatron_precision.layouts.megatron import padded_vocab_size
 from megatron_precision.platform.choice import Platform, installed
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.policy import DType, PrecisionPolicy
-from megatron_precision.weights.architectures import architecture
-from megatron_precision.weights.megatron_layout import padded_vocab_size
 
 # Checkpoints use the names of Transformer Engine's layer spec, which fuses a norm into the linear
 # layer after it; with experts the norm before them stands alone there too.

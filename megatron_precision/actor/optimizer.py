@@ -12,7 +12,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_precision.actor.parallel import agree_any
-from megatron_precision.config import LossScaleConfig, OptimizerConfig
+from megatron_precision.config.schema import LossScaleConfig, OptimizerConfig
 from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.precision.loss_scale import LossScale
 from megatron_precision.precision.policy import PrecisionPolicy

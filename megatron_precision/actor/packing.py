@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_precision.actor.batch import MicroBatch
-from megatron_precision.config import ModelConfig
+from megatron_precision.config.schema import ModelConfig
 
 Plan = list[MicroBatch]
 

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_precision.config import ParallelConfig
-from megatron_precision.weights.megatron_layout import ShardCoordinates
+from megatron_precision.config.schema import ParallelConfig
+from megatron_precision.layouts.megatron import ShardCoordinates
 
 # A collective that waits longer than this has lost a peer; the job then ends with an error.
 COLLECTIVE_TIMEOUT_S = 600.0

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_precision.actor.token_layout import NOWHERE, TokenLayout
-from megatron_precision.config import UNKNOWN_EXPERT
+from megatron_precision.actor.batch import NOWHERE, TokenLayout
+from megatron_precision.config.schema import UNKNOWN_EXPERT
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.checkpoint import folders
-from megatron_precision.config import RunConfig, to_dict
-from megatron_precision.errors import Problem, UserError
-from megatron_precision.observe.runs import flatten
-from megatron_precision.run_folder import METRICS
+from megatron_precision.checkpoint.run_folder import METRICS
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import RunConfig, to_dict
+from megatron_precision.report.runs import flatten
 
 # Changes nothing that is trained: how long, who watches, what is written down.
 _FREE = (
@@ -60,7 +60,7 @@ def changes(config: RunConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any,
     return {p: (before[p], value) for p, value in now.items() if before.get(p, value) != value}
 
 
-def problems(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Problem]:
+def state_problems(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Problem]:
     """Every change that would make another run of it.
 
     Args:
@@ -123,5 +123,5 @@ def resume_problems(config: RunConfig, out: Path) -> list[Problem]:
             state = folders.read_state(folder)
         except UserError:
             continue  # damaged: the ranks will find it so, and say it
-        return problems(config, state, str(folder))
+        return state_problems(config, state, str(folder))
     return []

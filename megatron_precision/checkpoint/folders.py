@@ -18,9 +18,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_precision.errors import UserError
-from megatron_precision.run_folder import METRICS
-from megatron_precision.weights.hf_config import read_object
+from megatron_precision.checkpoint.run_folder import METRICS
+from megatron_precision.config.errors import UserError
+from megatron_precision.layouts.hf_config import read_object
 
 CHECKPOINTS = "checkpoints"
 STATE = "trainer.json"

@@ -23,10 +23,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.optimizer import MAIN, FlatState
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.families import Box
-from megatron_precision.weights.flat_ranges import FlatRange, FlatRanges
-from megatron_precision.weights.regions import Piece
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.regions import Piece
+from megatron_precision.sync.families import Box
+from megatron_precision.sync.flat_ranges import FlatRange, FlatRanges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, ShardedTensor]

@@ -2,28 +2,32 @@
 
 A checkpoint is written into a partial folder, read back and compared with what it was written from,
 hashed, and renamed.
+
+Random generators of a rank: Python's, NumPy's, torch's, and Megatron's tracker's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.checkpoint import manifest
+from megatron_precision.checkpoint.manifest import SIDECAR, copy_sidecar, state_dtype
 from megatron_precision.checkpoint.optimizer_state import OptimizerBoxes
-from megatron_precision.checkpoint.sidecar import SIDECAR, copy_sidecar, state_dtype
 from megatron_precision.platform import checkpoint_writers
 
 
@@ -189,3 +193,26 @@ def _room(sharded: Any) -> torch.Tensor:
 def _digest(values: torch.Tensor) -> bytes:
     bits = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(memoryview(bits.numpy())).digest()
+
+
+def capture() -> dict[str, Any]:
+    """The state of all of them, as `restore` takes it."""
+    found: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def restore(state: dict[str, Any]) -> None:
+    """Go on drawing where `state` was captured."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["megatron"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

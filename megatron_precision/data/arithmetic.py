@@ -13,18 +13,144 @@ engines would have much to act on.
 
 Every question belongs to one split, by a hash of its prompt, whatever the seed is.
 This module imports no torch.
+
+Batches for the supervised warm start: prompt and worked solution as tokens, and a loss mask.
+
+Shapes: B sequences, T tokens of the longest one. This module imports no torch;
+`torch.from_numpy` takes its arrays without a copy.
+
+One token a character, with padding and end: the tokenizer of the tiny models.
+
+It has no merges and no unknown token: a character outside the alphabet is a mistake in a
+question, never something to train on. `save` writes the same mapping in Hugging Face's format.
+This module imports no torch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from megatron_precision.config import TaskConfig
-from megatron_precision.data.tokenizer import LABELS
+import numpy as np
+import numpy.typing as npt
+
+from megatron_precision.config.schema import TaskConfig
+
+# What a question or its solution may contain. With the two special tokens that makes 32, the
+# vocabulary size that `ModelConfig` starts from.
+LABELS = "abcdefghijklmnopq"
+ALPHABET = "0123456789+=," + LABELS
+
+PAD_TOKEN = "<pad>"
+EOS_TOKEN = "<eos>"
+
+
+class CharTokenizer:
+    """Characters to ids and back. There is no start token: a prompt is never empty.
+
+    Attributes:
+        pad_id: fills the right end of a batch; never sampled on purpose, never trained on.
+        eos_id: ends a response.
+        vocab_size: ids are 0 .. vocab_size - 1.
+    """
+
+    pad_id = 0
+    eos_id = 1
+
+    def __init__(self) -> None:
+        self._tokens = [PAD_TOKEN, EOS_TOKEN, *ALPHABET]
+        self._ids = {token: index for index, token in enumerate(self._tokens)}
+        self.vocab_size = len(self._tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, one a character; no special token is added or recognised.
+
+        Raises:
+            ValueError: names every character outside the alphabet.
+        """
+        unknown = sorted(set(text) - set(ALPHABET))
+        if unknown:
+            raise ValueError(
+                f"no token for {', '.join(map(repr, unknown))} in {text!r}: "
+                f"expected only characters of {ALPHABET!r}"
+            )
+        return [self._ids[character] for character in text]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of ids.
+
+        Args:
+            ids: ids of any length.
+            skip_special: leave `<pad>` and `<eos>` out of the text.
+
+        Raises:
+            ValueError: names every id outside the vocabulary.
+        """
+        ids = list(ids)
+        outside = sorted({index for index in ids if not 0 <= index < self.vocab_size})
+        if outside:
+            raise ValueError(f"no token has the ids {outside}: expected 0 .. {self.vocab_size - 1}")
+        special = {self.pad_id, self.eos_id} if skip_special else set()
+        return "".join(self._tokens[index] for index in ids if index not in special)
+
+    def save(self, folder: Path) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which give the same ids.
+
+        `transformers.PreTrainedTokenizerFast.from_pretrained(folder)` loads them. Unlike
+        `encode`, a Hugging Face tokenizer reads the text `<eos>` as the special token.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {"tokenizer.json": self._tokenizer_json(), "tokenizer_config.json": self._config()}
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def _tokenizer_json(self) -> dict[str, object]:
+        special = [
+            {
+                "id": index,
+                "content": self._tokens[index],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for index in (self.pad_id, self.eos_id)
+        ]
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": special,
+            "normalizer": None,
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            # The unknown token is not in the vocabulary, so that an unknown character is an error.
+            "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": "<unk>"},
+        }
+
+    def _config(self) -> dict[str, object]:
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "pad_token": PAD_TOKEN,
+            "eos_token": EOS_TOKEN,
+            "padding_side": "right",
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": 1_000_000,
+        }
+
 
 Split = Literal["warm_start", "train", "eval"]
 
@@ -144,3 +270,79 @@ def _work_out(terms: list[int], draw: random.Random) -> str:
         total += term
         steps.append(f"{label}{left}+{right}={total}")
     return ",".join(steps)
+
+
+@dataclass(frozen=True, eq=False)
+class SupervisedBatch:
+    """Right-padded sequences: prompt, solution, end token, padding.
+
+    Attributes:
+        tokens: int64 [B, T].
+        loss_mask: bool [B, T], true where the *token at that place* is one the model must learn
+            to produce: the solution and the end token. Logits at place t predict the token at
+            t + 1, so a loss pairs `logits[:, :-1]` with `tokens[:, 1:]` and `loss_mask[:, 1:]`.
+        lengths: int64 [B], tokens of each sequence without padding.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.bool_]
+    lengths: npt.NDArray[np.int64]
+
+
+def make_batch(
+    questions: Sequence[Question], tokenizer: CharTokenizer, *, pad_to_multiple: int = 1
+) -> SupervisedBatch:
+    """Encode questions with their solutions.
+
+    Args:
+        questions: at least one.
+        tokenizer: encodes prompt and solution and gives the end and padding ids.
+        pad_to_multiple: T is rounded up to a multiple of this, as sequence parallelism needs.
+
+    Raises:
+        ValueError: for no question, for a multiple below 1, and for characters without a token.
+    """
+    if not questions:
+        raise ValueError("a supervised batch needs at least one question, got none")
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple: got {pad_to_multiple}, expected 1 or more")
+    prompts = [tokenizer.encode(question.prompt) for question in questions]
+    responses = [[*tokenizer.encode(question.solution), tokenizer.eos_id] for question in questions]
+    lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)])
+    longest = -(-int(lengths.max()) // pad_to_multiple) * pad_to_multiple
+    tokens = np.full((len(questions), longest), tokenizer.pad_id, dtype=np.int64)
+    loss_mask = np.zeros((len(questions), longest), dtype=np.bool_)
+    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        end = len(prompt) + len(response)
+        tokens[row, :end] = prompt + response
+        loss_mask[row, len(prompt) : end] = True
+    return SupervisedBatch(tokens=tokens, loss_mask=loss_mask, lengths=lengths.astype(np.int64))
+
+
+def warm_start_batches(
+    task: TaskConfig,
+    tokenizer: CharTokenizer,
+    *,
+    batch_size: int,
+    seed: int,
+    pad_to_multiple: int = 1,
+) -> Iterator[SupervisedBatch]:
+    """Batches of the warm-start split without end; a pure function of the arguments.
+
+    Every rank that calls this with the same arguments sees the same batches; data-parallel
+    ranks take their rows from them.
+
+    Raises:
+        ValueError: for a batch size below 1, and as `make_batch` and `question_stream` do.
+    """
+    if batch_size < 1:
+        raise ValueError(f"warm_start.batch_size: got {batch_size}, expected 1 or more")
+    questions = question_stream(task, split="warm_start", seed=seed)
+    return (
+        make_batch(
+            list(itertools.islice(questions, batch_size)),
+            tokenizer,
+            pad_to_multiple=pad_to_multiple,
+        )
+        for _ in itertools.count()
+    )

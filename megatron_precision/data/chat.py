@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.data.prompts import ChatPrompt, Message
-from megatron_precision.errors import Problem, UserError
 
 
 class ChatEncoder(Protocol):

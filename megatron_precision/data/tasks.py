@@ -13,14 +13,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_precision.config import RunConfig, TaskConfig
-from megatron_precision.data.arithmetic import Question, make_questions
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import RunConfig, TaskConfig
+from megatron_precision.data.arithmetic import CharTokenizer, Question, make_questions
 from megatron_precision.data.chat import ChatTokenizer, encode_prompts
 from megatron_precision.data.mixture import Mixture, MixtureSet, MixtureState
-from megatron_precision.data.prompts import ChatPrompt, read_prompts, without_repeats
-from megatron_precision.data.sets import PromptSet, parse_set
-from megatron_precision.data.tokenizer import CharTokenizer
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.data.prompts import (
+    ChatPrompt,
+    PromptSet,
+    parse_set,
+    read_prompts,
+    without_repeats,
+)
 from megatron_precision.rewards.grading import ArithmeticGrader, Grader, PooledGrader
 from megatron_precision.rewards.scorers import scorer
 

@@ -1,0 +1,1 @@
+"""What a run writes: metrics, their sinks, and dumps of iterations."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.config.errors import Problem, UserError
 
 Value = float | int | str | list[float] | dict[str, Any]
 

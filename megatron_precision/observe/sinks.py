@@ -26,8 +26,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from megatron_precision.config import SinkConfig
-from megatron_precision.observe.final_figures import power_of_two
+from megatron_precision.config.schema import SinkConfig
 from megatron_precision.observe.metrics import Sink
 
 # wandb's own limit is 90 s, for which every rank would wait.
@@ -349,3 +348,10 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def power_of_two(value: float) -> str:
+    """A loss scale: `2^20` where it is a power of two above one, else the number."""
+    if value > 1 and math.isfinite(value) and math.log2(value).is_integer():
+        return f"2^{int(math.log2(value))}"
+    return f"{value:g}"

@@ -18,17 +18,17 @@ import os
 
 import torch
 
-from megatron_precision.errors import Problem, UserError
-from megatron_precision.platform import moe_router
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.platform import patching
 from megatron_precision.platform.choice import Choice
 from megatron_precision.platform.patching import Patch, apply
 
 BACKEND = "cpu:gloo,cuda:nccl"
-PATCHES: tuple[Patch, ...] = (moe_router.WITHOUT_TRANSFORMER_ENGINE,)
+PATCHES: tuple[Patch, ...] = (patching.WITHOUT_TRANSFORMER_ENGINE,)
 _applied: set[str] = set()
 
 
-def problems(choice: Choice, local_rank: int, ranks_here: int) -> list[Problem]:
+def device_problems(choice: Choice, local_rank: int, ranks_here: int) -> list[Problem]:
     """What keeps this process from using its GPU.
 
     Args:
@@ -73,7 +73,7 @@ def start(choice: Choice) -> None:
     # connection keeps. Read when CUDA starts, which asking for a device may do already.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    found = problems(choice, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    found = device_problems(choice, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if found:
         raise UserError(found)
     torch.cuda.set_device(local_rank)

@@ -1,4 +1,7 @@
-"""How upstream code is patched: a change is a value with its reason, applied loudly or never."""
+"""How upstream code is patched: a change is a value with its reason, applied loudly or never.
+
+Megatron's router without Transformer Engine, on either platform.
+"""
 
 from __future__ import annotations
 
@@ -65,3 +68,13 @@ def _resolve(path: str) -> Any:
     module, _, cls = path.partition(":")
     owner = importlib.import_module(module)
     return getattr(owner, cls) if cls else owner
+
+
+WITHOUT_TRANSFORMER_ENGINE = Patch(
+    "megatron.core.transformer.moe.moe_utils",
+    "te_general_gemm",
+    lambda original: original,
+    "the router uses this name unguarded; without Transformer Engine it is not defined",
+    "megatron-core 0.16.1",
+    may_be_missing=True,
+)

@@ -24,7 +24,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_precision.errors import UserError
+from megatron_precision.config.errors import UserError
 
 JOB_VARIABLE = "MEGATRON_PRECISION_JOB"
 SHARED_MEMORY = Path("/dev/shm")

@@ -10,7 +10,8 @@ import warnings
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from megatron_precision.platform import host_memory, process
+from megatron_precision.platform import cpu as host_memory
+from megatron_precision.platform import process
 from megatron_precision.platform.choice import choose
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""The one room in which dtypes are decided, watched and audited."""

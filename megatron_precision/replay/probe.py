@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_precision.actor.batch import Batch, MicroBatch
-from megatron_precision.actor.token_layout import TokenLayout
+from megatron_precision.actor.batch import Batch, MicroBatch, TokenLayout
 from megatron_precision.replay.findings import (
     EMBEDDING,
     FINAL_NORM,

@@ -1,19 +1,40 @@
-"""What a replay found, for a person: a table in the terminal, a picture, and the raw figures."""
+"""What a replay found, for a person: a table in the terminal, a picture, and the raw figures.
+
+The files of a replay: figures, picture and log-probs.
+
+The picture of a replay: both sides' tokens, by position, by layer, and the router.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.observe.dump import Dump
+from megatron_precision.observe.metrics import finite
 from megatron_precision.replay import findings
-from megatron_precision.replay.dump import Dump
-from megatron_precision.replay.findings import Bucket, Pair, PointError, Scored, WorstToken
-from megatron_precision.replay.layout import layout_words
+from megatron_precision.replay.findings import (
+    Bucket,
+    Pair,
+    PointError,
+    Scored,
+    WorstToken,
+    layout_words,
+)
+from megatron_precision.report.plots import STYLE
 
 _DISTANCES = (("rollout", "fp32"), ("trainer", "fp32"), ("replay", "fp32"))
 
@@ -238,3 +259,105 @@ def _bucket_lines(title: str, rows: Sequence[Bucket]) -> Iterator[str]:
     for row in rows:
         means = "".join(f"{mean:>20.3g}" for mean in row.abs_mean.values())
         yield f"  {row.low:>8g} to {row.high:<10g}{row.tokens:>11,}{means}"
+
+
+FIGURES = "replay.json"
+PICTURE = "replay.png"
+LOGPROBS = "logprobs.safetensors"
+
+
+def write(replay: Replay, out: Path) -> None:
+    """Write figures, picture and log-probs; the folder is made."""
+    out.mkdir(parents=True, exist_ok=True)
+    values = {
+        part.name: getattr(replay, part.name)
+        for part in dataclasses.fields(replay)
+        if part.name != "logprobs"
+    }
+    text = json.dumps(finite(_plain(values)), indent=1, allow_nan=False)
+    (out / FIGURES).write_text(text + "\n", encoding="utf-8")
+    logprobs = {name: np.ascontiguousarray(array) for name, array in replay.logprobs.items()}
+    save_file(logprobs, out / LOGPROBS)
+    draw(replay).savefig(out / PICTURE, dpi=150)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, at any depth."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    assert value is None or isinstance(value, str | int | float), type(value)
+    return value if not isinstance(value, float) or math.isfinite(value) else finite(value)
+
+
+_COLOURS = ("#b5544a", "#35608d", "#7ea172")
+_ROUTER = "#8a6fa8"
+
+
+def draw(replay: Replay) -> Figure:
+    """By position, by probability, and by layer: three panels, two where no layer was compared."""
+    with mpl.rc_context(STYLE):
+        panels = 3 if replay.forced else 2
+        figure = Figure(figsize=(4.6 * panels, 3.5), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        facts = replay.facts
+        _buckets(axes[0], replay, "position")
+        _buckets(axes[1], replay, "probability")
+        if replay.forced:
+            _layers(axes[2], replay)
+        figure.suptitle(
+            f"{facts['recipe']} in {facts['run_precision']}, iteration {facts['iteration']}, "
+            f"scored again in {facts['precision']}, {facts['layout']}",
+            x=0.01, ha="left", fontsize=10,
+        )  # fmt: skip
+        return figure
+
+
+def _buckets(axis: Axes, replay: Replay, kind: str) -> None:
+    rows = replay.by_position if kind == "position" else replay.by_probability
+    names = list(rows[0].abs_mean) if rows else []
+    at = np.arange(len(rows))
+    for colour, name in zip(_COLOURS, names, strict=False):
+        means = [row.abs_mean[name] or np.nan for row in rows]
+        axis.plot(at, means, color=colour, marker="o", markersize=3.5, label=name)
+    axis.set_xticks(at, [_range(row.low, row.high, kind) for row in rows], rotation=45)
+    axis.set_yscale("log")
+    axis.set_ylabel("mean |Δ log-prob| (nats)")
+    where = "position in the response" if kind == "position" else "probability in FP32"
+    axis.set_title(f"by {where}")
+    if names:
+        axis.legend()
+
+
+def _range(low: float, high: float, kind: str) -> str:
+    if kind == "position":
+        return f"{low:g}" if high - low == 1 else f"{low:g}-{high - 1:g}"
+    return f"{low:g}-{high:g}"
+
+
+def _layers(axis: Axes, replay: Replay) -> None:
+    at = np.arange(len(replay.forced))
+    for points, label, style in ((replay.free, "carried", "-"), (replay.forced, "its own", "--")):
+        means = [point.mean or np.nan for point in points]
+        axis.plot(
+            at, means, style, color=_COLOURS[1], marker="o", markersize=3.5,
+            label=f"activations, {label}",
+        )  # fmt: skip
+    routed = [(n, p) for n, p in enumerate(replay.free) if p.router_mean is not None]
+    if routed:
+        axis.plot(
+            [n for n, _ in routed], [p.router_mean or np.nan for _, p in routed],
+            color=_ROUTER, marker="s", markersize=3.5, label="router logits, carried",
+        )  # fmt: skip
+        axis.plot(
+            [n for n, _ in routed], [p.flipped_share or np.nan for _, p in routed],
+            color=_ROUTER, marker="x", linestyle=":", label="share of tokens sent to other experts",
+        )  # fmt: skip
+    axis.set_xticks(at, [point.name for point in replay.forced], rotation=45, ha="right")
+    axis.set_yscale("log")
+    axis.set_ylabel("mean relative error against FP32")
+    axis.set_title("by layer")
+    axis.legend()

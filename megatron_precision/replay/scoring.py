@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from megatron_precision.actor import parallel
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import UNKNOWN_EXPERT, RunConfig
+from megatron_precision.config.schema import UNKNOWN_EXPERT, RunConfig
+from megatron_precision.observe.dump import Arrays
 from megatron_precision.platform import startup
-from megatron_precision.replay.dump import Arrays
 from megatron_precision.replay.findings import Scored
 from megatron_precision.replay.probe import Comparer, Recorder
 

@@ -1,0 +1,1 @@
+"""Grades responses, in worker processes that a hostile answer cannot take down."""

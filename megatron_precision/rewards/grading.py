@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from megatron_precision.rewards import arithmetic
+from megatron_precision.rewards import scorers
 from megatron_precision.rewards.isolation import Sample, ScorerPool, Status, Verdict
 from megatron_precision.rewards.scorers import Scorer
 
@@ -71,7 +71,9 @@ class ArithmeticGrader:
 
     def submit(self, response: Response) -> Future[Grade]:
         """See `Grader`."""
-        reward = arithmetic.score(response.text, response.answer, truncated=response.truncated)
+        reward = scorers.score_arithmetic(
+            response.text, response.answer, truncated=response.truncated
+        )
         return graded(reward)
 
     def close(self) -> None:

@@ -2,20 +2,26 @@
 
 Each runs in the worker processes of `isolation.py`. A new one is a function in a file of its own
 and a row in `SCORERS`; one of the user's own is named as `MODULE:FUNCTION`.
+
+The reward of an arithmetic question: the right final answer, or nothing.
+
+The last number of a response, as GSM8K and its like are graded.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
+from decimal import Decimal
 
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.config.errors import Problem, UserError
 
 Scorer = Callable[[str, str], float]
 
 SCORERS = {
     "math": "megatron_precision.rewards.math:score",
-    "number": "megatron_precision.rewards.number:score",
+    "number": "megatron_precision.rewards.scorers:score_number",
 }
 
 
@@ -36,3 +42,51 @@ def scorer(name: str) -> Scorer:
         problem = Problem("a scorer that cannot be loaded", "task.scorer", str(wrong), expected)
         raise UserError(problem) from wrong
     return found
+
+
+# No leading zero, no sign, ASCII digits alone, and nothing after the number.
+_FINAL_ANSWER = re.compile(r"=(0|[1-9][0-9]*)\Z")
+
+
+def score_arithmetic(response: str, answer: str, *, truncated: bool) -> float:
+    """1.0 if the response ends in `=` and the right number, else 0.0.
+
+    The steps before the final answer are not graded. The experiment measures reinforcement
+    learning from outcomes, as the paper does; a reward for steps would teach the demonstrated
+    way of working, which the warm start has done already, and would pay for wrong answers.
+
+    Args:
+        response: the decoded response without special tokens.
+        answer: the right answer in decimal digits.
+        truncated: the response reached its length limit before its end token. What it would
+            have ended in is unknown, so it scores 0, even if it looks right by accident.
+    """
+    if truncated:
+        return 0.0
+    final = _FINAL_ANSWER.search(response)
+    return 1.0 if final is not None and final.group(1) == answer else 0.0
+
+
+# A comma counts as a part of a number before three digits, a point before any, and a minus where
+# nothing stands right before it: 7-5 has the numbers 7 and 5.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII)
+
+
+def score_number(response: str, answer: str) -> float:
+    """1.0 if the last number of the response is the right one, else 0.0.
+
+    Args:
+        response: the decoded response.
+        answer: the right number, in decimal digits.
+
+    Raises:
+        ValueError: where the right answer is no number.
+    """
+    if not _NUMBER.fullmatch(answer.strip()):
+        raise ValueError(f"the right answer is not a number: {answer!r}")
+    numbers = _NUMBER.findall(response)
+    return 1.0 if numbers and _value(numbers[-1]) == _value(answer.strip()) else 0.0
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))

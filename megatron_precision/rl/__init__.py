@@ -1,0 +1,1 @@
+"""Algorithms as pure functions on tensors: advantages, losses, corrections, mismatch."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.algorithms import Correction
 
 

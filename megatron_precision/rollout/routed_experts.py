@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_precision.config import UNKNOWN_EXPERT
+from megatron_precision.config.schema import UNKNOWN_EXPERT
 
 
 class RoutedExperts:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
 from megatron_precision.rewards.grading import Grade
 from megatron_precision.rollout.engine import (
     Request,

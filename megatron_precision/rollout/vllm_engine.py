@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.layouts.megatron import ShardCoordinates
+from megatron_precision.layouts.regions import Piece
 from megatron_precision.platform import startup
 from megatron_precision.platform.choice import choose
 from megatron_precision.platform.vllm_sampling import SampledLogprobs
@@ -24,12 +26,10 @@ from megatron_precision.rollout import vllm_versions
 from megatron_precision.rollout.engine import Request, Rollout, Sampling
 from megatron_precision.rollout.engine_weights import head_dtype
 from megatron_precision.rollout.routed_experts import RoutedExperts
-from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.plan import Planner
-from megatron_precision.weights.regions import Piece
+from megatron_precision.sync.plan import Planner
 
 if TYPE_CHECKING:
-    from megatron_precision.weights.transfer import Transfer
+    from megatron_precision.sync.transfer import Transfer
 
 # vLLM's levels: 1 keeps the weights on the host, 2 forgets them; buffers are kept by both.
 _SLEEP_LEVELS = {"off": 0, "keep_weights": 1, "drop_weights": 2}

@@ -1,6 +1,6 @@
 """What differs between the vLLM of the CPU (0.32) and that of GPU hosts with torch 2.11 (0.26).
 
-Names that both have are used where they are needed; `scripts/check_vllm_names.py` looks for all of
+Names that both have are used where they are needed; `tools/check_vllm_names.py` looks for all of
 them in an installed vLLM. What is left is here:
 
 - the model runner: 0.26 takes its second one for dense models, and has hooks for neither sampled

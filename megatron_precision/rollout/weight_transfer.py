@@ -17,12 +17,11 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from megatron_precision.layouts.megatron import ShardCoordinates
+from megatron_precision.layouts.regions import Piece
 from megatron_precision.rollout.engine_weights import EngineWeights
-from megatron_precision.weights.megatron_layout import ShardCoordinates
-from megatron_precision.weights.messages import BATCH_BYTES
-from megatron_precision.weights.plan import Planner
-from megatron_precision.weights.regions import Piece
-from megatron_precision.weights.transfer import Transfer
+from megatron_precision.sync.plan import BATCH_BYTES, Planner
+from megatron_precision.sync.transfer import Transfer
 
 BACKEND = "megatron_precision"
 

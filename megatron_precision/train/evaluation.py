@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_precision.config import EvalConfig
+from megatron_precision.config.schema import EvalConfig
 from megatron_precision.rewards.grading import Grade
 from megatron_precision.train.session import Session
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_precision.config import RunConfig
-from megatron_precision.train.iteration import Trainer
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.train.trainer import Trainer
 
 
 def run(

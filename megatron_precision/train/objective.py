@@ -6,7 +6,7 @@ import torch
 
 from megatron_precision.actor.actor import LossFunction, MicroLoss
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.aggregation import aggregate, normaliser
 from megatron_precision.rl.algorithms import Algorithm
 from megatron_precision.rl.losses import token_loss

@@ -1,16 +1,96 @@
-"""Sampling on a task: prompts to the engine, texts to the grader, groups with rewards back."""
+"""Sampling on a task: prompts to the engine, texts to the grader, groups with rewards back.
+
+Groups of rollouts with their rewards, and the rounds of sampling that fill a batch with them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
-from megatron_precision.config import Truncated
+import torch
+
+from megatron_precision.config.schema import Truncated
 from megatron_precision.data.tasks import Task, TaskPrompt
 from megatron_precision.rewards.grading import Grade, Grader, Response, graded
+from megatron_precision.rl.advantages import with_contrast
 from megatron_precision.rollout.engine import Rollout, Sampling
-from megatron_precision.rollout.sampling import Prompt, Sampler
-from megatron_precision.train.groups import Sampled
+from megatron_precision.rollout.sampling import Graded, Prompt, Sampler
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Groups of rollouts with their rewards.
+
+    Attributes:
+        rollouts: ordered by prompt, then rollout.
+        rewards: [prompts, rollouts] FP32.
+        reward_s: seconds that this rank gave to grading; see `Graded`.
+        failures: grades of responses that could not be scored.
+    """
+
+    rollouts: list[Rollout]
+    rewards: torch.Tensor
+    reward_s: float
+    failures: tuple[Grade, ...] = ()
+
+    @classmethod
+    def of(cls, graded: Graded, rollouts_per_prompt: int) -> Sampled:
+        """Graded rollouts as groups."""
+        rewards = torch.tensor([grade.reward for grade in graded.grades])
+        failures = tuple(grade for grade in graded.grades if grade.status != "scored")
+        shape = (-1, rollouts_per_prompt)
+        return cls(graded.rollouts, rewards.view(shape), graded.grading_s, failures)
+
+    @property
+    def response_tokens(self) -> torch.Tensor:
+        """[prompts, rollouts] int64: lengths of the responses."""
+        lengths = [len(rollout.tokens) for rollout in self.rollouts]
+        return torch.tensor(lengths, dtype=torch.int64).view(self.rewards.shape)
+
+    def groups(self, chosen: Sequence[int]) -> Sampled:
+        """The groups with these numbers, in this order."""
+        size = self.rewards.shape[1]
+        rollouts = [self.rollouts[group * size + i] for group in chosen for i in range(size)]
+        return Sampled(rollouts, self.rewards[list(chosen)], self.reward_s, self.failures)
+
+
+def sample_rounds(
+    sample: Callable[[int, int], Sampled], num_groups: int, extra_rounds: int
+) -> tuple[Sampled, Sampled]:
+    """Sample groups, and further ones in place of those whose rewards are all equal.
+
+    Each further round asks only as many prompts as are missing. Where the rounds run out, groups
+    without contrast fill the batch: its shape is fixed, and they add no gradient. Every rank
+    holds the same rewards, so all ranks ask for the same rounds.
+
+    Args:
+        sample: (round, prompts) to that many groups; round 0 is the iteration's own.
+        num_groups: groups of the batch.
+        extra_rounds: further rounds at most; with 0 the batch is what was sampled.
+
+    Returns:
+        Everything that was sampled, and the batch: `num_groups` of its groups, in its order.
+
+    Source: arXiv 2503.14476, section 3.2. It samples until the batch is full, without a
+    bound, and whole batches at a time.
+    """
+    everything = sample(0, num_groups)
+    for number in range(1, extra_rounds + 1):
+        missing = num_groups - int(with_contrast(everything.rewards).sum())
+        if missing <= 0:
+            break
+        more = sample(number, missing)
+        everything = Sampled(
+            [*everything.rollouts, *more.rollouts],
+            torch.cat([everything.rewards, more.rewards]),
+            everything.reward_s + more.reward_s,
+            (*everything.failures, *more.failures),
+        )
+    # A stable sort: groups with contrast first, each kind in the order in which it was sampled.
+    order = torch.argsort(with_contrast(everything.rewards), descending=True, stable=True)
+    return everything, everything.groups(sorted(order[:num_groups].tolist()))
 
 
 class TaskSampler:

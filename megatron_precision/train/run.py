@@ -14,25 +14,30 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_precision.actor.parallel import agree_any
-from megatron_precision.checkpoint import generators, store
-from megatron_precision.config import RunConfig, fingerprint, to_dict
+from megatron_precision.checkpoint import store
+from megatron_precision.checkpoint import store as generators
+from megatron_precision.checkpoint.run_folder import ALIVE, FAILED_GRADES, METRICS, go_back
+from megatron_precision.config.errors import Stopped
+from megatron_precision.config.schema import RunConfig, fingerprint, to_dict
+from megatron_precision.data import start as starts
 from megatron_precision.data.tasks import PromptOrder
-from megatron_precision.errors import Stopped
 from megatron_precision.observe.metrics import MetricsWriter
 from megatron_precision.observe.sinks import make_sinks
 from megatron_precision.platform import startup
 from megatron_precision.rl.algorithms import ALGORITHMS
-from megatron_precision.run_folder import ALIVE, FAILED_GRADES, METRICS, go_back
-from megatron_precision.train import start as starts
-from megatron_precision.train.checkpoints import Checkpoints, Standing, Written, newest_whole
-from megatron_precision.train.clock import PhaseClock
+from megatron_precision.train.checkpoints import (
+    Checkpoints,
+    Counters,
+    Standing,
+    Written,
+    counters,
+    describe,
+    newest_whole,
+)
 from megatron_precision.train.dumps import Dumper, Measured
-from megatron_precision.train.failed_grades import FailedGrades
-from megatron_precision.train.hand_over import HandOver
-from megatron_precision.train.session import Session
-from megatron_precision.train.state import Counters, counters, describe
-from megatron_precision.train.stopping import StopRequest
-from megatron_precision.train.watchdog import Watchdog
+from megatron_precision.train.recorder import FailedGrades, PhaseClock
+from megatron_precision.train.session import HandOver, Session
+from megatron_precision.train.watchdog import StopRequest, Watchdog
 
 
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     AlgorithmConfig,
     EvalConfig,
     MemoryConfig,
@@ -15,7 +15,7 @@ from megatron_precision.config import (
     TaskConfig,
     TrainConfig,
 )
-from megatron_precision.weights.known_models import QWEN3_14B
+from megatron_precision.layouts.architectures import QWEN3_14B
 from recipes.layouts import Layout, Layouts, Size, layout
 
 LAYOUTS: Layouts = {

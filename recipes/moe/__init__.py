@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     AlgorithmConfig,
     EvalConfig,
     MemoryConfig,
@@ -15,7 +15,7 @@ from megatron_precision.config import (
     TaskConfig,
     TrainConfig,
 )
-from megatron_precision.weights.known_models import QWEN3_30B_A3B
+from megatron_precision.layouts.architectures import QWEN3_30B_A3B
 from recipes.layouts import Layout, Layouts, Size, layout
 
 # Four KV heads bound the trainer's TP by 4. No layout of 8 GPUs of 80 GB holds the optimizer's

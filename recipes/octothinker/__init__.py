@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     AlgorithmConfig,
     EvalConfig,
     MemoryConfig,

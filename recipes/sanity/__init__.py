@@ -1,14 +1,14 @@
 """The paper's sanity test in small: tiny models that two CPU cores train from a shared start.
 
 Everything that the two recipes choose for themselves stands in this file; the rest is the
-default that `megatron_precision/config.py` documents.
+default that `megatron_precision/config/schema.py` documents.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     AlgorithmConfig,
     EvalConfig,
     ModelConfig,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     AlgorithmConfig,
     EvalConfig,
     MemoryConfig,
@@ -27,7 +27,7 @@ SMOLLM2_135M = ModelConfig(
 def smollm2(precision: str = "fp16") -> RunConfig:
     """SmolLM2-135M-Instruct on sums of two numbers, 64 × 8 rollouts, PG-Seq-IS, one GPU.
 
-    The user's files are made by `scripts/smollm2_sums.py`, and its perfectible set by
+    The user's files are made by `benchmarks/smollm2_sums.py`, and its perfectible set by
     `python -m megatron_precision perfectible`: the README has the commands.
 
     Args:

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_precision.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 PADDED = TrainConfig(micro_batch_tokens=50)
 PACKED = TrainConfig(micro_batch_tokens=50, packed_sequences=True)

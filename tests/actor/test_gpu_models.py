@@ -19,14 +19,14 @@ from megatron.core.transformer.enums import AttnBackend
 
 import recipes
 from megatron_precision.actor import models
-from megatron_precision.config import (
+from megatron_precision.config.errors import UserError
+from megatron_precision.config.schema import (
     TRANSFORMER_ENGINE_FUSIONS,
     KernelConfig,
     MemoryConfig,
     ModelConfig,
     ParallelConfig,
 )
-from megatron_precision.errors import UserError
 from megatron_precision.precision.policy import policy
 
 DENSE = ModelConfig(num_hidden_layers=1)

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,
@@ -21,7 +18,10 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.layouts.hf_config import hf_config
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 ONE = ParallelConfig(world_size=1, tp_size=1, rollout_tp_size=1)
 

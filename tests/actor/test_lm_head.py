@@ -8,11 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     KernelConfig,
     LossScaleConfig,
     ModelConfig,
@@ -20,6 +17,9 @@ from megatron_precision.config import (
     RolloutConfig,
     RunConfig,
 )
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, checkpoint, random_batch, random_hf_model
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 MODELS = {"own weight": DENSE, "the embedding's": TIED}

@@ -19,7 +19,7 @@ from megatron_precision.actor.packing import (
     padding_share,
     plan_micro_batches,
 )
-from megatron_precision.config import ModelConfig
+from megatron_precision.config.schema import ModelConfig
 
 # Widths are at most 48 + 23 here, so a budget of 71 holds any sequence.
 packings = st.builds(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
+
+from tests.distributed.harness import run_distributed
 
 VOCAB, PADDED, TEMPERATURE = 37, 48, 0.7
 Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float]

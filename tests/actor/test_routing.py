@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import MOE, checkpoint, expected, random_batch, random_hf_model
 
-from megatron_precision.actor.batch import Batch, MicroBatch
+from megatron_precision.actor.batch import Batch, MicroBatch, TokenLayout
 from megatron_precision.actor.routing import Routing, _LayerRouting
-from megatron_precision.actor.token_layout import TokenLayout
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     UNKNOWN_EXPERT,
     MemoryConfig,
     ParallelConfig,
@@ -24,6 +20,9 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import MOE, checkpoint, expected, random_batch, random_hf_model
 
 LAYERS, TOP_K, EXPERTS = MOE.num_hidden_layers, MOE.num_experts_per_tok, MOE.num_experts
 FULL = MemoryConfig("full", "fused")

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -27,6 +24,9 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = 64.0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_precision.actor.batch import MicroBatch
-from megatron_precision.actor.token_layout import NOWHERE, TokenLayout
+from megatron_precision.actor.batch import NOWHERE, MicroBatch, TokenLayout
 
 ROWS = torch.tensor([4, 7])
 LENGTHS = torch.tensor([3, 1])

@@ -10,17 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, Expected, checkpoint, expected, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
+)
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import (
+    DENSE,
+    MOE,
+    Expected,
+    checkpoint,
+    expected,
+    random_batch,
+    random_hf_model,
 )
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)

@@ -11,7 +11,7 @@ import pytest
 
 import recipes
 from megatron_precision.checkpoint import compatible
-from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.observe.metrics import MetricsWriter
 
 VERSIONS = {"torch": "2.13.0"}
@@ -27,7 +27,7 @@ def saved() -> dict[str, Any]:
 
 def refused(*overrides: str, precision: str = "fp16") -> list[str]:
     changed = config(*overrides, precision=precision)
-    return [problem.where for problem in compatible.problems(changed, saved(), "000003")]
+    return [problem.where for problem in compatible.state_problems(changed, saved(), "000003")]
 
 
 def test_the_same_configuration_resumes_bit_for_bit() -> None:
@@ -93,7 +93,7 @@ def test_everything_that_would_make_another_run_is_refused_at_once() -> None:
 def test_a_field_that_the_checkpoint_does_not_know_is_no_change() -> None:
     older = saved()
     del older["config"]["checkpoint"], older["config"]["optimizer"]["clip_grad"]
-    assert compatible.problems(config(), older, "000003") == []
+    assert compatible.state_problems(config(), older, "000003") == []
 
 
 @pytest.mark.parametrize(

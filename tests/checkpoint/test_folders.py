@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_precision.checkpoint import folders
-from megatron_precision.errors import UserError
+from megatron_precision.config.errors import UserError
 
 
 def states(*accuracies: float | None) -> dict[Path, dict[str, Any]]:

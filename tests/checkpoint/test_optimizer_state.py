@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from layout_oracle import MODELS, numbered, trainer_rank
 
+from benchmarks.sync.holdings import trainer_coordinates
 from megatron_precision.actor.optimizer import FlatState
 from megatron_precision.checkpoint import optimizer_state
 from megatron_precision.checkpoint.optimizer_state import OptimizerBoxes
-from megatron_precision.config import ModelConfig
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.families import TrainerLayout
-from megatron_precision.weights.holdings import trainer_coordinates
-from megatron_precision.weights.megatron_layout import megatron_pieces
+from megatron_precision.config.schema import ModelConfig
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.megatron import megatron_pieces
+from megatron_precision.sync.families import TrainerLayout
+from tests.distributed.layout_oracle import MODELS, numbered, trainer_rank
 
 # Moments are told from main copies, and from each other.
 FACTORS = {"param": 1.0, "exp_avg": 0.5, "exp_avg_sq": 0.25}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import real_jobs
+from tests.e2e import real_jobs
 
 SETTINGS = {
     "task.name": "chat",

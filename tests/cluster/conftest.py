@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import one_machine
 import pytest
-import real_jobs
+
+from tests.cluster import one_machine
+from tests.e2e import real_jobs
 
 HERE = Path(__file__).parent
 

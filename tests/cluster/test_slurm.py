@@ -17,12 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chat_run
 import pytest
-import real_jobs
 
-from megatron_precision.launching import command as launcher
+from megatron_precision.cli import launch as launcher
 from megatron_precision.platform import process
+from tests.cluster import chat_run
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 

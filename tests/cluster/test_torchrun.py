@@ -14,9 +14,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import chat_run
 import pytest
-import real_jobs
+
+from tests.cluster import chat_run
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 

@@ -11,15 +11,15 @@ from typing import get_args
 
 import pytest
 
-from megatron_precision.config import TaskConfig
+from megatron_precision.config.schema import TaskConfig
 from megatron_precision.data.arithmetic import (
+    CharTokenizer,
     Question,
     Split,
     make_questions,
     question_stream,
     split_of,
 )
-from megatron_precision.data.tokenizer import CharTokenizer
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 TASK = TaskConfig(difficulty=7)
@@ -105,7 +105,7 @@ def test_seed_and_split_both_change_the_questions() -> None:
 
 def test_another_process_with_another_hash_seed_draws_the_same() -> None:
     program = (
-        "from megatron_precision.config import TaskConfig\n"
+        "from megatron_precision.config.schema import TaskConfig\n"
         "from megatron_precision.data.arithmetic import make_questions\n"
         "task = TaskConfig(difficulty=7)\n"
         "print(make_questions(task, split='train', count=3, seed=5))"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_precision.config.errors import UserError
 from megatron_precision.data.chat import ChatTokenizer, encode_prompts
 from megatron_precision.data.prompts import ChatPrompt, Message
-from megatron_precision.errors import UserError
 
 SPECIAL = {"<pad>": 0, "<eos>": 1, "<user>": 2, "<bot>": 3, "<end>": 4}
 WORDS = {"what": 5, "is": 6, "two": 7, "four": 8, "then": 9, "quiet": 10}

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_precision.config.errors import UserError
 from megatron_precision.data.mixture import Mixture, MixtureSet
-from megatron_precision.errors import UserError
 
 SEEDS = st.integers(0, 2**40)
 SETS = st.lists(st.tuples(st.integers(1, 9), st.floats(0.01, 100.0)), min_size=1, max_size=4).map(

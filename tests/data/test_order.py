@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_precision.data.order import prompts_for_iteration
+from megatron_precision.data.mixture import prompts_for_iteration
 
 SIZES = st.integers(1, 23)
 SEEDS = st.integers(0, 2**40)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_precision.config.errors import UserError
 from megatron_precision.data.prompts import Message, read_prompts, without_repeats
-from megatron_precision.errors import UserError
 
 
 def row(content: str = "What is 2 + 3?", answer: Any = "5", **others: Any) -> dict[str, Any]:

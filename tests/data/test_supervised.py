@@ -7,10 +7,14 @@ import itertools
 import numpy as np
 import pytest
 
-from megatron_precision.config import TaskConfig
-from megatron_precision.data.arithmetic import Question, split_of
-from megatron_precision.data.supervised import make_batch, warm_start_batches
-from megatron_precision.data.tokenizer import CharTokenizer
+from megatron_precision.config.schema import TaskConfig
+from megatron_precision.data.arithmetic import (
+    CharTokenizer,
+    Question,
+    make_batch,
+    split_of,
+    warm_start_batches,
+)
 
 SHORT = Question(id="s", prompt="a1b2=", answer="3", solution="b1+2=3")
 LONG = Question(id="l", prompt="a9b8=", answer="17", solution="b9+8=17")

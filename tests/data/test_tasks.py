@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision.config import TaskConfig
+from megatron_precision.config.errors import UserError
+from megatron_precision.config.schema import TaskConfig
 from megatron_precision.data.arithmetic import make_questions
-from megatron_precision.data.order import prompts_for_iteration
-from megatron_precision.data.sets import PromptSet, parse_set, set_problems
+from megatron_precision.data.mixture import prompts_for_iteration
+from megatron_precision.data.prompts import PromptSet, parse_set, set_problems
 from megatron_precision.data.tasks import PromptOrder, arithmetic_task, stop_ids
-from megatron_precision.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision.config import TaskConfig
-from megatron_precision.data.arithmetic import make_questions
-from megatron_precision.data.tokenizer import ALPHABET, CharTokenizer
+from megatron_precision.config.schema import TaskConfig
+from megatron_precision.data.arithmetic import ALPHABET, CharTokenizer, make_questions
 
 
 def test_ids_are_a_dense_range_with_padding_and_end_apart_from_the_characters() -> None:

@@ -6,10 +6,8 @@ import sys
 from typing import Any
 from unittest import mock
 
-import logprob_kernels_in_torch
 import torch
 import torch.distributed as dist
-from cases import Case
 from megatron.core import parallel_state
 
 from megatron_precision.actor import logprobs
@@ -17,10 +15,12 @@ from megatron_precision.actor.actor import Actor, MicroLoss
 from megatron_precision.actor.batch import Batch
 from megatron_precision.actor.logprobs import response_logprobs
 from megatron_precision.actor.parallel import divide_world, open_world
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.platform.startup import backend, start
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.gathering import full_tensors
+from megatron_precision.train.warm_start import full_tensors
+from tests.distributed import logprob_kernels_in_torch
+from tests.distributed.cases import Case
 
 
 def make_actor(config: RunConfig, tensors: dict[str, torch.Tensor]) -> Actor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
 
 
 @dataclass

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from actor_bodies import make_actor
 from megatron.core import dist_checkpointing
 
 from megatron_precision.actor.parallel import divide_world, open_world
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.platform.startup import start
 from megatron_precision.rollout.vllm_engine import VllmEngine
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.gathering import full_tensors
+from megatron_precision.train.warm_start import full_tensors
+from tests.distributed.actor_bodies import make_actor
 
 
 def load_and_save(config: RunConfig, source: str, target: str | None) -> dict[str, torch.Tensor]:

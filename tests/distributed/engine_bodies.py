@@ -16,27 +16,24 @@ from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 
 from megatron_precision.actor.batch import make_batch
-from megatron_precision.config import RunConfig
-from megatron_precision.data.arithmetic import make_questions
-from megatron_precision.data.supervised import warm_start_batches
+from megatron_precision.config.schema import RunConfig
+from megatron_precision.data.arithmetic import CharTokenizer, make_questions, warm_start_batches
 from megatron_precision.data.tasks import arithmetic_task
-from megatron_precision.data.tokenizer import CharTokenizer
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.hf_files import write_checkpoint
+from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
+from megatron_precision.layouts.vllm import vllm_pieces
 from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
 from megatron_precision.rewards.grading import graded
 from megatron_precision.rollout.engine import Request, Rollout, Sampling, request_seed
 from megatron_precision.rollout.sampling import Prompt, Sampler, TokenDisagreementError
-from megatron_precision.train.prepare import _supervised_step
+from megatron_precision.sync.plan import RankPlan, rank_groups
+from megatron_precision.sync.transfer import Proof
 from megatron_precision.train.session import Session
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.gathering import full_tensors
-from megatron_precision.weights.hf_model import write_checkpoint
-from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
-from megatron_precision.weights.plan import RankPlan, rank_groups
-from megatron_precision.weights.proof import prove_sync
-from megatron_precision.weights.sync import WeightSyncError
-from megatron_precision.weights.transfer import Proof
-from megatron_precision.weights.vllm_layout import vllm_pieces
+from megatron_precision.train.sync_proof import prove_sync
+from megatron_precision.train.warm_start import _supervised_step, full_tensors
+from megatron_precision.train.weight_sync import WeightSyncError
 from tools.checkpoint_convert.convert import export_checkpoint
 
 Tensors = Mapping[str, torch.Tensor]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_bodies import open_session
 
-from megatron_precision.config import RunConfig
+from megatron_precision.config.schema import RunConfig
 from megatron_precision.rollout.engine_weights import EngineWeights
+from tests.distributed.engine_bodies import open_session
 
 
 def engine_footprint(

@@ -9,10 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_distributed
-from oracle import checkpoint, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -23,6 +21,8 @@ from megatron_precision.config import (
     TaskConfig,
     TrainConfig,
 )
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import checkpoint, random_hf_model
 
 # vLLM pads the vocabulary to 128, so that the second rank holds both rows and padding; head and
 # expert sizes are such as its CPU kernels take.

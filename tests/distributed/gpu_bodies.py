@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from actor_bodies import make_actor, weighted_logprobs
-from cases import Case
-from engine_bodies import error_of, open_session, train_on_nothing
-from optimizer_bodies import changed, snapshot
 
-from megatron_precision.config import RunConfig
-from megatron_precision.gpu_bench.measures import attention_backends
+from benchmarks.gpu.measures import attention_backends
+from megatron_precision.config.schema import RunConfig
 from megatron_precision.platform import startup
-from megatron_precision.train.hand_over import HandOver
-from megatron_precision.weights.sync import WeightSyncError
+from megatron_precision.train.session import HandOver
+from megatron_precision.train.weight_sync import WeightSyncError
+from tests.distributed.actor_bodies import make_actor, weighted_logprobs
+from tests.distributed.cases import Case
+from tests.distributed.engine_bodies import error_of, open_session, train_on_nothing
+from tests.distributed.optimizer_bodies import changed, snapshot
 
 
 def parameters(case: Case) -> dict[str, tuple[tuple[int, ...], str, str]]:

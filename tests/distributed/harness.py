@@ -26,9 +26,8 @@ from unittest import mock
 from megatron_precision.platform.process import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
 _COMMON = {
-    "PYTHONPATH": f"{ROOT}:{HERE}",
+    "PYTHONPATH": str(ROOT),
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "VLLM_HOST_IP": "127.0.0.1",
@@ -89,7 +88,7 @@ def run_distributed(body: str, world_size: int, *args: Any, timeout_s: float = 4
 def _ranks() -> ForkServerContext:
     """Starts ranks as forks of one process, which imports `preloaded` first and ends with us."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
+    context.set_forkserver_preload(["tests.distributed.preloaded"])
     # What is read when PyTorch and its BLAS are imported must be there by then.
     with mock.patch.dict(os.environ, _COMMON):
         forkserver.ensure_running()
@@ -130,11 +129,11 @@ def _rank(body: str, folder: str, variables: dict[str, str]) -> None:
         os.dup2(log.fileno(), 2)
     os.environ.clear()
     os.environ.update(variables)
-    sys.path[:0] = [str(ROOT), str(HERE)]
+    sys.path.insert(0, str(ROOT))
     os.chdir(folder)
     module, _, function = body.rpartition(".")
     args = pickle.loads(Path(folder, "args.pkl").read_bytes())
-    result = getattr(importlib.import_module(module), function)(*args)
+    result = getattr(importlib.import_module(f"tests.distributed.{module}"), function)(*args)
     if variables["RANK"] == "0":
         Path(folder, "result.pkl").write_bytes(pickle.dumps(result))
     # multiprocessing ends without these, and engines remove shared memory in them.

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
-import resume_bodies
 import torch
-from actor_bodies import make_actor, weighted_logprobs
-from cases import Case
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
-from megatron_precision.config import ParallelConfig
-from megatron_precision.weights.gathering import full_tensors
+from megatron_precision.config.schema import ParallelConfig
+from megatron_precision.train.warm_start import full_tensors
+from tests.distributed import resume_bodies
+from tests.distributed.actor_bodies import make_actor, weighted_logprobs
+from tests.distributed.cases import Case
 
 
 @contextlib.contextmanager

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_precision.config import ModelConfig
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.families import RolloutLayout, TrainerLayout
-from megatron_precision.weights.megatron_layout import ShardCoordinates, megatron_pieces
-from megatron_precision.weights.plan import Cell
-from megatron_precision.weights.regions import Piece
-from megatron_precision.weights.vllm_layout import vllm_pieces
+from megatron_precision.config.schema import ModelConfig
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
+from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.vllm import vllm_pieces
+from megatron_precision.sync.families import RolloutLayout, TrainerLayout
+from megatron_precision.sync.plan import Cell
 
 Shapes = dict[str, tuple[int, ...]]
 

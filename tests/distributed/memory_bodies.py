@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from actor_bodies import full_gradients, make_actor, weighted_logprobs
-from cases import Case
 
 from megatron_precision.actor.actor import Actor
+from tests.distributed.actor_bodies import full_gradients, make_actor, weighted_logprobs
+from tests.distributed.cases import Case
 
 
 def footprints_and_gradients(

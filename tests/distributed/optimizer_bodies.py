@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from actor_bodies import make_actor, weighted_logprobs
-from cases import Case
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.precision import audit
+from tests.distributed.actor_bodies import make_actor, weighted_logprobs
+from tests.distributed.cases import Case
 
 Snapshot = dict[str, torch.Tensor]
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 from megatron_precision.actor.batch import Batch, make_batch
-from megatron_precision.config import ModelConfig
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.config.schema import ModelConfig
+from megatron_precision.layouts.hf_config import hf_config
 
 # No two sizes are equal, and the vocabulary is odd, so that a transposed or padded one shows.
 DENSE = ModelConfig(

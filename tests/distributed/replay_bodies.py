@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from actor_bodies import make_actor
-from cases import Case
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.data.tasks import Task
 from megatron_precision.replay import scoring
 from megatron_precision.rollout.engine import Request, Rollout
 from megatron_precision.train.dumps import Dumper, Measured
-from megatron_precision.train.groups import Sampled
+from megatron_precision.train.rollouts import Sampled
+from tests.distributed.actor_bodies import make_actor
+from tests.distributed.cases import Case
 
 
 def compared(cases: dict[str, tuple[Case, dict[str, torch.Tensor], str]]) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from actor_bodies import make_actor, weighted_logprobs
-from cases import Case
 
 from megatron_precision.actor.actor import Actor
-from megatron_precision.checkpoint import generators, store
-from megatron_precision.config import ParallelConfig
+from megatron_precision.checkpoint import store
+from megatron_precision.checkpoint import store as generators
+from megatron_precision.config.schema import ParallelConfig
 from megatron_precision.precision.dtypes import torch_dtype
-from megatron_precision.weights.gathering import full_tensors
+from megatron_precision.train.warm_start import full_tensors
+from tests.distributed.actor_bodies import make_actor, weighted_logprobs
+from tests.distributed.cases import Case
 
 
 def _step(actor: Actor, case: Case) -> None:

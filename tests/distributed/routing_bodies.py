@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from actor_bodies import full_gradients, make_actor, weighted_logprobs
-from cases import Case
+
+from tests.distributed.actor_bodies import full_gradients, make_actor, weighted_logprobs
+from tests.distributed.cases import Case
 
 
 def passes(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from layout_oracle import Held, engine_rank, numbered, trainer_rank
 
-from megatron_precision.sync_bench import full_gather, measure
-from megatron_precision.weights.families import RolloutLayout
-from megatron_precision.weights.holdings import engine_coordinates
-from megatron_precision.weights.plan import PlanError, Planner, rank_groups
-from megatron_precision.weights.transfer import Transfer
-from megatron_precision.weights.transport import Transport
+from benchmarks.sync import full_gather, measure
+from benchmarks.sync.holdings import engine_coordinates
+from megatron_precision.sync.families import RolloutLayout
+from megatron_precision.sync.plan import PlanError, Planner, rank_groups
+from megatron_precision.sync.transfer import Transfer
+from megatron_precision.sync.transport import Transport
+from tests.distributed.layout_oracle import Held, engine_rank, numbered, trainer_rank
 
 
 def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dict[str, Any]]:

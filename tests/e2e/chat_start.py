@@ -17,9 +17,9 @@ import torch
 import transformers
 
 import recipes
-from megatron_precision.config import ModelConfig
-from megatron_precision.data.tokenizer import CharTokenizer
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.config.schema import ModelConfig
+from megatron_precision.data.arithmetic import CharTokenizer
+from megatron_precision.layouts.hf_config import hf_config
 
 # Prompts in the alphabet of the tiny tokenizer; the answers are what `chat_scorers` reads.
 SUMS = [(f"a{n}b{n + 1}", "even" if n % 2 else "odd") for n in range(12)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import real_jobs
+
+from tests.e2e import real_jobs
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_precision.config import ModelConfig
-from megatron_precision.weights.hf_model import read_checkpoint, write_checkpoint
+from megatron_precision.config.schema import ModelConfig
+from megatron_precision.layouts.hf_files import read_checkpoint, write_checkpoint
 
 EXPERTS = 8
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import real_jobs
+
+from tests.e2e import real_jobs
 
 
 def test_an_existing_run_is_not_replaced_without_being_told_to(tmp_path: Path) -> None:
@@ -36,7 +37,7 @@ def test_a_layout_that_does_not_divide_lists_all_problems_and_starts_nothing(
         assert wrong in finished.stderr, finished.stderr
     assert "Traceback" not in finished.stderr
     imported = {line.split("|")[-1].strip() for line in finished.stderr.splitlines()}
-    assert "megatron_precision.validation" in imported
+    assert "megatron_precision.checks.settings" in imported
     # No process group was opened: without torch there is none.
     assert not imported & {"torch", "nemo_run", "megatron.core", "vllm"}
     assert not (tmp_path / "run").exists()

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_jobs
-from real_jobs import Ranks
 
 from megatron_precision.platform import process
+from tests.e2e import real_jobs
+from tests.e2e.real_jobs import Ranks
 
 pytestmark = pytest.mark.slow
 

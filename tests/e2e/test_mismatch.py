@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import real_jobs
 
-from megatron_precision import cli
-from megatron_precision.offline.samples import read_samples, read_scores
+from megatron_precision.cli import main
+from megatron_precision.mismatch.comparison import read_samples, read_scores
+from tests.e2e import real_jobs
 
 E2E = Path(__file__).parent
 START = (sys.executable, str(E2E / "chat_start.py"))
@@ -23,7 +23,7 @@ def test_every_mistake_is_listed_before_anything_starts(
 ) -> None:
     words = ["--model", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
     words += ["--train", "fp16,fp61", "--num-prompts", "0"]
-    assert cli.main(["mismatch", *words]) == 2
+    assert main.main(["mismatch", *words]) == 2
     shown = capsys.readouterr().err
     for text in ("fp61", "--num-prompts", str(tmp_path / "none")):
         assert text in shown

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_jobs
+
+from tests.e2e import real_jobs
 
 
 @pytest.fixture(scope="module")

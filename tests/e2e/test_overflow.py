@@ -6,7 +6,8 @@ from itertools import accumulate
 from pathlib import Path
 
 import pytest
-import real_jobs
+
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 

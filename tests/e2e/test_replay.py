@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import real_jobs
 from safetensors.numpy import load_file
+
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 

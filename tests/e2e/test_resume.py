@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_jobs
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 

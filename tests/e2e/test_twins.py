@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import real_jobs
 
 import recipes
-from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.config.schema import RunConfig, to_dict
 from recipes.twins import twin
+from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import chat_start
-from megatron_precision.overrides import config_from_file
+from megatron_precision.config.overrides import config_from_file
 folder = Path(sys.argv[1])
 chat_start.write_model(folder / "model", config_from_file(folder / "twin.json").model)
 chat_start.write_prompts(folder / "sums.jsonl", chat_start.SUMS)

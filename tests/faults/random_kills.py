@@ -33,8 +33,8 @@ VICTIMS = ("rank 0", "rank 1", "torchrun")
 
 sys.path.insert(0, str(HERE))
 
-import tiny_runs  # noqa: E402
-from tiny_runs import folders  # noqa: E402
+from tests.faults import tiny_runs  # noqa: E402
+from tests.faults.tiny_runs import folders  # noqa: E402
 
 
 def chosen(seed: int, resumed_at: int) -> dict[str, Any]:

@@ -26,10 +26,9 @@ OF_THE_MACHINE = ("time/", "memory/", "throughput/", "time_s", "sync/s", "sync/p
 
 sys.path[:0] = [str(ROOT), str(HERE.parent / "e2e")]
 
-import real_jobs  # noqa: E402
-
 from megatron_precision.checkpoint import folders  # noqa: E402
 from megatron_precision.platform import process  # noqa: E402
+from tests.e2e import real_jobs  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import tiny_runs  # noqa: E402
-from tiny_runs import Ended, folders, real_jobs  # noqa: E402
+from tests.faults import tiny_runs  # noqa: E402
+from tests.faults.tiny_runs import Ended, folders, real_jobs  # noqa: E402
 
 PHASES = ("rollout", "old_logprobs", "train", "sync", "evaluation", "checkpoint")
 LIMIT_S = 20

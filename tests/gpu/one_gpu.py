@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case
-from engine_worlds import DENSE, MOE
-from oracle import checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     KernelConfig,
     LossScaleConfig,
     MemoryConfig,
@@ -18,6 +15,9 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
+from tests.distributed.cases import Case
+from tests.distributed.engine_worlds import DENSE, MOE
+from tests.distributed.oracle import checkpoint, random_batch, random_hf_model
 
 ONE = ParallelConfig(world_size=1, tp_size=1, rollout_tp_size=1)
 MODELS = {"dense": DENSE, "MoE": MOE}

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_worlds import config as world_config
-from engine_worlds import weights
-from harness import run_distributed
-from one_gpu import ONE, both_dtypes, every_model
 
-from megatron_precision.config import MemoryConfig, RunConfig, SyncConfig
+from megatron_precision.config.schema import MemoryConfig, RunConfig, SyncConfig
+from tests.distributed.engine_worlds import config as world_config
+from tests.distributed.engine_worlds import weights
+from tests.distributed.harness import run_distributed
+from tests.gpu.one_gpu import ONE, both_dtypes, every_model
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from one_gpu import DTYPES, both_dtypes
 
 from megatron_precision.platform import cuda
+from tests.gpu.one_gpu import DTYPES, both_dtypes
 
 pytestmark = pytest.mark.gpu
 

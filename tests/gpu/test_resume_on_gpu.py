@@ -11,13 +11,8 @@ import json
 from pathlib import Path
 
 import pytest
-import real_jobs
-from cases import Case
-from harness import run_distributed
-from one_gpu import ONE
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     MemoryConfig,
     ModelConfig,
@@ -25,7 +20,12 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.layouts.hf_config import hf_config
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
+from tests.e2e import real_jobs
+from tests.gpu.one_gpu import ONE
 
 pytestmark = pytest.mark.gpu
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)

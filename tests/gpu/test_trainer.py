@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from engine_worlds import DENSE
-from harness import run_distributed
-from one_gpu import DTYPES, MODELS, both_dtypes, case, every_model
-from oracle import logprobs_of, random_hf_model
 
-from megatron_precision.weights.megatron_layout import megatron_parameters, padded_vocab_size
+from megatron_precision.layouts.megatron import megatron_parameters, padded_vocab_size
+from tests.distributed.cases import Case
+from tests.distributed.engine_worlds import DENSE
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import logprobs_of, random_hf_model
+from tests.gpu.one_gpu import DTYPES, MODELS, both_dtypes, case, every_model
 
 pytestmark = pytest.mark.gpu
 

@@ -14,12 +14,13 @@ import sys
 from pathlib import Path
 
 import recipes
-from megatron_precision.launching import Job, command, experiment, options, slurm, slurm_watch
+from megatron_precision.cli import launch as command
+from megatron_precision.launch import Job, jobs, options, slurm, slurm_watch
 
 
 def main() -> None:
     folder, *launches = Path(sys.argv[1]).resolve(), *sys.argv[2:]
-    experiment.load(folder / "home")
+    jobs.load(folder / "home")
     children = []
     for line in launches:
         name, ending, *words = shlex.split(line)

@@ -13,8 +13,8 @@ import time
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-from megatron_precision import rank
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.launch import rank
 from megatron_precision.platform import process
 
 

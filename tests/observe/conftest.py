@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_precision.config import RunConfig, to_dict
+from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.observe.metrics import MetricsWriter
 
 STEPS_PER_ITERATION = 4

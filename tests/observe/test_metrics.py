@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_precision.errors import UserError
+from megatron_precision.config.errors import UserError
 from megatron_precision.observe.metrics import (
     MetricsWriter,
     TruncatedMetricsWarning,

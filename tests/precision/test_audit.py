@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_worlds import WRONG, engine_world, every_world
 
 from megatron_precision.precision.audit import PrecisionAuditError, Reading, check
 from megatron_precision.precision.dtypes import dtype_name
 from megatron_precision.precision.policy import policy
+from tests.distributed.engine_worlds import WRONG, engine_world, every_world
 
 
 def test_readings_that_agree_are_summed_up_by_kind() -> None:

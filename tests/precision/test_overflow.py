@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_precision.precision.overflow import calibrate, classify
+from megatron_precision.precision.loss_scale import calibrate, classify
 
 
 def test_a_forward_pass_that_is_not_finite_is_an_overflow_of_activations() -> None:

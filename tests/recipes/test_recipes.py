@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 import recipes
-from megatron_precision import validation
-from megatron_precision.config import to_dict
-from megatron_precision.errors import UserError
-from megatron_precision.planning import memory, search
+from megatron_precision.checks import settings
+from megatron_precision.config.errors import UserError
+from megatron_precision.config.schema import to_dict
+from megatron_precision.preflight import memory, search
 from recipes.layouts import SIZES, Size
 
 
@@ -63,7 +63,7 @@ def test_a_layout_is_valid_and_fits_or_is_refused_with_one_that_fits(
 ) -> None:
     layout = recipes.SIZED[name].layouts[size]
     config = recipes.RECIPES[name](precision=precision, chosen=layout)
-    assert validation.problems(config) == []
+    assert settings.settings_problems(config) == []
     assert (config.parallel.world_size, config.precision) == (size.gpus, precision)
     verdict = search.judge(config, size.gpu_gb)
     if "/fp32" in precision and not verdict.fits:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 import recipes
-from megatron_precision import validation
+from megatron_precision.checks import settings
 from recipes.twins import twin
 
 ROWS = [(name, size) for name, sized in recipes.SIZED.items() for size in sized.layouts]
@@ -22,7 +22,7 @@ def test_a_twin_is_valid_on_two_processes_and_keeps_what_its_recipe_is(
     if config.parallel.pp_size > 1:
         twins.append(twin(config, pipeline=True))
     for small in twins:
-        assert validation.problems(small) == []
+        assert settings.settings_problems(small) == []
         assert small.parallel.world_size == 2
         for part in dataclasses.fields(config):
             if part.name not in (

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 from megatron_precision.actor.batch import Batch
-from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_precision.config.schema import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_precision.replay.findings import PointError, parts_first
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 DENSE_3 = dataclasses.replace(DENSE, num_hidden_layers=3, num_key_value_heads=2)
 DENSE_4 = dataclasses.replace(DENSE, num_hidden_layers=4)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import recipes
-from megatron_precision.config import to_dict
-from megatron_precision.replay import files
-from megatron_precision.replay.dump import Arrays, Dump, Header
+from megatron_precision.config.schema import to_dict
+from megatron_precision.observe.dump import Arrays, Dump, Header
+from megatron_precision.replay import report
 from megatron_precision.replay.findings import PointError, Scored
 from megatron_precision.replay.report import Replay
 
@@ -78,7 +78,7 @@ def test_a_layer_that_is_not_finite_is_named_and_written_as_json(tmp_path: Path)
     points = [PointError("layer 0", 0.1, 0.2), PointError("layer 1", nan, nan)]
     found = replay(dump(old_known=True), points)
     assert any(line.startswith("Given exact inputs, layer 1 adds") for line in found.lines())
-    files.write(found, tmp_path)
+    report.write(found, tmp_path)
     figures = json.loads((tmp_path / "replay.json").read_text())
     assert [point["mean"] for point in figures["forced"]] == [0.1, "nan"]
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")

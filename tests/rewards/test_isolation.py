@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 
-import hostile_scorers
 import pytest
 
 from megatron_precision.rewards.isolation import (
@@ -25,6 +24,7 @@ from megatron_precision.rewards.isolation import (
     Verdict,
     WorkerStartError,
 )
+from tests.rewards import hostile_scorers
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = Path(__file__).resolve().parent

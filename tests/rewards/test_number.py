@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_precision.rewards.number import score
-from megatron_precision.rewards.scorers import scorer
+from megatron_precision.rewards.scorers import score_number, scorer
 
 
 @pytest.mark.parametrize(
@@ -34,13 +33,13 @@ from megatron_precision.rewards.scorers import scorer
     ],
 )
 def test_the_last_number_counts(response: str, answer: str, right: float) -> None:
-    assert score(response, answer) == right
+    assert score_number(response, answer) == right
 
 
 def test_a_right_answer_that_is_no_number_is_a_mistake_of_ours() -> None:
     with pytest.raises(ValueError, match="is not a number: 'x=3'"):
-        score("3", "x=3")
+        score_number("3", "x=3")
 
 
 def test_it_is_found_by_its_name() -> None:
-    assert scorer("number") is score
+    assert scorer("number") is score_number

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.aggregation import Normaliser, aggregate, normaliser
 from megatron_precision.rl.algorithms import ALGORITHMS, Aggregation
 from megatron_precision.rl.losses import token_loss

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 import torch
 
-from megatron_precision.config import AlgorithmConfig
-from megatron_precision.rl.advantages import ADVANTAGES
+from megatron_precision.config.schema import AlgorithmConfig
+from megatron_precision.rl.advantages import ADVANTAGES, SHAPINGS
 from megatron_precision.rl.algorithms import (
     ALGORITHMS,
     RATIO_TO_OLD,
@@ -20,7 +20,6 @@ from megatron_precision.rl.algorithms import (
 )
 from megatron_precision.rl.correction import CORRECTIONS, PolicyInputs
 from megatron_precision.rl.losses import POLICY_LOSSES
-from megatron_precision.rl.reward_shaping import SHAPINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.algorithms import ALGORITHMS, Algorithm, Correction
 from megatron_precision.rl.losses import TokenLoss, token_loss
 

@@ -8,16 +8,16 @@ import math
 import pytest
 import torch
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.advantages import (
     group_advantages,
     group_mean_centred,
     group_standardised,
+    overlong,
     with_contrast,
 )
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.losses import token_loss
-from megatron_precision.rl.reward_shaping import overlong
 
 DAPO, PPO = ALGORITHMS["DAPO"], ALGORITHMS["PPO"]
 CONSTANTS = AlgorithmConfig(overlong_buffer_share=0.2, overlong_penalty=1.0)

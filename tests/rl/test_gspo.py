@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.aggregation import aggregate, normaliser
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.rl.losses import token_loss

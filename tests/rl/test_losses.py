@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paper_formulas import loss_and_gradient
 from torch import Tensor
 
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.algorithms import ALGORITHMS, Algorithm
 from megatron_precision.rl.losses import TokenLoss, token_loss
+from tests.rl.paper_formulas import loss_and_gradient
 
 PPO = ALGORITHMS["PPO"]
 PG_SEQ_IS = ALGORITHMS["PG-Seq-IS"]

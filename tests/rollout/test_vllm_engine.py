@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_worlds import config, engine_world, every_world, mismatch_world, weights
-from harness import run_distributed
 
-from megatron_precision.config import KernelConfig
+from megatron_precision.config.schema import KernelConfig
 from megatron_precision.platform import wide_products
+from tests.distributed.engine_worlds import (
+    config,
+    engine_world,
+    every_world,
+    mismatch_world,
+    weights,
+)
+from tests.distributed.harness import run_distributed
 
 
 @every_world

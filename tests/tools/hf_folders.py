@@ -6,10 +6,10 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from oracle import DENSE, MOE, random_hf_model
 from safetensors.torch import load_file, save_file
 
-from megatron_precision.config import ModelConfig
+from megatron_precision.config.schema import ModelConfig
+from tests.distributed.oracle import DENSE, MOE, random_hf_model
 
 MODELS = {
     "qwen3": DENSE,

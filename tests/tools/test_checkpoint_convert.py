@@ -14,23 +14,23 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from harness import run_distributed
-from hf_folders import MODELS, plant, save, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import DENSE
 
 from megatron_precision.checkpoint import manifest
-from megatron_precision.config import ModelConfig, ParallelConfig, RunConfig
-from megatron_precision.weights import megatron_checkpoint
-from megatron_precision.weights.megatron_layout import megatron_parameters, megatron_pieces
+from megatron_precision.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_precision.layouts import megatron_checkpoint
+from megatron_precision.layouts.megatron import megatron_parameters, megatron_pieces
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE
+from tests.tools.hf_folders import MODELS, plant, save, tensors_of
 from tools.checkpoint_convert import (
-    casting,
     convert,
-    cutting,
     safetensors_folder,
     source,
     torch_dist_folder,
+    torch_dist_writer,
+    verify,
 )
 from tools.checkpoint_convert.cli import main
 
@@ -256,7 +256,7 @@ def test_fp64_is_rounded_once(tmp_path: Path) -> None:
     wide = torch.cat([wide, wide * 1e-6, ties + 2**-40, ties - 2**-40, ties, -ties - 2**-40])
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         found = torch.empty(wide.shape, dtype=dtype)
-        casting.cast(wide, found, casting.Loss())
+        verify.cast(wide, found, verify.Loss())
         if dtype == torch.float16:
             assert np.array_equal(found.numpy(), wide.numpy().astype(np.float16))
         # No neighbour is nearer.
@@ -352,7 +352,7 @@ def test_parts_of_any_blocks_fill_a_slot_once(data: st.DataObject) -> None:
     ends = sorted({cut for cut in cuts if cut < slot.shape[0]} | {slot.shape[0]})
     filled = torch.full(slot.shape, -1)
     for begin, end in itertools.pairwise([0, *ends]):
-        for start, box in cutting.shards(slot, begin, whole[begin:end], size):
+        for start, box in torch_dist_writer.shards(slot, begin, whole[begin:end], size):
             at = tuple(slice(a, a + n) for a, n in zip(start, box.shape, strict=True))
             assert bool((filled[at] == -1).all())
             filled[at] = box

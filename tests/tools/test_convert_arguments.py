@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hf_folders import save
-from oracle import DENSE
 
+from tests.distributed.oracle import DENSE
+from tests.tools.hf_folders import save
 from tools.checkpoint_convert import convert
 from tools.checkpoint_convert.cli import main
 

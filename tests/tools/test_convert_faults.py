@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hf_folders import MODELS, save, tensors_of
-from oracle import DENSE
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from megatron_precision.checkpoint import manifest
-from megatron_precision.errors import UserError
+from megatron_precision.config.errors import UserError
+from tests.distributed.oracle import DENSE
+from tests.tools.hf_folders import MODELS, save, tensors_of
 from tools.checkpoint_convert import convert, source, torch_dist_folder
 from tools.checkpoint_convert.cli import main
 

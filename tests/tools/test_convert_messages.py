@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_folders import MODELS, save, tensors_of
-from oracle import DENSE
 from safetensors.torch import load_file, save_file
 
 from megatron_precision.checkpoint import manifest
+from tests.distributed.oracle import DENSE
+from tests.tools.hf_folders import MODELS, save, tensors_of
 from tools.checkpoint_convert import convert
 from tools.checkpoint_convert.cli import main
 

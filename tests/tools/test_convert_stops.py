@@ -18,11 +18,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from oracle import DENSE
 
-from megatron_precision.errors import UserError
-from megatron_precision.weights.architectures import hf_shapes
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.config.errors import UserError
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.hf_config import hf_config
+from tests.distributed.oracle import DENSE
 from tools.checkpoint_convert.cli import main
 from tools.checkpoint_convert.workers import run_tasks
 

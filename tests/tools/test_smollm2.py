@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from harness import run_distributed
 from safetensors.torch import load_file
 
-from megatron_precision.config import ParallelConfig, RunConfig
-from megatron_precision.weights.hf_config import read_model
+from megatron_precision.config.schema import ParallelConfig, RunConfig
+from megatron_precision.layouts.hf_config import read_model
+from tests.distributed.harness import run_distributed
 from tools.checkpoint_convert import convert
 from tools.checkpoint_convert.cli import main
 

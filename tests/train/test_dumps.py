@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import ParallelConfig, RunConfig, TrainConfig
-from megatron_precision.replay.dump import read_dump
-from megatron_precision.weights.hf_model import read_checkpoint
+from megatron_precision.config.schema import ParallelConfig, RunConfig, TrainConfig
+from megatron_precision.layouts.hf_files import read_checkpoint
+from megatron_precision.observe.dump import read_dump
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, checkpoint, random_batch, random_hf_model
 
 K3 = 1e-5
 # Iteration 5 jumps in mismatch, 6 in gradient norm, 7 in both, 8 again in one.

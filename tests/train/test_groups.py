@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_precision.rollout.engine import Request, Rollout
-from megatron_precision.train.groups import Sampled, sample_rounds
+from megatron_precision.train.rollouts import Sampled, sample_rounds
 
 MIXED, RIGHT, WRONG = [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]
 

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import recipes
-from megatron_precision.train.hand_over import HandOver
+from megatron_precision.train.session import HandOver
 
 RETURN = ["engine.sleep()", "optimizer.come_back()"]
 AWAY = ["optimizer.step_aside()", "engine.wake('kv_cache')"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_precision.actor.batch import Batch, make_batch
-from megatron_precision.config import AlgorithmConfig
+from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rl.algorithms import ALGORITHMS
 from megatron_precision.train.objective import policy_objective, supervised_objective
 

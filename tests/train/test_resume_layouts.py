@@ -13,11 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case
-from harness import run_distributed
-from oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
-from megatron_precision.config import (
+from megatron_precision.config.schema import (
     LossScaleConfig,
     ModelConfig,
     OptimizerConfig,
@@ -25,7 +22,10 @@ from megatron_precision.config import (
     RunConfig,
     TrainConfig,
 )
-from megatron_precision.weights.hf_config import hf_config
+from megatron_precision.layouts.hf_config import hf_config
+from tests.distributed.cases import Case
+from tests.distributed.harness import run_distributed
+from tests.distributed.oracle import DENSE, MOE, checkpoint, random_batch, random_hf_model
 
 TIED = dataclasses.replace(DENSE, tie_word_embeddings=True)
 TP2, DP2, PP2 = ParallelConfig(2, 2), ParallelConfig(2, 1), ParallelConfig(2, 1, 2)

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 import recipes
-from megatron_precision.config import TaskConfig, Truncated
+from megatron_precision.config.schema import TaskConfig, Truncated
 from megatron_precision.data.tasks import Task, TaskPrompt
 from megatron_precision.rewards.grading import Grade, Response, graded
 from megatron_precision.rollout.engine import Request, Rollout

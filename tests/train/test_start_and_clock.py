@@ -8,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision.config import AlgorithmConfig, OptimizerConfig, RunConfig, TrainConfig
-from megatron_precision.train.clock import PhaseClock
-from megatron_precision.train.start import FACTS, read_facts, start_fingerprint, start_is_complete
+from megatron_precision.config.schema import (
+    AlgorithmConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_precision.data.start import FACTS, read_facts, start_fingerprint, start_is_complete
+from megatron_precision.train.recorder import PhaseClock
 
 BASE = RunConfig("one")
 

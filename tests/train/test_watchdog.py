@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness import run_distributed
 
 from megatron_precision.train.watchdog import Post, missing_ranks
+from tests.distributed.harness import run_distributed
 
 
 def test_ranks_that_are_silent_behind_or_never_began_are_named_and_others_are_not() -> None:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from typing import cast as typed
 
-from megatron_precision.config import ParallelConfig
-from megatron_precision.errors import Problem, UserError, unknown_name
-from tools.checkpoint_convert.arguments import program, refuse_arguments
-from tools.checkpoint_convert.signals import Stopped, stoppable
+from megatron_precision.config.errors import Problem, UserError, unknown_name
+from megatron_precision.config.schema import ParallelConfig
+from tools.checkpoint_convert.folders import program, refuse_arguments
+from tools.checkpoint_convert.workers import Stopped, stoppable
 
 if TYPE_CHECKING:
     from megatron_precision.precision.policy import DType
-    from tools.checkpoint_convert.casting import Loss
-    from tools.checkpoint_convert.source import Source
+    from tools.checkpoint_convert.blocks import Source
+    from tools.checkpoint_convert.verify import Loss
 
 DTYPES = ("fp16", "bf16", "fp32")
 # Any layout loads any cut; the ranks of this one read nothing but their own parts.
@@ -232,8 +232,9 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from tools.checkpoint_convert.casting import Loss, cast
-    from tools.checkpoint_convert.source import Scratch, checked_blocks, open_source
+    from tools.checkpoint_convert.blocks import Scratch
+    from tools.checkpoint_convert.source import checked_blocks, open_source
+    from tools.checkpoint_convert.verify import Loss, cast
 
     source, dtype = open_source(args.folder, args.config), _dtype(args.dtype)
     assert dtype is not None
@@ -251,7 +252,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _say_defaults(source: Source) -> None:
     """Name what config.json leaves out and the weights' meaning hangs on."""
-    from megatron_precision.weights.hf_config import defaults_taken
+    from megatron_precision.layouts.hf_config import defaults_taken
 
     for name, value in defaults_taken(source.sidecar / "config.json").items():
         print(f"config.json has no {name}: {value}, as transformers takes it")

@@ -12,26 +12,26 @@ from pathlib import Path
 import torch
 
 from megatron_precision.checkpoint import manifest
-from megatron_precision.checkpoint.sidecar import SIDECAR, copy_sidecar, state_dtype
-from megatron_precision.config import ParallelConfig
-from megatron_precision.errors import Problem, UserError
-from megatron_precision.weights.megatron_checkpoint import Slot, row_runs, slots
-from tools.checkpoint_convert.casting import Loss, cast
-from tools.checkpoint_convert.cutting import file_spans, refuse_layout, shards
+from megatron_precision.checkpoint.manifest import SIDECAR, copy_sidecar, state_dtype
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import ParallelConfig
+from megatron_precision.layouts.megatron_checkpoint import Slot, row_runs, slots
+from tools.checkpoint_convert.blocks import Scratch, Source, TensorInfo
 from tools.checkpoint_convert.new_folder import new_folder
 from tools.checkpoint_convert.safetensors_folder import (
     SHARD_BYTES,
     SafetensorsWriter,
 )
-from tools.checkpoint_convert.source import (
-    BlockHash,
-    Scratch,
-    Source,
-    TensorInfo,
-    checked_blocks,
-    open_source,
+from tools.checkpoint_convert.source import BlockHash, checked_blocks, open_source
+from tools.checkpoint_convert.torch_dist_writer import (
+    TorchDistWriter,
+    Written,
+    file_spans,
+    finish,
+    refuse_layout,
+    shards,
 )
-from tools.checkpoint_convert.torch_dist_writer import TorchDistWriter, Written, finish
+from tools.checkpoint_convert.verify import Loss, cast
 from tools.checkpoint_convert.workers import Progress, run_tasks
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_precision import rank
-from megatron_precision.config import MemoryConfig, ModelConfig, ParallelConfig
-from megatron_precision.errors import UserError
+from megatron_precision.config.errors import UserError
+from megatron_precision.config.schema import MemoryConfig, ModelConfig, ParallelConfig
+from megatron_precision.launch import rank
 from megatron_precision.precision.policy import policy
+from tools.checkpoint_convert.blocks import Source
 from tools.checkpoint_convert.folders import is_megatron, one_format_problem
-from tools.checkpoint_convert.source import Source, open_source
+from tools.checkpoint_convert.source import open_source
 
 TEXT = (
     "The bridge was closed for repairs in the spring of 1987, and for eleven months everyone in "

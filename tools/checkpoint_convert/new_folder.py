@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_precision.checkpoint.folders import to_disk
-from megatron_precision.errors import Problem, UserError
+from megatron_precision.config.errors import Problem, UserError
 from tools.checkpoint_convert.folders import PARTIAL, target_problems
-from tools.checkpoint_convert.signals import uninterrupted
+from tools.checkpoint_convert.workers import uninterrupted
 
 # Beyond the tensors: headers, tokenizer, metadata.
 _ROOM_FOR_THE_REST = 64 * 2**20

@@ -29,14 +29,12 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_precision.checkpoint import manifest
-from megatron_precision.checkpoint.manifest import COPY_AGAIN
-from megatron_precision.checkpoint.sidecar import SIDECAR
-from megatron_precision.errors import Problem, UserError
-from megatron_precision.weights.hf_config import read_model
-from megatron_precision.weights.megatron_checkpoint import ALIASES, Slot, row_runs, slots
-from megatron_precision.weights.regions import round_up
-from tools.checkpoint_convert.folders import METADATA
-from tools.checkpoint_convert.source import (
+from megatron_precision.checkpoint.manifest import COPY_AGAIN, SIDECAR
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.layouts.hf_config import read_model
+from megatron_precision.layouts.megatron_checkpoint import ALIASES, Slot, row_runs, slots
+from megatron_precision.layouts.regions import round_up
+from tools.checkpoint_convert.blocks import (
     Scratch,
     TensorInfo,
     counted,
@@ -44,6 +42,7 @@ from tools.checkpoint_convert.source import (
     read_into,
     row_blocks,
 )
+from tools.checkpoint_convert.folders import METADATA
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {

@@ -1,0 +1,1 @@
+"""Measures and their raw results. Nothing here is part of the package."""

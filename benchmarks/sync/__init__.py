@@ -1,0 +1,1 @@
+"""What a sync between two layouts takes, measured on this machine."""

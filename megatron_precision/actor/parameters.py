@@ -1,0 +1,193 @@
+"""The parameters that a rank of the trainer holds, as boxes of Hugging Face tensors.
+
+The FP32 main copies as the distributed optimizer divides them: a range of each parameter.
+
+Full Hugging Face tensors from a trainer's pieces: for a checkpoint, and as an oracle of tests.
+
+Every rank ends up with the whole model, so this is for small models alone; the weight sync does
+not use it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_precision.actor.optimizer import ActorOptimizer
+from megatron_precision.actor.parallel import coordinates
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import ModelConfig, RunConfig
+from megatron_precision.layouts.architectures import hf_shapes
+from megatron_precision.layouts.megatron import megatron_pieces
+from megatron_precision.layouts.regions import Piece, uncovered
+from megatron_precision.sync.flat_ranges import FlatRange
+from megatron_precision.sync.plan import PlanError
+
+
+@dataclass
+class MainCopies:
+    """What a rank holds of the FP32 main copies.
+
+    Attributes:
+        held: every piece, with the range of its parameter's main copy, or the parameter.
+        firsts: by parameter of which `held` has a range, its first element.
+        ranges: the same, for the plans of other ranks.
+    """
+
+    held: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
+    firsts: dict[str, int] = field(default_factory=dict)
+    ranges: list[FlatRange] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Iterable[tuple[str, torch.nn.Parameter, list[Piece]]],
+        optimizer: ActorOptimizer,
+    ) -> MainCopies:
+        """Collect them; an FP32 parameter has no copy, and is taken itself, whole.
+
+        Args:
+            parameters: name, parameter and what it holds.
+
+        Raises:
+            RuntimeError: where the optimizer keeps its copies to itself.
+        """
+        found = cls()
+        for name, parameter, pieces in parameters:
+            copy = optimizer.main_copy(parameter)
+            if copy is None:
+                found.held += [(piece, parameter.data) for piece in pieces]
+                continue
+            found.firsts[name] = copy.begin
+            found.held += [(piece, copy.values) for piece in pieces]
+            end = copy.begin + copy.values.numel()
+            found.ranges += [FlatRange(p.hf_name, p.start, copy.begin, end) for p in pieces]
+        return found
+
+
+class HeldWeights:
+    """This rank's.
+
+    Args:
+        module: its stage of the model.
+        optimizer: which has the FP32 main copies.
+        config: the run's.
+    """
+
+    def __init__(
+        self, module: torch.nn.Module, optimizer: ActorOptimizer, config: RunConfig
+    ) -> None:
+        self._module, self._optimizer = module, optimizer
+        self._config, self._policy = config.model, config.policy
+
+    def live(self) -> list[tuple[Piece, torch.Tensor]]:
+        """Every piece of the model on this rank, with the live parameter that holds it."""
+        return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
+
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
+        """Every parameter of this rank, with its name and what it holds."""
+        at = coordinates(self._config.num_experts, self._config.num_hidden_layers)
+        for name, parameter in self._module.named_parameters():
+            pieces = megatron_pieces(name, tuple(parameter.shape), self._config, at)
+            yield name, parameter, pieces
+
+    def main_copies(self) -> MainCopies:
+        """The FP32 main copies on this rank."""
+        return MainCopies.of(self.parameters(), self._optimizer)
+
+    def views(self) -> list[tuple[Piece, torch.Tensor]]:
+        """Every piece of the model on this rank, with its strided view of the live parameter."""
+        return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.live()]
+
+    @contextlib.contextmanager
+    def changed(self, change: Callable[[Piece, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+        """Hold changed weights for a while, then the true ones again; no step may be taken.
+
+        Args:
+            change: (piece, its values) to new values of the same shape.
+        """
+        pieces = self.views()
+        held = [view for _, view in pieces]
+        with_main_copies = self._policy.wire_source == "main_copies"
+        if with_main_copies:
+            held += [values for _, values in self.main_copies().held]
+        true = [view.clone() for view in held]
+        try:
+            with torch.no_grad():
+                for piece, view in pieces:
+                    view.copy_(change(piece, view))
+            if with_main_copies:
+                self._optimizer.reload_main_params()
+            yield
+        finally:
+            with torch.no_grad():
+                for view, values in zip(held, true, strict=True):
+                    view.copy_(values)
+            if with_main_copies:
+                self._optimizer.main_copies_changed()
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Any]) -> None:
+        """Load Hugging Face tensors (any float dtype), padded vocabulary rows zeroed.
+
+        Args:
+            tensors: by name; tensors, or what gives one for a box.
+
+        Raises:
+            KeyError: for a tensor that is missing.
+            UserError: for values that the parameters' dtype cannot hold.
+        """
+        for name, parameter in self._module.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                parameter.zero_()
+        beyond = []
+        for piece, view in self.views():
+            view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
+            if self._policy.params == "fp16" and not torch.isfinite(view).all():
+                beyond.append(piece.hf_name)
+        if beyond:
+            raise UserError(
+                Problem(
+                    "weights outside the range of fp16", "start.checkpoint",
+                    ", ".join(dict.fromkeys(beyond)), "values up to 65504",
+                    "the converter's audit lists them: python -m tools.checkpoint_convert audit",
+                )
+            )  # fmt: skip
+        self._optimizer.reload_main_params()
+
+
+@torch.no_grad()
+def gathered(held: list[tuple[Piece, torch.Tensor]], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """The model that the ranks' pieces make; every rank calls it.
+
+    Args:
+        held: this rank's pieces with their values, all of one dtype.
+
+    Raises:
+        PlanError: where the ranks' pieces do not cover the model.
+    """
+    shapes = hf_shapes(model)
+    everyone: list[list[Piece]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, [piece for piece, _ in held])
+    if problems := uncovered((piece for pieces in everyone for piece in pieces), shapes):
+        raise PlanError("the trainer's pieces do not make the model:\n  " + "\n  ".join(problems))
+    dtype = held[0][1].dtype
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for rank, pieces in enumerate(everyone):
+        # Of replicas, the lowest rank's.
+        owned = [n for n, piece in enumerate(pieces) if (piece.hf_name, piece.start) not in seen]
+        seen.update((piece.hf_name, piece.start) for piece in pieces)
+        packed = torch.empty(sum(pieces[n].numel for n in owned), dtype=dtype)
+        if rank == dist.get_rank() and owned:
+            packed.copy_(torch.cat([held[n][1].flatten() for n in owned]))
+        dist.broadcast(packed, rank)
+        for n, part in zip(owned, packed.split([pieces[n].numel for n in owned]), strict=True):
+            piece = pieces[n]
+            tensors[piece.hf_name][piece.box] = part.view(piece.shape)
+    return tensors

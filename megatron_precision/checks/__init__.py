@@ -1,0 +1,1 @@
+"""Everything that can refuse a run, before any engine loads."""

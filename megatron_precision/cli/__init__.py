@@ -1,0 +1,1 @@
+"""The commands of `python -m megatron_precision` and `launch.py`, one file each."""

@@ -1,0 +1,1 @@
+"""Pages and figures of finished runs, read from their metrics."""
