@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.sync.holdings import Holding, engine_holdings, trainer_holdings
-from megatron_precision.layouts.regions import Piece
+from benchmarks.sync.holdings import RankParameter, engine_holdings, trainer_holdings
+from megatron_precision.layouts.regions import Region
 from megatron_precision.preflight.sync import model_of, planner_of
 from megatron_precision.sync.plan import Cell, Planner
 
@@ -87,7 +87,7 @@ def draw(ax: Axes, planner: Planner, trainer: str, engine: str) -> None:
     ax.axis("off")
 
 
-def _cell(ax: Axes, top: float, piece: Piece, cell: Cell, owner: int, *, copied: bool) -> None:
+def _cell(ax: Axes, top: float, piece: Region, cell: Cell, owner: int, *, copied: bool) -> None:
     begin = piece.index[0][0] + cell.start[0] - piece.start[0]
     _bar(ax, 1.4, top + begin, cell.shape[0], _colour(cell.hf_name, owner))
     if cell.shape[0] > 200:
@@ -95,7 +95,7 @@ def _cell(ax: Axes, top: float, piece: Piece, cell: Cell, owner: int, *, copied:
         ax.text(1.7, top + begin + cell.shape[0] / 2, text, ha="center", va="center", fontsize=7)
 
 
-def _runs(piece: Piece) -> list[tuple[int, int]]:
+def _runs(piece: Region) -> list[tuple[int, int]]:
     """The rows of a Megatron parameter that a piece takes, run by run."""
     if len(piece.view) == 2:
         return [piece.index[0]]
@@ -113,7 +113,7 @@ def _colour(hf_name: str, rank: int) -> object:
     return plt.get_cmap(hue)(0.3 + 0.17 * rank)
 
 
-def _one(holdings: object, name: str) -> Holding:
+def _one(holdings: object, name: str) -> RankParameter:
     return next(holding for holding in holdings if holding.name.endswith(name))  # type: ignore[attr-defined]
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from benchmarks.sync.holdings import Holding, trainer_holdings
-from megatron_precision.layouts.regions import Box, Piece, overlap
+from benchmarks.sync.holdings import RankParameter, trainer_holdings
+from megatron_precision.layouts.regions import Box, Region, overlap
 from megatron_precision.sync.families import TrainerLayout
 from megatron_precision.sync.plan import Cell, Planner, common_slabs
 from megatron_precision.sync.transport import Held, view_of
@@ -65,7 +65,7 @@ class FullGather:
         device: torch.device,
     ) -> None:
         self._planner, self._rank, self._wire = planner, dist.get_rank(), wire
-        self._targets: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        self._targets: dict[str, list[tuple[Region, torch.Tensor]]] = {}
         for piece, tensor in targets:
             self._targets.setdefault(piece.hf_name, []).append((piece, tensor))
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in _all_groups(planner)}
@@ -98,7 +98,7 @@ class FullGather:
                 target.copy_(gathered)
 
     def _bind(
-        self, stage: int, shards: Sequence[Holding], weights: Mapping[str, torch.Tensor]
+        self, stage: int, shards: Sequence[RankParameter], weights: Mapping[str, torch.Tensor]
     ) -> _Parameter:
         layout, rank = self._planner.trainer, self._rank
         numel = math.prod(shards[0].shape)
@@ -124,7 +124,7 @@ class FullGather:
         return _Parameter(own, gathered, members, relays, cuts)
 
     def _cuts(
-        self, piece: Piece, shard: torch.Tensor
+        self, piece: Region, shard: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for needed, tensor in self._targets.get(piece.hf_name, ()):
             shared = overlap(Box(piece.start, piece.shape), Box(needed.start, needed.shape))
@@ -144,7 +144,7 @@ class FullGather:
         return whole
 
 
-def _sharded(planner: Planner, stage: int) -> Iterator[list[Holding]]:
+def _sharded(planner: Planner, stage: int) -> Iterator[list[RankParameter]]:
     """The parameters of a stage, each as the shards of the ranks that gather it."""
     layout = planner.trainer
     first = layout.first + stage * (layout.size // layout.pp)

@@ -16,7 +16,7 @@ from megatron_precision.layouts.megatron import (
     megatron_pieces,
     padded_vocab_size,
 )
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.layouts.vllm import vllm_parameters, vllm_pieces
 from megatron_precision.sync.families import RolloutLayout, TrainerLayout
 
@@ -24,7 +24,7 @@ _EXPERT = re.compile(r"\.experts\.linear_fc[12]\.weight(\d+)$")
 
 
 @dataclass(frozen=True)
-class Holding:
+class RankParameter:
     """One parameter of a rank.
 
     Attributes:
@@ -33,7 +33,7 @@ class Holding:
 
     name: str
     shape: tuple[int, ...]
-    pieces: list[Piece]
+    pieces: list[Region]
 
 
 def trainer_coordinates(model: ModelConfig, layout: TrainerLayout, rank: int) -> ShardCoordinates:
@@ -50,7 +50,9 @@ def trainer_coordinates(model: ModelConfig, layout: TrainerLayout, rank: int) ->
     )
 
 
-def trainer_holdings(model: ModelConfig, layout: TrainerLayout, rank: int) -> Iterator[Holding]:
+def trainer_holdings(
+    model: ModelConfig, layout: TrainerLayout, rank: int
+) -> Iterator[RankParameter]:
     """A trainer's rank, by Transformer Engine's names.
 
     The copy of a tied embedding on the last pipeline stage is left out: no sync reads it.
@@ -68,7 +70,7 @@ def trainer_holdings(model: ModelConfig, layout: TrainerLayout, rank: int) -> It
             continue
         if not last and name.startswith(("decoder.final_layernorm.", "output_layer.")):
             continue
-        yield Holding(name, shape, megatron_pieces(name, shape, model, at))
+        yield RankParameter(name, shape, megatron_pieces(name, shape, model, at))
 
 
 def engine_coordinates(model: ModelConfig, layout: RolloutLayout, rank: int) -> ShardCoordinates:
@@ -80,10 +82,12 @@ def engine_coordinates(model: ModelConfig, layout: RolloutLayout, rank: int) -> 
     return ShardCoordinates(position, layout.tp, position, layout.tp)
 
 
-def engine_holdings(model: ModelConfig, layout: RolloutLayout, rank: int) -> Iterator[Holding]:
+def engine_holdings(
+    model: ModelConfig, layout: RolloutLayout, rank: int
+) -> Iterator[RankParameter]:
     """An engine's rank."""
     at = engine_coordinates(model, layout, rank)
     for name, shape in vllm_parameters(model, layout.tp, at.etp_size):
         if layout.expert_parallel and name.endswith(("w13_weight", "w2_weight")):
             shape = (shape[0] // layout.tp, *shape[1:])
-        yield Holding(name, shape, vllm_pieces(name, shape, model, at))
+        yield RankParameter(name, shape, vllm_pieces(name, shape, model, at))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from benchmarks.sync.full_gather import FullGather
 from benchmarks.sync.holdings import engine_coordinates, engine_holdings, trainer_holdings
 from megatron_precision.layouts.megatron import ShardCoordinates
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.plan import Planner, rank_groups
 from megatron_precision.sync.transfer import Transfer
 
@@ -178,7 +178,7 @@ def _rounds(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 def _trainer(
     planner: Planner, rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[list[tuple[Piece, torch.Tensor]], dict[str, torch.Tensor]]:
+) -> tuple[list[tuple[Region, torch.Tensor]], dict[str, torch.Tensor]]:
     """A rank's pieces and parameters; a box has the same numbers wherever it is held."""
     if rank not in planner.trainer.world:
         return [], {}

@@ -24,7 +24,7 @@ from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import ModelConfig, RunConfig
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.megatron import megatron_pieces
-from megatron_precision.layouts.regions import Piece, uncovered
+from megatron_precision.layouts.regions import Region, uncovered
 from megatron_precision.sync.flat_ranges import FlatRange
 from megatron_precision.sync.plan import PlanError
 
@@ -39,14 +39,14 @@ class MainCopies:
         ranges: the same, for the plans of other ranks.
     """
 
-    held: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
+    held: list[tuple[Region, torch.Tensor]] = field(default_factory=list)
     firsts: dict[str, int] = field(default_factory=dict)
     ranges: list[FlatRange] = field(default_factory=list)
 
     @classmethod
     def of(
         cls,
-        parameters: Iterable[tuple[str, torch.nn.Parameter, list[Piece]]],
+        parameters: Iterable[tuple[str, torch.nn.Parameter, list[Region]]],
         optimizer: ActorOptimizer,
     ) -> MainCopies:
         """Collect them; an FP32 parameter has no copy, and is taken itself, whole.
@@ -85,11 +85,11 @@ class HeldWeights:
         self._module, self._optimizer = module, optimizer
         self._config, self._policy = config.model, config.policy
 
-    def live(self) -> list[tuple[Piece, torch.Tensor]]:
+    def live(self) -> list[tuple[Region, torch.Tensor]]:
         """Every piece of the model on this rank, with the live parameter that holds it."""
         return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
 
-    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Piece]]]:
+    def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Region]]]:
         """Every parameter of this rank, with its name and what it holds."""
         at = coordinates(self._config.num_experts, self._config.num_hidden_layers)
         for name, parameter in self._module.named_parameters():
@@ -100,12 +100,12 @@ class HeldWeights:
         """The FP32 main copies on this rank."""
         return MainCopies.of(self.parameters(), self._optimizer)
 
-    def views(self) -> list[tuple[Piece, torch.Tensor]]:
+    def views(self) -> list[tuple[Region, torch.Tensor]]:
         """Every piece of the model on this rank, with its strided view of the live parameter."""
         return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.live()]
 
     @contextlib.contextmanager
-    def changed(self, change: Callable[[Piece, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    def changed(self, change: Callable[[Region, torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Hold changed weights for a while, then the true ones again; no step may be taken.
 
         Args:
@@ -162,7 +162,9 @@ class HeldWeights:
 
 
 @torch.no_grad()
-def gathered(held: list[tuple[Piece, torch.Tensor]], model: ModelConfig) -> dict[str, torch.Tensor]:
+def gathered(
+    held: list[tuple[Region, torch.Tensor]], model: ModelConfig
+) -> dict[str, torch.Tensor]:
     """The model that the ranks' pieces make; every rank calls it.
 
     Args:
@@ -172,7 +174,7 @@ def gathered(held: list[tuple[Piece, torch.Tensor]], model: ModelConfig) -> dict
         PlanError: where the ranks' pieces do not cover the model.
     """
     shapes = hf_shapes(model)
-    everyone: list[list[Piece]] = [[] for _ in range(dist.get_world_size())]
+    everyone: list[list[Region]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, [piece for piece, _ in held])
     if problems := uncovered((piece for pieces in everyone for piece in pieces), shapes):
         raise PlanError("the trainer's pieces do not make the model:\n  " + "\n  ".join(problems))

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.optimizer import MAIN, FlatState
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.families import Box
 from megatron_precision.sync.flat_ranges import FlatRange, FlatRanges
 
@@ -46,7 +46,7 @@ class _Held:
     number: int
     shape: torch.Size
     state: FlatState
-    parts: list[tuple[Piece, Box, bool]]
+    parts: list[tuple[Region, Box, bool]]
 
     def key(self, name: str, part: int) -> str:
         """Names a part of one of the states among this rank's."""
@@ -146,7 +146,7 @@ class OptimizerBoxes:
                 )
                 yield held.key(name, number), self._sharded(name, piece, box, data)
 
-    def _sharded(self, name: str, piece: Piece, box: Box, data: torch.Tensor) -> ShardedTensor:
+    def _sharded(self, name: str, piece: Region, box: Box, data: torch.Tensor) -> ShardedTensor:
         return ShardedTensor(
             key=f"optimizer.{name}.{piece.hf_name}",
             data=data,
@@ -158,7 +158,7 @@ class OptimizerBoxes:
         )
 
 
-def _within(piece: Piece, box: Box) -> tuple[slice, ...]:
+def _within(piece: Region, box: Box) -> tuple[slice, ...]:
     """Indexes the piece at a part of it."""
     return tuple(
         slice(begin - first, begin - first + size)

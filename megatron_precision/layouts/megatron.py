@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import architecture
-from megatron_precision.layouts.regions import Piece, round_up, rows, split, whole
+from megatron_precision.layouts.regions import Region, round_up, rows, split, whole
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ _MEGATRON_WHOLE = {
 
 def megatron_pieces(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     """What a Megatron parameter of this rank holds.
 
     Args:
@@ -151,7 +151,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 def vocabulary_rows(
     hf_name: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     """Rows of the real vocabulary; a rank that holds padding alone holds no piece."""
     first = at.tp_rank * shape[0]
     count = min(shape[0], model.vocab_size - first)
@@ -169,7 +169,7 @@ def _local_expert(name: str) -> tuple[int, str] | None:
 
 def _interleaved_qkv(
     prefix: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     """Megatron's `[groups, q…q k v, head_dim(, hidden)]`, per tensor-parallel rank."""
     d, kind = model.head_dim, parameter.rpartition(".")[2]
     groups = model.num_key_value_heads // at.tp_size
@@ -177,8 +177,8 @@ def _interleaved_qkv(
     inner = shape[1:]  # hidden of the weight; a bias has none
     first = at.tp_rank * groups
 
-    def piece(name: str, span: tuple[int, int], heads_per_group: int) -> Piece:
-        return Piece(
+    def piece(name: str, span: tuple[int, int], heads_per_group: int) -> Region:
+        return Region(
             hf_name=f"{prefix}.{name}.{kind}",
             start=(first * heads_per_group * d, *(0 for _ in inner)),
             shape=(groups * heads_per_group * d, *inner),
@@ -194,7 +194,7 @@ def _interleaved_qkv(
     ]
 
 
-def gate_up(prefix: str, parameter: str, shape: tuple[int, ...], rank: int) -> list[Piece]:
+def gate_up(prefix: str, parameter: str, shape: tuple[int, ...], rank: int) -> list[Region]:
     """`[gate | up]` of one tensor-parallel rank; the same in Megatron and in vLLM."""
     inner = shape[0] // 2
     return [

@@ -24,7 +24,7 @@ from megatron_precision.layouts.megatron import (
     megatron_parameters,
     megatron_pieces,
 )
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 
 # What a local layer spec without Megatron's key map writes: the norm's own name.
 ALIASES = {
@@ -53,7 +53,7 @@ class Slot:
     index: tuple[int, ...]
     shape: tuple[int, ...]
     stack: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Region, ...]
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -100,7 +100,7 @@ class RowRun:
         return RowRun(first, self.slot_row + first - self.hf_row, last - first)
 
 
-def row_runs(slot: Slot, piece: Piece) -> list[RowRun]:
+def row_runs(slot: Slot, piece: Region) -> list[RowRun]:
     """Where the rows of a slot's piece lie, in their order: one run, or one for each KV group."""
     leading = len(piece.row_sizes)
     if piece.shape[1:] != slot.shape[1:]:

@@ -2,7 +2,7 @@
 
 A Hugging Face checkpoint is the common language of trainer and engine. Each of its tensors is a
 box; a rank's parameter holds one or more sub-boxes of such tensors, each as a strided view of
-the parameter. A `Piece` is that statement, as plain integers: it needs neither torch nor an
+the parameter. A `Region` is that statement, as plain integers: it needs neither torch nor an
 engine, so that plans can be made and tested for any layout anywhere.
 
 Shape legend: a piece's `start` and `shape` are in the coordinates of the Hugging Face tensor;
@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Region:
     """One sub-box of one Hugging Face tensor inside one local parameter.
 
     Attributes:
@@ -165,19 +165,19 @@ def _slab_spans(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
     return spans
 
 
-def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Piece:
+def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Region:
     """A parameter that is one whole Hugging Face tensor (norms, the router)."""
-    return Piece(hf_name, (0,) * len(shape), shape, parameter, shape, tuple((0, n) for n in shape))
+    return Region(hf_name, (0,) * len(shape), shape, parameter, shape, tuple((0, n) for n in shape))
 
 
-def split(hf_name: str, parameter: str, shape: tuple[int, ...], dim: int, rank: int) -> Piece:
+def split(hf_name: str, parameter: str, shape: tuple[int, ...], dim: int, rank: int) -> Region:
     """A parameter that is the `rank`-th equal slice of a Hugging Face tensor along `dim`.
 
     Args:
         shape: of the local parameter.
     """
     start = tuple(rank * shape[dim] if d == dim else 0 for d in range(len(shape)))
-    return Piece(hf_name, start, shape, parameter, shape, tuple((0, n) for n in shape))
+    return Region(hf_name, start, shape, parameter, shape, tuple((0, n) for n in shape))
 
 
 def rows(
@@ -186,13 +186,13 @@ def rows(
     shape: tuple[int, ...],
     local: Span,
     hf_start: int,
-) -> Piece:
+) -> Region:
     """Rows `local` of a parameter are rows of a Hugging Face tensor, from row `hf_start` on.
 
     Rows have any number of dimensions; those of a bias have none.
     """
     inner = shape[1:]
-    return Piece(
+    return Region(
         hf_name,
         (hf_start, *(0 for _ in inner)),
         (local[1] - local[0], *inner),
@@ -202,7 +202,7 @@ def rows(
     )
 
 
-def uncovered(pieces: Iterable[Piece], hf_shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def uncovered(pieces: Iterable[Region], hf_shapes: dict[str, tuple[int, ...]]) -> list[str]:
     """Names what the pieces of all ranks leave uncovered or cover with a tensor that is not there.
 
     Counts elements per tensor over distinct boxes: enough where every box of a tensor is of the

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import architecture
 from megatron_precision.layouts.megatron import ShardCoordinates, gate_up, vocabulary_rows
-from megatron_precision.layouts.regions import Piece, round_up, rows, split, whole
+from megatron_precision.layouts.regions import Region, round_up, rows, split, whole
 
 # vLLM pads the vocabulary to a multiple of this (`DEFAULT_VOCAB_PADDING_SIZE`).
 VOCAB_MULTIPLE = 64
@@ -76,7 +76,7 @@ def vllm_parameters(
 
 def vllm_pieces(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     """What a vLLM parameter of this rank holds, in the layout of its loader.
 
     Args:
@@ -106,7 +106,7 @@ def vllm_pieces(
 
 def _fused_qkv(
     prefix: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     """vLLM's `[Q | K | V]`; where ranks outnumber KV heads, neighbours hold the same head."""
     d, kind = model.head_dim, parameter.rpartition(".")[2]
     q_heads = model.num_attention_heads // at.tp_size
@@ -122,7 +122,7 @@ def _fused_qkv(
 
 def _stacked_experts(
     prefix: str, which: str, parameter: str, shape: tuple[int, ...], at: ShardCoordinates
-) -> list[Piece]:
+) -> list[Region]:
     # The stack is `…experts.routed_experts.w13_weight` in newer vLLM, `…experts.w13_weight` before.
     prefix = prefix.removesuffix(".routed_experts")
     count, first, second = shape
@@ -131,7 +131,7 @@ def _stacked_experts(
         expert = f"{prefix}.{at.first_expert + local}"
         if which == "w2_weight":
             pieces.append(
-                Piece(
+                Region(
                     f"{expert}.down_proj.weight",
                     (0, at.etp_rank * second),
                     (first, second),
@@ -144,7 +144,7 @@ def _stacked_experts(
         inner = first // 2
         for name, begin in (("gate_proj", 0), ("up_proj", inner)):
             pieces.append(
-                Piece(
+                Region(
                     f"{expert}.{name}.weight",
                     (at.etp_rank * inner, 0),
                     (inner, second),

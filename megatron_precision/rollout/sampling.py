@@ -37,7 +37,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Graded:
+class GradedRollouts:
     """Rollouts with their grades, ordered by prompt and rollout; equal on every rank.
 
     Attributes:
@@ -87,7 +87,7 @@ class Sampler:
         iteration: int,
         sampling: Sampling,
         grade: Callable[[Rollout], Future[Grade]],
-    ) -> Graded:
+    ) -> GradedRollouts:
         """Sample every prompt `rollouts_per_prompt` times.
 
         Args:
@@ -133,7 +133,7 @@ class Sampler:
         finished: list[Rollout],
         grades: list[Grade],
         grading_s: float,
-    ) -> Graded:
+    ) -> GradedRollouts:
         mine = list(zip(finished, grades, strict=True)) if self.grades else []
         everyone: list[tuple[str, list[tuple[Rollout, Grade]]]]
         everyone = [("", [])] * dist.get_world_size()
@@ -148,7 +148,7 @@ class Sampler:
         refuse_non_finite(prompts, [[rollout for rollout, _ in part] for _, part in everyone])
         results = [item for _, part in everyone for item in part]
         results.sort(key=lambda item: (item[0].request.prompt, item[0].request.rollout))
-        return Graded([r for r, _ in results], [g for _, g in results], grading_s)
+        return GradedRollouts([r for r, _ in results], [g for _, g in results], grading_s)
 
 
 def refuse_non_finite(prompts: Sequence[Prompt], by_rank: Sequence[Sequence[Rollout]]) -> None:

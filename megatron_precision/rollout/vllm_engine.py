@@ -16,7 +16,7 @@ import torch
 
 from megatron_precision.config.schema import RunConfig
 from megatron_precision.layouts.megatron import ShardCoordinates
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.platform import startup
 from megatron_precision.platform.choice import choose
 from megatron_precision.platform.vllm_sampling import SampledLogprobs
@@ -209,7 +209,7 @@ class VllmEngine:
     def connect(
         self,
         planner: Planner,
-        sources: list[tuple[Piece, torch.Tensor]],
+        sources: list[tuple[Region, torch.Tensor]],
         **options: Any,
     ) -> Transfer:
         """Bind a plan to this rank's trainer and engine; `options` are those of `Transfer`."""

@@ -18,7 +18,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from megatron_precision.layouts.megatron import ShardCoordinates
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.rollout.engine_weights import EngineWeights
 from megatron_precision.sync.plan import BATCH_BYTES, Planner
 from megatron_precision.sync.transfer import Transfer
@@ -31,7 +31,7 @@ class PlannedInit(WeightTransferInitInfo):
     """What `init_weight_transfer_engine` takes; see `Transfer`."""
 
     planner: Planner
-    sources: list[tuple[Piece, torch.Tensor]]
+    sources: list[tuple[Region, torch.Tensor]]
     at: ShardCoordinates
     wire: torch.dtype
     dtype: torch.dtype

@@ -24,7 +24,7 @@ from megatron_precision.layouts.megatron import (
     megatron_pieces,
     padded_vocab_size,
 )
-from megatron_precision.layouts.regions import Box, Piece
+from megatron_precision.layouts.regions import Box, Region
 from megatron_precision.layouts.vllm import vllm_parameters, vllm_pieces
 
 
@@ -98,7 +98,7 @@ class Shard:
         positions: tensor-parallel ranks, or expert-tensor-parallel ones.
     """
 
-    piece: Piece
+    piece: Region
     positions: tuple[int, ...]
 
     @property
@@ -158,7 +158,7 @@ class TrainerLayout:
         """Template of each family → its boxes, distinct."""
         rows = padded_vocab_size(model.vocab_size, self.tp) // self.tp
         one = dataclasses.replace(model, num_hidden_layers=1)
-        found: dict[str, dict[Box, tuple[Piece, list[int]]]] = {}
+        found: dict[str, dict[Box, tuple[Region, list[int]]]] = {}
         for tp_rank in range(self.tp):
             at = ShardCoordinates(tp_rank=tp_rank, tp_size=self.tp)
             for name, shape in megatron_parameters(one, rows, self.tp, self.etp):
@@ -218,7 +218,7 @@ class RolloutLayout:
     def shards(self, model: ModelConfig) -> Shards:
         """Template of each family → its boxes, distinct."""
         one = dataclasses.replace(model, num_hidden_layers=1)
-        found: dict[str, dict[Box, tuple[Piece, list[int]]]] = {}
+        found: dict[str, dict[Box, tuple[Region, list[int]]]] = {}
         for rank in range(self.tp):
             etp_rank, etp_size = (0, 1) if self.expert_parallel else (rank, self.tp)
             at = ShardCoordinates(rank, self.tp, etp_rank, etp_size)
@@ -242,7 +242,7 @@ class RolloutLayout:
 
 
 def _add(
-    found: dict[str, dict[Box, tuple[Piece, list[int]]]], pieces: list[Piece], position: int
+    found: dict[str, dict[Box, tuple[Region, list[int]]]], pieces: list[Region], position: int
 ) -> None:
     for piece in pieces:
         if not _template(piece.hf_name):
@@ -251,7 +251,7 @@ def _add(
         boxes.setdefault(Box(piece.start, piece.shape), (piece, []))[1].append(position)
 
 
-def _shards(found: dict[str, dict[Box, tuple[Piece, list[int]]]]) -> Shards:
+def _shards(found: dict[str, dict[Box, tuple[Region, list[int]]]]) -> Shards:
     return {
         template: [Shard(piece, tuple(positions)) for piece, positions in boxes.values()]
         for template, boxes in found.items()

@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_precision.layouts.regions import Box, Piece
+from megatron_precision.layouts.regions import Box, Region
 
 # Rows and columns `[begin, end)` of a piece, counted from its own first.
 _Part = tuple[int, int, int, int]
@@ -55,7 +55,7 @@ class FlatRanges:
         }
 
     def parts(
-        self, hf_name: str, box: Box, piece: Piece, ranks: Sequence[int]
+        self, hf_name: str, box: Box, piece: Region, ranks: Sequence[int]
     ) -> Iterator[tuple[Box, tuple[int, ...]]]:
         """A box of a piece in parts, each with those of the ranks that hold it whole.
 

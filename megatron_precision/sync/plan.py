@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from megatron_precision.config.schema import ModelConfig
-from megatron_precision.layouts.regions import Box, Piece, not_once, overlap, round_up, slabs
+from megatron_precision.layouts.regions import Box, Region, not_once, overlap, round_up, slabs
 from megatron_precision.sync.families import (
     Family,
     Group,
@@ -380,7 +380,7 @@ class _Route:
         return members[turn // len(nodes) % len(members)]
 
 
-def common_slabs(first: Piece, second: Piece, begin: int, end: int) -> Iterator[tuple[int, int]]:
+def common_slabs(first: Region, second: Region, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows `[begin, end)` of the tensor, cut so that each run is one box in either piece."""
     for a, b in slabs(first.row_sizes, begin - first.start[0], end - first.start[0]):
         low, high = a + first.start[0] - second.start[0], b + first.start[0] - second.start[0]
@@ -388,7 +388,7 @@ def common_slabs(first: Piece, second: Piece, begin: int, end: int) -> Iterator[
             yield c + second.start[0], d + second.start[0]
 
 
-def _units(*pieces: Piece) -> Iterator[int]:
+def _units(*pieces: Region) -> Iterator[int]:
     """Numbers of rows that leave few slabs where a piece is cut at their multiples."""
     yield 1
     for piece in pieces:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_precision.layouts.megatron import ShardCoordinates
-from megatron_precision.layouts.regions import Box, Piece, not_once
+from megatron_precision.layouts.regions import Box, Region, not_once
 from megatron_precision.layouts.vllm import vllm_pieces
 from megatron_precision.sync.plan import (
     BATCH_BYTES,
@@ -36,7 +36,7 @@ from megatron_precision.sync.plan import (
 from megatron_precision.sync.transport import Held, Transport, Views, view_of
 from megatron_precision.sync.verify import RegionProof, checksum, columns_of
 
-Named = TypeVar("Named", Cell, Piece)
+Named = TypeVar("Named", Cell, Region)
 
 
 def misfits(groups: Sequence[RankPlan], sources: Held, targets: Held) -> list[str]:
@@ -72,7 +72,7 @@ def _by_name(found: Iterable[Named]) -> dict[str, list[Named]]:
 
 
 def _lost(
-    planned: dict[str, list[Cell]], pieces: dict[str, list[Piece]]
+    planned: dict[str, list[Cell]], pieces: dict[str, list[Region]]
 ) -> Iterator[tuple[str, list[Cell]]]:
     """Tensors with the cells that no piece holds."""
     for name, cells in planned.items():
@@ -242,7 +242,7 @@ class Transfer:
         return Proof(len(expected), lines)
 
     def _differing(
-        self, name: str, cells: list[tuple[Cell, Piece]], expected: Mapping[Cell, int]
+        self, name: str, cells: list[tuple[Cell, Region]], expected: Mapping[Cell, int]
     ) -> list[Cell]:
         """The cells of a parameter that some kernel reads otherwise."""
         assert self.engine is not None, "no cell is needed where there is no engine"
@@ -281,9 +281,9 @@ class Transfer:
         return placed
 
 
-def _by_parameter(cells: list[Cell], targets: Views) -> dict[str, list[tuple[Cell, Piece]]]:
+def _by_parameter(cells: list[Cell], targets: Views) -> dict[str, list[tuple[Cell, Region]]]:
     """The cells that an engine's parameters hold: each is read once, whatever it is made of."""
-    found: dict[str, list[tuple[Cell, Piece]]] = {}
+    found: dict[str, list[tuple[Cell, Region]]] = {}
     for cell in cells:
         piece, _ = targets.holder(cell)
         found.setdefault(piece.parameter, []).append((cell, piece))

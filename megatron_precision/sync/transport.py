@@ -22,10 +22,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.plan import BATCH_BYTES, Cell, Exchange, PlanError, RankPlan, batches
 
-Held = Iterable[tuple[Piece, torch.Tensor]]
+Held = Iterable[tuple[Region, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class Views:
 
     def __init__(self, held: Held, side: str, firsts: Mapping[str, int] | None = None) -> None:
         self._side, self._firsts = side, firsts or {}
-        self._held: dict[str, list[tuple[Piece, torch.Tensor]]] = {}
+        self._held: dict[str, list[tuple[Region, torch.Tensor]]] = {}
         for piece, tensor in held:
             self._held.setdefault(piece.hf_name, []).append((piece, tensor))
 
@@ -249,7 +249,7 @@ class Views:
             raise self._missing(cell)
         return tensor.as_strided(whole.shape, whole.stride(), tensor.storage_offset() + begin)
 
-    def holder(self, cell: Cell) -> tuple[Piece, torch.Tensor]:
+    def holder(self, cell: Cell) -> tuple[Region, torch.Tensor]:
         """The piece that a cell lies in, and its parameter.
 
         Raises:
@@ -267,7 +267,7 @@ class Views:
         )
 
 
-def view_of(cell: Cell, piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
+def view_of(cell: Cell, piece: Region, tensor: torch.Tensor) -> torch.Tensor:
     """A cell's view of a parameter that holds it in a piece."""
     return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
 

@@ -35,12 +35,12 @@ from megatron_precision.config.schema import UNKNOWN_EXPERT, RunConfig, to_dict
 from megatron_precision.data.tasks import Task
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.hf_files import write_checkpoint
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.observe import dump
 from megatron_precision.observe.metrics import finite
 from megatron_precision.platform import startup
 from megatron_precision.precision.dtypes import torch_dtype
-from megatron_precision.train.rollouts import Sampled
+from megatron_precision.train.rollouts import RolloutGroups
 
 WINDOW = 20
 MIN_HISTORY = 4
@@ -118,7 +118,7 @@ class Dumper:
         self._grad_norm = JumpWatch("loss/grad_norm", factor)
         self._jumps_left = config.train.dump_jumps_at_most
         self._keeps = (factor > 0 or config.train.dump_every > 0) and _fits(config)
-        self._kept: list[tuple[Piece, torch.Tensor]] = []
+        self._kept: list[tuple[Region, torch.Tensor]] = []
 
     def keep_weights(self) -> None:
         """Copy this rank's shard to host memory: by the time a jump is seen it is overwritten."""
@@ -128,7 +128,7 @@ class Dumper:
                 for piece, view in self._actor.weights.views()
             ]
 
-    def see(self, iteration: int, groups: Sampled, batch: Batch, measured: Measured) -> None:
+    def see(self, iteration: int, groups: RolloutGroups, batch: Batch, measured: Measured) -> None:
         """Dump the iteration where that is due.
 
         Args:
@@ -209,7 +209,7 @@ def _fits(config: RunConfig) -> bool:
     return elements * itemsize <= config.train.dump_weights_gib * 2**30
 
 
-def _arrays(groups: Sampled, batch: Batch, measured: Measured) -> dump.Arrays:
+def _arrays(groups: RolloutGroups, batch: Batch, measured: Measured) -> dump.Arrays:
     def array(values: torch.Tensor, dtype: str) -> NDArray[np.generic]:
         found: NDArray[np.generic] = values.cpu().numpy().astype(dtype)
         return found

@@ -96,12 +96,12 @@ def run(config: RunConfig, out: Path) -> None:
     from megatron_precision.platform import startup
     from megatron_precision.rollout.sampling import Sampler
     from megatron_precision.rollout.vllm_engine import VllmEngine
-    from megatron_precision.train.rollouts import TaskSampler
+    from megatron_precision.train.rollouts import GroupSampler
 
     open_world(startup.backend())
     task = chat_task(config)
     engine = VllmEngine(config, Path(config.start.checkpoint), task.stop_ids)
-    sampler = TaskSampler(task, Sampler(engine, config), config.rollout.max_response_tokens)
+    sampler = GroupSampler(task, Sampler(engine, config), config.rollout.max_response_tokens)
     questions = {p.id: p for part in task.train.values() for p in part.prompts}
     counts = _read(config, out)
     dist.barrier()  # nobody writes before everybody has read
@@ -161,9 +161,9 @@ def _kept(config: RunConfig, counts: Mapping[str, Counts]) -> list[str]:
 
 
 def _counted(sampled: object, samples: int) -> Iterator[Counts]:
-    from megatron_precision.train.rollouts import Sampled
+    from megatron_precision.train.rollouts import RolloutGroups
 
-    assert isinstance(sampled, Sampled)
+    assert isinstance(sampled, RolloutGroups)
     for row, rewards in enumerate(sampled.rewards):
         rollouts = sampled.rollouts[row * samples : (row + 1) * samples]
         yield Counts(

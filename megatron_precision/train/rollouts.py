@@ -16,17 +16,17 @@ from megatron_precision.data.tasks import Task, TaskPrompt
 from megatron_precision.rewards.grading import Grade, Grader, Response, graded
 from megatron_precision.rl.advantages import with_contrast
 from megatron_precision.rollout.engine import Rollout, Sampling
-from megatron_precision.rollout.sampling import Graded, Prompt, Sampler
+from megatron_precision.rollout.sampling import GradedRollouts, Prompt, Sampler
 
 
 @dataclass(frozen=True)
-class Sampled:
+class RolloutGroups:
     """Groups of rollouts with their rewards.
 
     Attributes:
         rollouts: ordered by prompt, then rollout.
         rewards: [prompts, rollouts] FP32.
-        reward_s: seconds that this rank gave to grading; see `Graded`.
+        reward_s: seconds that this rank gave to grading; see `GradedRollouts`.
         failures: grades of responses that could not be scored.
     """
 
@@ -36,8 +36,8 @@ class Sampled:
     failures: tuple[Grade, ...] = ()
 
     @classmethod
-    def of(cls, graded: Graded, rollouts_per_prompt: int) -> Sampled:
-        """Graded rollouts as groups."""
+    def of(cls, graded: GradedRollouts, rollouts_per_prompt: int) -> RolloutGroups:
+        """Turn graded rollouts into groups."""
         rewards = torch.tensor([grade.reward for grade in graded.grades])
         failures = tuple(grade for grade in graded.grades if grade.status != "scored")
         shape = (-1, rollouts_per_prompt)
@@ -49,16 +49,16 @@ class Sampled:
         lengths = [len(rollout.tokens) for rollout in self.rollouts]
         return torch.tensor(lengths, dtype=torch.int64).view(self.rewards.shape)
 
-    def groups(self, chosen: Sequence[int]) -> Sampled:
+    def groups(self, chosen: Sequence[int]) -> RolloutGroups:
         """The groups with these numbers, in this order."""
         size = self.rewards.shape[1]
         rollouts = [self.rollouts[group * size + i] for group in chosen for i in range(size)]
-        return Sampled(rollouts, self.rewards[list(chosen)], self.reward_s, self.failures)
+        return RolloutGroups(rollouts, self.rewards[list(chosen)], self.reward_s, self.failures)
 
 
 def sample_rounds(
-    sample: Callable[[int, int], Sampled], num_groups: int, extra_rounds: int
-) -> tuple[Sampled, Sampled]:
+    sample: Callable[[int, int], RolloutGroups], num_groups: int, extra_rounds: int
+) -> tuple[RolloutGroups, RolloutGroups]:
     """Sample groups, and further ones in place of those whose rewards are all equal.
 
     Each further round asks only as many prompts as are missing. Where the rounds run out, groups
@@ -82,7 +82,7 @@ def sample_rounds(
         if missing <= 0:
             break
         more = sample(number, missing)
-        everything = Sampled(
+        everything = RolloutGroups(
             [*everything.rollouts, *more.rollouts],
             torch.cat([everything.rewards, more.rewards]),
             everything.reward_s + more.reward_s,
@@ -93,7 +93,7 @@ def sample_rounds(
     return everything, everything.groups(sorted(order[:num_groups].tolist()))
 
 
-class TaskSampler:
+class GroupSampler:
     """Samples prompts of a task and has every response graded as it finishes."""
 
     def __init__(self, task: Task, sampler: Sampler, max_response_tokens: int) -> None:
@@ -113,7 +113,7 @@ class TaskSampler:
         logprobs: bool,
         top_p: float = 1.0,
         truncated: Truncated = "graded",
-    ) -> Sampled:
+    ) -> RolloutGroups:
         """Sample every prompt and grade every response; see `Sampler.sample`.
 
         Args:
@@ -137,7 +137,7 @@ class TaskSampler:
             sampling=Sampling(temperature, self._max_tokens, logprobs, top_p),
             grade=grade,
         )
-        return Sampled.of(found, rollouts_per_prompt)
+        return RolloutGroups.of(found, rollouts_per_prompt)
 
     def close(self) -> None:
         """End what grades."""

@@ -39,7 +39,7 @@ from megatron_precision.precision import audit
 from megatron_precision.rollout.sampling import Sampler
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.train.objective import supervised_objective
-from megatron_precision.train.rollouts import TaskSampler
+from megatron_precision.train.rollouts import GroupSampler
 from megatron_precision.train.sync_proof import prove_sync
 from megatron_precision.train.weight_sync import WeightSync
 
@@ -73,7 +73,7 @@ class Session:
         self.engine = VllmEngine(self.config, self.model_dir, self.task.stop_ids)
         self.sampler = Sampler(self.engine, self.config)
         length = self.config.rollout.max_response_tokens
-        self.rollouts = TaskSampler(self.task, self.sampler, length)
+        self.rollouts = GroupSampler(self.task, self.sampler, length)
         self.sync = WeightSync(self.actor, self.engine, self.config)
 
     def check(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.batch import make_batch
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.precision.policy import DType
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.train.weight_sync import WeightSync, WeightSyncError
@@ -99,7 +99,7 @@ def prove_sync(
     return result
 
 
-def perturbed(piece: Piece, values: torch.Tensor) -> torch.Tensor:
+def perturbed(piece: Region, values: torch.Tensor) -> torch.Tensor:
     """Every element times 1 + 0.05 ξ, ξ normal; replicas of a piece are perturbed alike."""
     seed = zlib.crc32(f"{piece.hf_name} {piece.start}".encode())
     noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))

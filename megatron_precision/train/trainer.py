@@ -20,7 +20,7 @@ from megatron_precision.train import evaluation
 from megatron_precision.train.dumps import Measured
 from megatron_precision.train.objective import policy_objective
 from megatron_precision.train.recorder import PhaseClock
-from megatron_precision.train.rollouts import Sampled, sample_rounds
+from megatron_precision.train.rollouts import RolloutGroups, sample_rounds
 from megatron_precision.train.run import Run
 from megatron_precision.train.session import peak_memory_gib
 from megatron_precision.train.watchdog import give_up_where_hopeless
@@ -31,7 +31,7 @@ class Trainer(Run):
 
     # ---- rollout -------------------------------------------------------------------------
 
-    def rollout(self, iteration: int, prompts: list[TaskPrompt]) -> Sampled:
+    def rollout(self, iteration: int, prompts: list[TaskPrompt]) -> RolloutGroups:
         """Sample the iteration's groups; the clock of the iteration starts here.
 
         Metrics are of everything that was sampled, what the batch leaves out included.
@@ -39,7 +39,7 @@ class Trainer(Run):
         self._clock = PhaseClock()
         self._measured = Measured()
 
-        def sample(number: int, count: int) -> Sampled:
+        def sample(number: int, count: int) -> RolloutGroups:
             return self.session.rollouts.sample(
                 prompts if number == 0 else self._further_order.take(count),
                 rollouts_per_prompt=self.config.train.rollouts_per_prompt,
@@ -73,7 +73,7 @@ class Trainer(Run):
         }
         return batch
 
-    def assemble(self, sampled: Sampled) -> Batch:
+    def assemble(self, sampled: RolloutGroups) -> Batch:
         """Advantages, and one padded batch of the whole job's rollouts."""
         self._hand_over.to_trainer()
         versions = {rollout.weight_version for rollout in sampled.rollouts}
@@ -223,7 +223,7 @@ class Trainer(Run):
 
     # ---- dumps, sync, evaluation ---------------------------------------------------------
 
-    def dump(self, iteration: int, groups: Sampled, batch: Batch) -> None:
+    def dump(self, iteration: int, groups: RolloutGroups, batch: Batch) -> None:
         """Write the iteration down where that is due (`train/dumps.py`)."""
         measured = replace(self._measured, metrics=dict(self._iteration), step=self.counters.step)
         self.dumper.see(iteration, groups, batch, measured)

@@ -12,7 +12,7 @@ import torch
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
-from megatron_precision.layouts.regions import Piece
+from megatron_precision.layouts.regions import Region
 from megatron_precision.layouts.vllm import vllm_pieces
 from megatron_precision.sync.families import RolloutLayout, TrainerLayout
 from megatron_precision.sync.plan import Cell
@@ -162,11 +162,11 @@ class Held:
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     written: dict[str, torch.Tensor] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[Region] = field(default_factory=list)
 
     @functools.cached_property
-    def _by_tensor(self) -> dict[str, list[Piece]]:
-        found: dict[str, list[Piece]] = {}
+    def _by_tensor(self) -> dict[str, list[Region]]:
+        found: dict[str, list[Region]] = {}
         for piece in self.pieces:
             found.setdefault(piece.hf_name, []).append(piece)
         return found

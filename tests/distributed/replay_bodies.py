@@ -14,7 +14,7 @@ from megatron_precision.data.tasks import Task
 from megatron_precision.replay import scoring
 from megatron_precision.rollout.engine import Request, Rollout
 from megatron_precision.train.dumps import Dumper, Measured
-from megatron_precision.train.rollouts import Sampled
+from megatron_precision.train.rollouts import RolloutGroups
 from tests.distributed.actor_bodies import make_actor
 from tests.distributed.cases import Case
 
@@ -50,7 +50,7 @@ def _dump_series(case: Case, out: Path, measured: list[tuple[float, float]]) -> 
         Rollout(Request(row // 2, row % 2, (1,), row), (2,), (0.0,), row == 1, 7)
         for row in range(len(case.batch))
     ]
-    groups = Sampled(rollouts, torch.arange(len(rollouts)).float().view(-1, 2), 0.0)
+    groups = RolloutGroups(rollouts, torch.arange(len(rollouts)).float().view(-1, 2), 0.0)
     zeros = torch.zeros_like(case.batch.rollout_logprobs)
     known = torch.arange(len(case.batch)) < 2
     for iteration, (k3, norm) in enumerate(measured):

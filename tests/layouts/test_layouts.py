@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
-from megatron_precision.layouts.regions import Piece, uncovered
+from megatron_precision.layouts.regions import Region, uncovered
 from megatron_precision.layouts.vllm import vllm_pieces
 from tests.distributed.layout_oracle import Layout, Shapes, megatron_shapes, numbered, vllm_shapes
 
@@ -80,7 +80,7 @@ def trainer_ranks(model: ModelConfig, layout: Layout) -> Iterator[tuple[Shapes, 
                     )
 
 
-Table = Callable[[str, tuple[int, ...], ModelConfig, ShardCoordinates], list[Piece]]
+Table = Callable[[str, tuple[int, ...], ModelConfig, ShardCoordinates], list[Region]]
 Ranks = list[tuple[Shapes, ShardCoordinates]]
 
 
@@ -253,10 +253,10 @@ def test_what_no_rank_holds_is_named_with_its_size() -> None:
     problems = uncovered(pieces, hf_shapes(model))
     assert "model.layers.1.self_attn.o_proj.weight: 8192 of 16384 elements covered" in problems
     assert not any("layernorm" in problem for problem in problems)
-    stranger = Piece("model.extra", (0,), (2,), "extra", (2,), ((0, 2),))
+    stranger = Region("model.extra", (0,), (2,), "extra", (2,), ((0, 2),))
     assert "model.extra: not a tensor of this model" in uncovered([stranger], hf_shapes(model))
 
 
 def test_a_view_that_cannot_hold_its_box_is_refused() -> None:
     with pytest.raises(ValueError, match="a view of 4 elements cannot hold a box of 6"):
-        Piece("t", (0, 0), (2, 3), "p", (4,), ((0, 4),))
+        Region("t", (0, 0), (2, 3), "p", (4,), ((0, 4),))

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_precision.config.schema import ModelConfig
-from megatron_precision.layouts.regions import Box, Piece, not_once, slabs
+from megatron_precision.layouts.regions import Box, Region, not_once, slabs
 from megatron_precision.sync.families import RolloutLayout, Shard, TrainerLayout
 from megatron_precision.sync.flat_ranges import FlatRange, FlatRanges
 from megatron_precision.sync.plan import Cell, PlanError, Planner, RankPlan
@@ -119,7 +119,7 @@ class World:
             assert self.crossed.get(node, 0) == len(wanted - there)
 
 
-def _elements(pieces: list[Piece], model: ModelConfig) -> set[int]:
+def _elements(pieces: list[Region], model: ModelConfig) -> set[int]:
     source = numbered(model)
     return {x for p in pieces for x in source[p.hf_name][p.box].flatten().tolist()}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_precision.rollout.engine import Request, Rollout
-from megatron_precision.train.rollouts import Sampled, sample_rounds
+from megatron_precision.train.rollouts import RolloutGroups, sample_rounds
 
 MIXED, RIGHT, WRONG = [1.0, 0.0], [1.0, 1.0], [0.0, 0.0]
 
@@ -18,7 +18,7 @@ class Script:
         self._rounds = rounds
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, number: int, count: int) -> Sampled:
+    def __call__(self, number: int, count: int) -> RolloutGroups:
         self.asked.append((number, count))
         rewards = self._rounds[number][:count]
         rollouts = [
@@ -26,7 +26,7 @@ class Script:
             for g in range(len(rewards))
             for i in range(2)
         ]
-        return Sampled(rollouts, torch.tensor(rewards), 0.5)
+        return RolloutGroups(rollouts, torch.tensor(rewards), 0.5)
 
 
 def test_with_no_further_round_the_batch_is_what_was_sampled() -> None:

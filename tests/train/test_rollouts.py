@@ -11,8 +11,8 @@ from megatron_precision.config.schema import TaskConfig, Truncated
 from megatron_precision.data.tasks import Task, TaskPrompt
 from megatron_precision.rewards.grading import Grade, Response, graded
 from megatron_precision.rollout.engine import Request, Rollout
-from megatron_precision.rollout.sampling import Graded, Prompt
-from megatron_precision.train.rollouts import TaskSampler
+from megatron_precision.rollout.sampling import GradedRollouts, Prompt
+from megatron_precision.train.rollouts import GroupSampler
 
 # Two prompts, two rollouts each; the second of each runs into its limit of three tokens.
 ROLLOUTS = [
@@ -33,8 +33,8 @@ class Finished:
         *,
         grade: Callable[[Rollout], Future[Grade]],
         **_asked: Any,
-    ) -> Graded:
-        return Graded(ROLLOUTS, [grade(rollout).result() for rollout in ROLLOUTS], 0.0)
+    ) -> GradedRollouts:
+        return GradedRollouts(ROLLOUTS, [grade(rollout).result() for rollout in ROLLOUTS], 0.0)
 
 
 class Pays:
@@ -57,7 +57,7 @@ def sampled(truncated: Truncated) -> tuple[list[list[float]], Pays]:
         train={}, evals={}, stop_ids=(6,), decode=lambda ids: " ".join(map(str, ids)),
         open_grader=lambda: grader, check_sequences=[], counts={},
     )  # fmt: skip
-    found = TaskSampler(task, cast(Any, Finished()), 3).sample(
+    found = GroupSampler(task, cast(Any, Finished()), 3).sample(
         [TaskPrompt(f"q{n}", (9,), "right", "?") for n in range(2)],
         rollouts_per_prompt=2,
         purpose="train",
