@@ -1,38 +1,102 @@
-"""A run's checkpoints: written where they are due, and found again by a resume.
+"""A run's checkpoints: when one is due, what it stores, and how a resume finds and loads one.
 
-Where a run stands between two iterations, as `trainer.json` of a checkpoint holds it.
-
-Tensors and what each rank has of its own are in `checkpoint/store.py`. Everything here is equal on
-every rank, but for the sizes of files, which rank 0 writes.
+`checkpoint/store.py` writes the tensors. This file adds `trainer.json`: the counters, orders and
+other small state of a run between two iterations. It is equal on every rank, except for the sizes
+of files, which rank 0 writes.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from megatron_precision.actor.parallel import agree_any
 from megatron_precision.checkpoint import compatible, folders, store
+from megatron_precision.checkpoint.run_folder import go_back
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig, fingerprint, to_dict
 from megatron_precision.data import start
+from megatron_precision.data.tasks import PromptOrder
 from megatron_precision.platform import startup
 from megatron_precision.precision.dtypes import torch_dtype
-from megatron_precision.train.recorder import PhaseClock
+from megatron_precision.train.dumps import Dumper
+from megatron_precision.train.recorder import Counters, PhaseClock, RangeRecord
 from megatron_precision.train.session import Session
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run, besides weights and optimizer moments, that a checkpoint stores.
+
+    Attributes:
+        orders: the orders of prompts, of the first round of an iteration and of further ones.
+        ranges: the trainer's range since the last iteration event.
+    """
+
+    session: Session
+    counters: Counters
+    orders: tuple[PromptOrder, PromptOrder]
+    dumper: Dumper
+    ranges: RangeRecord
+
+    def standing(self, described: dict[str, Any], elapsed_s: float, files: Any) -> Standing:
+        """Read everything that a resume needs, between two iterations.
+
+        Args:
+            described: which run it is; see `describe`.
+            elapsed_s: seconds that the run has taken.
+            files: sizes of the run's growing files, in bytes.
+        """
+        optimizer = self.session.actor.optimizer
+        now = {
+            **asdict(self.counters),
+            "elapsed_s": elapsed_s,
+            "applied_steps": optimizer.applied_steps,
+            "hopeless_overflows": optimizer.hopeless_overflows,
+            "loss_scale": optimizer.loss_scale.state() if optimizer.loss_scale else None,
+            "orders": [order.state() for order in self.orders],
+            "dumps": self.dumper.state(),
+        }
+        of_rank = {
+            "generators": store.capture(),
+            "act_max": [self.ranges.act_max, self.session.engine.act_max],
+        }
+        return Standing({**now, **described, "files": files}, of_rank)
+
+    def restore(self, state: Mapping[str, Any], of_rank: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state; weights and moments are loaded already.
+
+        Args:
+            of_rank: this rank's own state; empty where the job has another number of ranks.
+        """
+        for name in Counters.__dataclass_fields__:
+            setattr(self.counters, name, state[name])
+        optimizer = self.session.actor.optimizer
+        optimizer.hopeless_overflows = state["hopeless_overflows"]
+        if optimizer.loss_scale is not None:
+            optimizer.loss_scale.restore(state["loss_scale"])
+        for order, stored in zip(self.orders, state["orders"], strict=True):
+            order.restore(stored)
+        self.dumper.restore(state["dumps"])
+        if of_rank:
+            self.ranges.act_max, self.session.engine.act_max = of_rank["act_max"]
+            store.restore(of_rank["generators"])
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands between two iterations.
+    """A run's small state between two iterations.
 
     Attributes:
-        state: what `trainer.json` will hold.
-        of_rank: what this rank has of its own.
+        state: the content of `trainer.json`.
+        of_rank: this rank's own state: generators and ranges.
     """
 
     state: dict[str, Any]
@@ -40,7 +104,7 @@ class Standing:
 
     @property
     def iteration(self) -> int:
-        """Iterations that are done."""
+        """The number of finished iterations."""
         return int(self.state["iteration"])
 
 
@@ -49,8 +113,8 @@ class Found:
     """A checkpoint that a run resumes from.
 
     Attributes:
-        damaged: a line for each newer one that cannot be used.
-        not_identical: what keeps the rest from being bit for bit what it would have been.
+        damaged: a line for each newer checkpoint that cannot be used.
+        not_identical: reasons why the rest of the run can differ from an unbroken one in rounding.
     """
 
     folder: Path
@@ -59,7 +123,7 @@ class Found:
     not_identical: list[str] = field(default_factory=list)
 
     def event(self, config: RunConfig) -> dict[str, Any]:
-        """The `resume` event's fields."""
+        """Return the fields of the `resume` event."""
         changed = compatible.changes(config, self.state["config"])
         return {
             "checkpoint": self.folder.name,
@@ -70,7 +134,7 @@ class Found:
         }
 
     def lines(self) -> list[str]:
-        """What the console is told."""
+        """Return the lines for the console."""
         done = self.state["iteration"]
         lines = [*self.damaged, f"resuming after {done} iterations, from {self.folder}"]
         if self.not_identical:
@@ -84,7 +148,8 @@ class _UnderWay:
     """A checkpoint that is being written.
 
     Attributes:
-        held_up: seconds that training has waited for it.
+        since: runs since its first byte.
+        held_up: counts the seconds that training waits for it.
     """
 
     standing: Standing
@@ -95,30 +160,69 @@ class _UnderWay:
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that has its name, and what it cost."""
+    """A finished checkpoint and its cost, as metrics."""
 
     iteration: int
     cost: dict[str, float]
 
 
 class Checkpoints:
-    """Writes them; every rank calls every method."""
+    """Writes a run's checkpoints and finds them again; every rank calls every method.
+
+    Attributes:
+        last: iterations that were done at the last checkpoint; -1 before the first.
+    """
 
     def __init__(self, config: RunConfig, out: Path, session: Session) -> None:
         self._config = config
         self._out = out
         self._session = session
         self._under_way: _UnderWay | None = None
+        self._resumes = False
         self.last = -1
 
+    def find(self, resume: bool) -> Found | None:
+        """Return the newest usable checkpoint; None where there is none or `resume` is off.
+
+        Raises:
+            UserError: where all are damaged, or belong to another run.
+        """
+        # Where a job was restarted, its ranks may have seen the folder at different times.
+        self._resumes = agree_any(resume)
+        return newest_whole(self._config, self._out) if self._resumes else None
+
+    def load(self, found: Found | None) -> Mapping[str, Any]:
+        """Load the trainer's first weights, or the weights and moments of a checkpoint.
+
+        Returns:
+            This rank's own state; empty where there is none for it.
+        """
+        if found is None:
+            self._session.load_start()
+            return {}
+        ranks = found.state["config"]["parallel"]["world_size"]
+        same_ranks = ranks == self._config.parallel.world_size
+        self.last = int(found.state["iteration"])
+        return store.read(
+            self._session.actor, found.folder, found.state["applied_steps"], same_ranks
+        )
+
+    def go_back_to(self, found: Found | None) -> None:
+        """In a resume, cut the run's files to their size at the checkpoint, on rank 0."""
+        if self._resumes and dist.get_rank() == 0:
+            go_back(self._out, None if found is None else found.state)
+            nothing = [f"no checkpoint in {self._out}: from the beginning"]
+            for line in found.lines() if found else nothing:
+                print(line, flush=True)
+
     def is_due(self, iteration: int) -> bool:
-        """Whether one is written after so many iterations, if none has been."""
+        """Say whether a checkpoint is due after `iteration` iterations and not yet written."""
         every = self._config.checkpoint.every
         last = iteration == self._config.train.iterations
         return iteration not in (0, self.last) and (last or (every > 0 and iteration % every == 0))
 
     def begin(self, standing: Standing) -> None:
-        """Begin to write one; none may be under way. `finished` tells of it."""
+        """Begin to write a checkpoint; `finished` must have returned the one before it."""
         assert self._under_way is None
         since, held_up = PhaseClock(), PhaseClock()
         with held_up.phase("checkpoint"):
@@ -132,10 +236,13 @@ class Checkpoints:
         self.last = standing.iteration
 
     def finished(self, wait: bool) -> Written | None:
-        """The checkpoint that was under way, if it is written now; verified, and under its name.
+        """Verify and name the checkpoint that is being written, once its writers are done.
 
         Args:
-            wait: for its writers.
+            wait: wait for the writers.
+
+        Returns:
+            The checkpoint, or None where none is being written or its writers are not done.
         """
         found = self._under_way
         if found is None:
@@ -154,7 +261,7 @@ class Checkpoints:
         return Written(found.standing.iteration, cost)
 
     def _seal(self, standing: Standing) -> int:
-        """Add what is not a tensor, and give the folder its name; returns bytes, on rank 0."""
+        """Add the small state and give the folder its final name; returns its bytes, on rank 0."""
         partial, size = self._partial(standing), 0
         if dist.get_rank() == 0:
             text = json.dumps(standing.state, indent=1) + "\n"
@@ -170,9 +277,9 @@ class Checkpoints:
 
 
 def newest_whole(config: RunConfig, out: Path) -> Found | None:
-    """The newest checkpoint whose files are as they were written; None where there is none.
+    """Find the newest checkpoint whose files are as they were written; None where there is none.
 
-    Damaged ones are put aside.
+    Damaged ones are renamed, so that no later resume tries them.
 
     Raises:
         UserError: where there are checkpoints and all are damaged, or of another run.
@@ -220,47 +327,8 @@ def _usable(config: RunConfig, folder: Path, damaged: list[str]) -> Found:
     return Found(folder, dict(state), damaged, notes)
 
 
-VERSION = 1
-
-
-@dataclass
-class Counters:
-    """What the loop counts.
-
-    Attributes:
-        iteration: the next one; as many are done.
-        step: optimizer steps attempted so far.
-        skipped: of these, without effect.
-        calibrated: whether the loss scale has been.
-        weight_version: of the engine's weights.
-        elapsed_s: seconds that the run has taken, in earlier processes.
-        evaluation: {"iteration", "accuracy"} of the last evaluation.
-        best: the same of the best so far, of equal ones the first.
-    """
-
-    iteration: int = 0
-    step: int = 0
-    skipped: int = 0
-    calibrated: bool = False
-    weight_version: int = 0
-    elapsed_s: float = 0.0
-    evaluation: dict[str, float] | None = None
-    best: dict[str, float] | None = None
-
-    def evaluated(self, iteration: int, accuracy: float) -> None:
-        """Take an evaluation's result."""
-        self.evaluation = {"iteration": iteration, "accuracy": accuracy}
-        if self.best is None or accuracy > self.best["accuracy"]:
-            self.best = self.evaluation
-
-
-def counters(state: dict[str, Any]) -> Counters:
-    """The counters of a checkpoint."""
-    return Counters(**{name: state[name] for name in Counters.__dataclass_fields__})
-
-
 def describe(config: RunConfig) -> dict[str, Any]:
-    """Which run it is."""
+    """Return what identifies a run: its configuration, start and versions."""
     return {
         "version": VERSION,
         "config": to_dict(config),

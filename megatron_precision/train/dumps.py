@@ -1,16 +1,15 @@
-"""Writes an iteration down (`replay/dump.py`): every so often, and by itself where it jumps.
+"""Dumps an iteration (`observe/dump.py`): every so often, and when a value jumps.
 
 keep_weights()   before the update, while trainer and engine hold the same weights
 see(...)         after the steps, when mismatch and gradient norms are known
 
-When an iteration is worth keeping: its mismatch or its gradient norm jumps.
+A mismatch or a gradient norm jumps when
 
-    a value jumps where  value > factor × median(the last `WINDOW` values before it)
+    value > factor × median(the last `WINDOW` values before it)
 
-and where it is not finite. Nothing jumps before `MIN_HISTORY` values are known, but for one that
-is not finite. A value that has jumped enters the history like any other, so that a new level is
-a jump for half a window and no longer; one that is not finite does not. A median of zero gives no
-scale, and nothing jumps above it. No torch here.
+or when it is not finite. Before `MIN_HISTORY` values are known, only a value that is not finite
+jumps. A finite value that jumped enters the history like any other, so a new level counts as a
+jump for half a window and no longer. Above a median of zero nothing jumps.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_precision.actor.actor import Actor
+from megatron_precision.actor.actor import Actor, StepResult
 from megatron_precision.actor.batch import Batch
 from megatron_precision.actor.parameters import gathered
 from megatron_precision.checkpoint.run_folder import DUMPS
@@ -40,6 +39,7 @@ from megatron_precision.observe import dump
 from megatron_precision.observe.metrics import finite
 from megatron_precision.platform import startup
 from megatron_precision.precision.dtypes import torch_dtype
+from megatron_precision.rl.mismatch import mismatch_stats
 from megatron_precision.train.rollouts import RolloutGroups
 
 WINDOW = 20
@@ -47,23 +47,23 @@ MIN_HISTORY = 4
 
 
 class JumpWatch:
-    """The running median of one quantity."""
+    """Compares each value of one quantity with the median of those before it."""
 
     def __init__(self, name: str, factor: float) -> None:
         """
         Args:
-            name: of the quantity, for the reason that a jump is given.
-            factor: how many medians are a jump, > 1; 0 for never.
+            name: the quantity's name, for the reason of a dump.
+            factor: a value above this many medians jumps; > 1, or 0 for never.
         """
         self._name = name
         self._factor = factor
         self._history: deque[float] = deque(maxlen=WINDOW)
 
     def see(self, value: float) -> str:
-        """Take the next value.
+        """Add the next value to the history.
 
         Returns:
-            Why it jumps, or "" where it does not.
+            The reason why it jumps, or "" where it does not.
         """
         if not self._factor:
             return ""
@@ -77,24 +77,24 @@ class JumpWatch:
         return f"{self._name} {value:.3g} is above {self._factor:g} × its median {median:.3g}"
 
     def state(self) -> list[float]:
-        """What `restore` needs to go on from here."""
+        """Return what `restore` needs."""
         return list(self._history)
 
     def restore(self, state: list[float]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from a state that `state()` returned."""
         self._history = deque(state, maxlen=WINDOW)
 
 
 @dataclass
 class Measured:
-    """What an iteration has measured.
+    """The measurements of an iteration that a dump stores.
 
     Attributes:
-        old_logprobs: [S, L] FP32, the trainer's before the update; None where no sequence has
-            them: no pass was asked for, and the first step's was not finite.
+        old_logprobs: [S, L] FP32, the trainer's log-probs before the update; None where no
+            sequence has them: no pass was asked for, and the first step's was not finite.
         old_known: [S] bool, the sequences that have them.
-        grad_norms: of every step, with whether it was skipped.
-        metrics: of the iteration, as far as known.
+        grad_norms: the gradient norm of each step, and whether the step was skipped.
+        metrics: the iteration's metrics so far.
         step: optimizer steps attempted so far.
     """
 
@@ -104,9 +104,36 @@ class Measured:
     metrics: dict[str, object] = field(default_factory=dict)
     step: int = 0
 
+    def compare(
+        self, step: StepResult, batch: Batch, rows: torch.Tensor
+    ) -> dict[str, float | list[float]]:
+        """Keep the trainer's log-probs before the update, and compare the engine's with them.
+
+        Args:
+            step: the iteration's first step, which kept its log-probs.
+            rows: the rows of that step.
+
+        Returns:
+            Metrics of all rows whose old log-probs are known; empty where none are.
+        """
+        assert step.logprobs is not None
+        known = torch.ones(len(batch), dtype=torch.bool)
+        if batch.old_logprobs is None:
+            known.zero_()
+        known[rows] = step.finite_forward
+        if not known.any():
+            return {}
+        old = step.logprobs if batch.old_logprobs is None else batch.old_logprobs + step.logprobs
+        self.old_logprobs, self.old_known = old, known
+        return mismatch_stats(
+            old_logprobs=old[known],
+            rollout_logprobs=batch.rollout_logprobs[known],
+            mask=batch.response_mask[known],
+        ).metrics()
+
 
 class Dumper:
-    """Decides and writes; every rank calls every method."""
+    """Decides which iterations to dump, and writes them; every rank calls every method."""
 
     def __init__(self, config: RunConfig, out: Path, actor: Actor, task: Task) -> None:
         self._config = config
@@ -121,7 +148,7 @@ class Dumper:
         self._kept: list[tuple[Region, torch.Tensor]] = []
 
     def keep_weights(self) -> None:
-        """Copy this rank's shard to host memory: by the time a jump is seen it is overwritten."""
+        """Copy this rank's shard to host memory: a jump is seen after it is overwritten."""
         if self._keeps:
             self._kept = [
                 (piece, view.detach().to("cpu", copy=True))
@@ -152,7 +179,7 @@ class Dumper:
             print(f"iteration {iteration} dumped to {folder}: {'; '.join(reasons)}", flush=True)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on from here."""
+        """Return what `restore` needs."""
         return {
             "mismatch": self._mismatch.state(),
             "grad_norm": self._grad_norm.state(),
@@ -160,13 +187,13 @@ class Dumper:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from a state that `state()` returned."""
         self._mismatch.restore(state["mismatch"])
         self._grad_norm.restore(state["grad_norm"])
         self._jumps_left = state["jumps_left"]
 
     def _reasons(self, iteration: int, measured: Measured) -> tuple[str, ...]:
-        """Why this iteration is dumped; rank 0 decides."""
+        """Return the reasons to dump this iteration; rank 0 decides."""
         every = self._config.train.dump_every
         found = [f"every {every} iterations"] if every and iteration % every == 0 else []
         jumps = []
@@ -203,15 +230,15 @@ class Dumper:
 
 
 def _fits(config: RunConfig) -> bool:
-    """Whether the whole model is small enough to be written beside a dump."""
+    """Say whether the whole model is small enough to be written beside a dump."""
     elements = sum(torch.Size(shape).numel() for shape in hf_shapes(config.model).values())
     itemsize = torch_dtype(config.policy.params).itemsize
     return elements * itemsize <= config.train.dump_weights_gib * 2**30
 
 
 def _arrays(groups: RolloutGroups, batch: Batch, measured: Measured) -> dump.Arrays:
-    def array(values: torch.Tensor, dtype: str) -> NDArray[np.generic]:
-        found: NDArray[np.generic] = values.cpu().numpy().astype(dtype)
+    def array(values: torch.Tensor, dtype: str) -> NDArray[Any]:
+        found: NDArray[Any] = values.cpu().numpy().astype(dtype)
         return found
 
     old_logprobs, old_known = measured.old_logprobs, measured.old_known
@@ -236,7 +263,7 @@ def _arrays(groups: RolloutGroups, batch: Batch, measured: Measured) -> dump.Arr
 
 
 def _experts(batch: Batch) -> NDArray[np.int16] | None:
-    """[S, L, layers, k], -1 where no choice is known."""
+    """Return the routed experts, [S, L, layers, k] int16, -1 where no choice is known."""
     every = batch.select(torch.arange(len(batch)), batch.tokens.shape[1]).routed_experts
     if not isinstance(every, torch.Tensor):
         return None

@@ -1,19 +1,19 @@
-"""What a job holds: the trainer, the engine, the sync between them, and the task.
+"""The trainer and the engine of one job on this rank, and the turns in which they use the device.
 
-Made in the one order that works: `platform.startup.start` for the process, then world and trainer
-(`Session`), weights (`load_start`), engine and sync (`open_engine`), audit and proof (`check`).
+`Session` starts them in the one order that works: `platform.startup.start` for the process, then
+world and trainer (`Session`), weights (`load_start`), engine and sync (`open_engine`), audit and
+proof (`check`).
 
-Trainer and engine share one GPU in turns: who steps aside, and in which order they come back.
+`Offloader` lets both fit on one GPU:
 
-    rollouts done   the engine gives back its KV cache (and weights); the trainer comes back
-    before a sync   the engine's weights come back: both sides hold weights, no KV cache
-    after a sync    the trainer steps aside, then the KV cache comes back
+    rollouts done   the engine frees its KV cache (and weights); the trainer is reloaded
+    before a sync   the engine's weights are woken: both sides have weights, no KV cache
+    after a sync    the trainer is offloaded, then the KV cache is allocated again
 
-So the largest things, the optimizer's state and the KV cache, are never there together after the
-first iteration. What steps aside is `memory.engine_sleep` and `memory.offload_trainer`; with
-neither, nothing here does anything. Whoever reads the trainer's state does so between
-`to_trainer` and `to_engine`, or in `trainer_present`: outside of them it may not be there. Both
-are for GPUs, and have run on one where the engine keeps its weights (docs/gpu.md).
+So the two largest things, optimizer state and KV cache, share the device in the first iteration
+alone. `memory.engine_sleep` and `memory.offload_trainer` say what is freed; with both off, nothing
+here does anything. Read the trainer's state between `reload_trainer` and `offload_trainer`, or in
+`trainer_on_device`: elsewhere it may not be on the device. Both are for GPUs (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -99,13 +99,13 @@ class Session:
             audit.Reading("wire", "weights on the wire", self.sync.wire_dtype),
         ]
         found = audit.check(readings, self.config.policy)
-        # What was made so far lives as long as the job: no collection needs to walk it again.
+        # These objects live as long as the job: no garbage collection needs to visit them again.
         gc.collect()
         gc.freeze()
         return found
 
     def _pass_readings(self, prompts: list[list[int]]) -> list[audit.Reading]:
-        """dtypes seen in one real forward and backward pass; gradients are dropped after it."""
+        """Read dtypes in one real forward and backward pass; its gradients are dropped."""
         heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
         zeros = [[0.0] * len(tail) for tail in tails]
         batch = make_batch(heads, tails, zeros, torch.ones(len(prompts)))
@@ -116,17 +116,17 @@ class Session:
         return watch.readings
 
     def close(self) -> None:
-        """End what grades."""
+        """Stop the processes that grade."""
         self.rollouts.close()
 
 
 def peak_memory_gib() -> float:
-    """Largest resident set of this process so far, in GiB."""
+    """Return the largest resident set of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-class HandOver:
-    """Moves the sides of a session out of each other's way."""
+class Offloader:
+    """Offloads and reloads trainer and engine so that both fit on one GPU."""
 
     def __init__(self, session: Session, config: RunConfig) -> None:
         self._session = session
@@ -134,53 +134,53 @@ class HandOver:
         self._shared = config.memory.engine_sleep != "off"
         self._engine_forgets = config.memory.engine_sleep == "drop_weights"
         self._from_main_copies = config.policy.wire_source == "main_copies"
-        self._trainer_is_aside = False
+        self._trainer_is_offloaded = False
 
-    def to_trainer(self) -> None:
-        """After the rollouts: the engine sleeps, the trainer's state is on the device again."""
+    def reload_trainer(self) -> None:
+        """Put the engine to sleep after the rollouts, and reload the trainer."""
         self._session.engine.sleep()
-        if not self._trainer_is_aside:
+        if not self._trainer_is_offloaded:
             return
         for buffer in self._buffers():
             buffer.reload_from_cpu()
         self._session.actor.optimizer.come_back()
-        self._trainer_is_aside = False
+        self._trainer_is_offloaded = False
         if self._from_main_copies:
-            # The copies came back to another place than the sync is bound to.
+            # The main copies have new addresses; the sync is bound to the old ones.
             self._session.sync.bind()
 
-    def before_sync(self) -> None:
-        """The engine's weights are where they were, to be written."""
-        self._give_back_cached()
+    def wake_engine_weights(self) -> None:
+        """Allocate the engine's weights at their old addresses, for a sync to write."""
+        self._empty_cache()
         self._session.engine.wake("weights")
 
-    def to_engine(self) -> None:
-        """After a sync: the trainer steps aside and the engine has its KV cache again."""
+    def offload_trainer(self) -> None:
+        """Offload the trainer after a sync, and allocate the engine's KV cache."""
         if self._offload:
             self._session.actor.optimizer.step_aside()
             for buffer in self._buffers():
                 buffer.offload_to_cpu()
-            self._trainer_is_aside = True
-        self._give_back_cached()
+            self._trainer_is_offloaded = True
+        self._empty_cache()
         self._session.engine.wake("kv_cache")
 
     @contextmanager
-    def trainer_present(self) -> Iterator[None]:
-        """The trainer's state is on the device for as long as the block runs."""
-        if not self._trainer_is_aside:
+    def trainer_on_device(self) -> Iterator[None]:
+        """Reload the trainer for a block, and restore the engine after it."""
+        if not self._trainer_is_offloaded:
             yield
             return
-        self.to_trainer()
+        self.reload_trainer()
         try:
             yield
         finally:
-            self.before_sync()
+            self.wake_engine_weights()
             if self._engine_forgets:
                 self._session.sync.push(self._session.engine.weight_version)
-            self.to_engine()
+            self.offload_trainer()
 
-    def _give_back_cached(self) -> None:
-        """What PyTorch keeps of freed memory goes to the driver, where the engine's is taken."""
+    def _empty_cache(self) -> None:
+        """Return PyTorch's freed memory to the driver, from which the engine allocates."""
         if self._shared and startup.device().type == "cuda":
             torch.cuda.empty_cache()
 

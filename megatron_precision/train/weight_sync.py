@@ -45,6 +45,18 @@ class SyncResult:
     received_bytes: int
     regions: int
 
+    def metrics(self, weight_version: int) -> dict[str, object]:
+        """Return the push as an iteration's metrics."""
+        return {
+            "sync/s": self.seconds,
+            "sync/bytes": self.bytes,
+            "sync/received_bytes": self.received_bytes,
+            "sync/proof_s": self.proof_seconds,
+            "sync/verified": int(self.regions > 0),
+            "sync/regions": self.regions,
+            "sync/weight_version": weight_version,
+        }
+
 
 def colocated_planner(config: RunConfig) -> Planner:
     """The plan of a run whose ranks are trainer and engine at once."""

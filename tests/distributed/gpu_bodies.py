@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.measures import attention_backends
 from megatron_precision.config.schema import RunConfig
 from megatron_precision.platform import startup
-from megatron_precision.train.session import HandOver
+from megatron_precision.train.session import Offloader
 from megatron_precision.train.weight_sync import WeightSyncError
 from tests.distributed.actor_bodies import make_actor, weighted_logprobs
 from tests.distributed.cases import Case
@@ -81,7 +81,7 @@ def turns(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> d
     session = open_session(config, tensors, folder)
     session.check()
     prompts = [[3, 5, 7, 11], [2, 4, 6]]
-    hand_over = HandOver(session, config)
+    offloader = Offloader(session, config)
     scores = session.engine.score(prompts)
     engine = {n: p.detach().clone() for n, p in session.engine.model.named_parameters()}
     trainer = snapshot(session.actor)
@@ -94,14 +94,14 @@ def turns(config: RunConfig, tensors: dict[str, torch.Tensor], folder: str) -> d
 
     for _ in range(2):
         note("engine's turn")
-        hand_over.to_trainer()
+        offloader.reload_trainer()
         note("trainer's turn")
         differing = changed(trainer, snapshot(session.actor))
-        hand_over.before_sync()
+        offloader.wake_engine_weights()
         session.sync.push(session.engine.weight_version)
-        hand_over.to_engine()
+        offloader.offload_trainer()
     note("engine's turn again")
-    with hand_over.trainer_present():  # as for a checkpoint: nothing has changed
+    with offloader.trainer_on_device():  # as for a checkpoint: nothing has changed
         differing += changed(trainer, snapshot(session.actor))
     return {
         "trainer": differing,

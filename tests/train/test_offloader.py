@@ -12,19 +12,19 @@ from unittest import mock
 import pytest
 
 import recipes
-from megatron_precision.train.session import HandOver
+from megatron_precision.train.session import Offloader
 
 RETURN = ["engine.sleep()", "optimizer.come_back()"]
 AWAY = ["optimizer.step_aside()", "engine.wake('kv_cache')"]
 
 
-def recorded(sleep: Any, offload: bool) -> tuple[HandOver, mock.Mock]:
+def recorded(sleep: Any, offload: bool) -> tuple[Offloader, mock.Mock]:
     config = recipes.build("sanity.tiny_dense", "fp16")
     memory = dataclasses.replace(config.memory, engine_sleep=sleep, offload_trainer=offload)
     session = mock.Mock()
     session.engine.weight_version = 7
     session.actor.model.buffers = session.actor.model.expert_parallel_buffers = []
-    return HandOver(session, dataclasses.replace(config, memory=memory)), session
+    return Offloader(session, dataclasses.replace(config, memory=memory)), session
 
 
 def calls(session: mock.Mock) -> list[str]:
@@ -34,31 +34,31 @@ def calls(session: mock.Mock) -> list[str]:
 
 
 def test_a_turn_wakes_weights_for_the_sync_and_the_cache_when_the_trainer_is_aside() -> None:
-    hand_over, session = recorded("keep_weights", offload=True)
-    hand_over.to_trainer()  # the first time it never was aside
+    offloader, session = recorded("keep_weights", offload=True)
+    offloader.reload_trainer()  # the first time it never was aside
     assert calls(session) == ["engine.sleep()"]
-    hand_over.before_sync()
-    hand_over.to_engine()
+    offloader.wake_engine_weights()
+    offloader.offload_trainer()
     assert calls(session) == ["engine.wake('weights')", *AWAY]
-    hand_over.to_trainer()
+    offloader.reload_trainer()
     assert calls(session) == RETURN
 
 
 @pytest.mark.parametrize("sleep", ["keep_weights", "drop_weights"])
 def test_an_engine_that_forgets_its_weights_gets_them_again_after_a_checkpoint(sleep: str) -> None:
-    hand_over, session = recorded(sleep, offload=True)
-    hand_over.to_engine()
+    offloader, session = recorded(sleep, offload=True)
+    offloader.offload_trainer()
     assert calls(session) == AWAY
-    with hand_over.trainer_present():
+    with offloader.trainer_on_device():
         assert calls(session) == RETURN
     pushed = ["sync.push(7)"] if sleep == "drop_weights" else []
     assert calls(session) == ["engine.wake('weights')", *pushed, *AWAY]
 
 
-def test_with_nothing_to_hand_over_the_trainer_is_always_there() -> None:
-    hand_over, session = recorded("off", offload=False)
-    hand_over.to_engine()
+def test_with_nothing_to_offloader_the_trainer_is_always_there() -> None:
+    offloader, session = recorded("off", offload=False)
+    offloader.offload_trainer()
     assert calls(session) == ["engine.wake('kv_cache')"]
-    with hand_over.trainer_present():
+    with offloader.trainer_on_device():
         assert calls(session) == []
     assert calls(session) == []
