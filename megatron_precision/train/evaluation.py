@@ -1,4 +1,4 @@
-"""Evaluation on held-out sets: avg@k and pass@k, and the answers for a person to read."""
+"""Evaluates on held-out sets: avg@k and pass@k, and the answers for a person to read."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from megatron_precision.train.session import Session
 
 @dataclass
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         metrics: empty where there is nothing to evaluate on.
-        answers: one record a response, in the order of sets, prompts and samples.
+        answers: one record per response, in the order of sets, prompts and samples.
         failures: grades of responses that could not be scored.
     """
 
@@ -34,9 +34,9 @@ class Evaluation:
 def evaluate(session: Session, settings: EvalConfig, iteration: int) -> Evaluation:
     """Sample every held-out question `samples_per_question` times and grade the answers.
 
-    A set has `eval/<set>_avg_at_<n>` (the mean accuracy over its n samples a question) and
+    Each set gets `eval/<set>_avg_at_<n>`, the mean accuracy over n samples per question, and
     `eval/<set>_pass_at_<k>` for every power of two up to n. `eval/accuracy` and
-    `eval/pass_at_k` (k = n) are the means over the sets, each counting the same.
+    `eval/pass_at_k` (k = n) are means over the sets, with equal weights.
     """
     found = Evaluation()
     accuracies: list[float] = []
@@ -93,7 +93,7 @@ def evaluate(session: Session, settings: EvalConfig, iteration: int) -> Evaluati
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one.
+    """Estimate the chance that at least one of k samples is right, drawn without replacement.
 
     1 - C(samples - right, k) / C(samples, k).
 
@@ -108,12 +108,12 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def powers_of_two(largest: int) -> list[int]:
-    """1, 2, 4, ... up to `largest`."""
+    """Return 1, 2, 4, ... up to `largest`."""
     return [1 << power for power in range(largest.bit_length())]
 
 
 def write_answers(path: Path, found: Evaluation) -> None:
-    """Write the answers as JSON Lines, whole or not at all."""
+    """Write the answers as JSON Lines, completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as lines:

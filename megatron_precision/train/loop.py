@@ -1,4 +1,4 @@
-"""The loop: sample, measure the mismatch, train, sync; one event a step, one an iteration."""
+"""The training loop: sample, train, sync. It writes one event per step and one per iteration."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ def run(
     start: Path | None = None,
     resume: bool = False,
 ) -> None:
-    """Train `config` from its prepared start; called on every rank of the world.
+    """Train `config` from its prepared start; every rank of the world calls it.
 
     Args:
-        out: the run's folder; `metrics.jsonl` is written there by rank 0.
-        end: ends this rank, where its watchdog finds that the job hangs.
-        start: a prepared start, by default the cache's.
-        resume: go on from the newest checkpoint in `out`, where there is one.
+        out: the run's folder; rank 0 writes `metrics.jsonl` there.
+        end: ends this rank's process; the watchdog calls it when the job hangs.
+        start: a prepared start; by default the cache's.
+        resume: continue from the newest checkpoint in `out`, if there is one.
+
+    Raises:
+        Stopped: where a signal ended the run; a checkpoint is written first.
     """
     trainer = Trainer(config, out, end, start, resume)
     with trainer.recording():

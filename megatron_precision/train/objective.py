@@ -1,4 +1,4 @@
-"""The loss of a mini-batch, as the actor's schedule wants it: one function of a micro-batch."""
+"""Builds the loss function of a mini-batch; the actor calls it once per micro-batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def policy_objective(
     max_response_tokens: int,
     before_update: bool = False,
 ) -> LossFunction:
-    """The RL loss of the mini-batch `rows`, normalised over the whole job.
+    """Build the RL loss of the mini-batch `rows`, normalised over the whole job.
 
     Args:
-        rows: [sequences of the mini-batch] int64, rows of `batch`.
-        before_update: the weights are still those of the rollout, so that the old log-probs are
-            the step's own; those of `batch` are not read.
+        rows: [sequences of the mini-batch] int64, row numbers in `batch`.
+        max_response_tokens: the length limit; some aggregations divide by it.
+        before_update: the weights are still those of the rollout, so the step's own log-probs
+            serve as old ones, and those of `batch` are not read.
     """
     norm = normaliser(
         algorithm.aggregation,
@@ -67,7 +68,7 @@ def policy_objective(
 
 
 def supervised_objective(batch: Batch) -> LossFunction:
-    """Cross entropy per response token, for the warm start."""
+    """Build the warm start's loss: cross entropy per response token."""
     tokens = float(batch.response_mask.sum())
 
     def loss(part: Batch, train_logprobs: torch.Tensor, _entropies: torch.Tensor) -> MicroLoss:

@@ -1,9 +1,10 @@
-"""The start-up proof: a push that goes nowhere, or to a place no kernel reads, is caught.
+"""Proves at start-up that a push reaches the weights that the engine's kernels read.
 
-The trainer's weights are perturbed and pushed, and the engine's log-probs of fixed tokens must be
-those of the trainer, which is another implementation. Then the true weights come back, and
-log-probs must be, bit for bit, what they were before. Unchanged weights alone would prove nothing.
-Each push is also read back through the kernels (`verify.py`), which names the regions that differ.
+The trainer's weights are perturbed and pushed. The engine's log-probs of fixed tokens must then
+equal the trainer's, which come from another implementation, within rounding. After the true
+weights are pushed back, the engine's log-probs must be bit for bit what they were. A push of
+unchanged weights would prove nothing: it looks right even if it writes nowhere. Each push is also
+read back through the kernels (`sync/verify.py`), which names the regions that differ.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from megatron_precision.precision.policy import DType
 from megatron_precision.rollout.vllm_engine import VllmEngine
 from megatron_precision.train.weight_sync import WeightSync, WeightSyncError
 
-# The mean absolute log-prob difference between two correct implementations, less the largest
-# tenth, is well below these on tiny models (seen: 4e-7, 4e-4, 3e-3). The largest tenth is left out
-# because rounding sends single tokens of an MoE model to other experts, which is no fault of the
-# sync.
+# On tiny models the mean absolute log-prob difference between two correct implementations is well
+# below these (measured: 4e-7, 4e-4, 3e-3). The largest tenth is left out of the mean, because
+# rounding sends single tokens of an MoE model to other experts, which is no fault of the sync.
 TOLERANCE: dict[DType, float] = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 4e-2}
-# Deep models round more (SmolLM2-135M: 0.044 in BF16, 0.0077 in FP16), and are moved more (0.96):
-# the engine must be so many times closer to the pushed weights than to those that it had.
+# Deep models round more (SmolLM2-135M: 0.044 in BF16, 0.0077 in FP16), but the perturbation also
+# moves them more (0.96). The engine must be this many times closer to the pushed weights than to
+# its old ones.
 CLOSER = 8
-# Larger noise makes a deep model chaotic: with 0.2, SmolLM2's two sides are 0.49 apart in BF16.
+# Larger noise makes a deep model chaotic: with 0.2, the two sides differ by 0.49 on SmolLM2, BF16.
 PERTURBATION = 0.05
 
 
 @dataclass(frozen=True)
 class ProofResult:
-    """What the proof measured.
+    """The measurements of the proof.
 
     Attributes:
-        moved: mean absolute log-prob change that the perturbation made.
-        error: mean absolute difference between engine and trainer, less the largest tenth.
+        moved: mean absolute change of the engine's log-probs by the perturbation.
+        error: mean absolute difference between engine and trainer, without the largest tenth.
     """
 
     moved: float
@@ -51,11 +52,11 @@ class ProofResult:
 def prove_sync(
     sync: WeightSync, engine: VllmEngine, actor: Actor, prompts: Sequence[Sequence[int]]
 ) -> ProofResult:
-    """Run the proof; the engine must hold the trainer's weights when it is called.
+    """Run the proof; before it, the engine must have the trainer's weights.
 
     Args:
-        prompts: token sequences to score, two tokens or more each; as many as the data-parallel
-            ranks divide.
+        prompts: token sequences to score, of at least two tokens each; their number is a multiple
+            of the data-parallel size.
 
     Raises:
         WeightSyncError: where any part of the proof fails.
@@ -99,15 +100,15 @@ def prove_sync(
     return result
 
 
-def perturbed(piece: Region, values: torch.Tensor) -> torch.Tensor:
-    """Every element times 1 + 0.05 ξ, ξ normal; replicas of a piece are perturbed alike."""
-    seed = zlib.crc32(f"{piece.hf_name} {piece.start}".encode())
+def perturbed(region: Region, values: torch.Tensor) -> torch.Tensor:
+    """Multiply every element by 1 + 0.05 ξ, ξ normal; replicas of a region get the same noise."""
+    seed = zlib.crc32(f"{region.hf_name} {region.start}".encode())
     noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
     return (values.float() * (1 + PERTURBATION * noise.to(values.device))).to(values.dtype)
 
 
 def _trainer_scores(actor: Actor, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-    """The trainer's log-probs of each prompt's own tokens after the first, at temperature 1."""
+    """Score each prompt's tokens after the first with the trainer, at temperature 1."""
     heads, tails = [p[:1] for p in prompts], [p[1:] for p in prompts]
     zeros = [[0.0] * len(tail) for tail in tails]
     batch = make_batch(heads, tails, zeros, torch.ones(len(prompts)))
@@ -116,14 +117,14 @@ def _trainer_scores(actor: Actor, prompts: Sequence[Sequence[int]]) -> list[list
 
 
 def _differences(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> torch.Tensor:
-    """Absolute differences of all scored tokens, FP64."""
+    """Return the absolute differences of all scored tokens, FP64."""
     first = torch.tensor([x for row in a for x in row], dtype=torch.float64)
     second = torch.tensor([x for row in b for x in row], dtype=torch.float64)
     return (first - second).abs()
 
 
 def _trimmed_mean(differences: torch.Tensor) -> float:
-    """Mean of all but the largest tenth; nan where any difference is not a number."""
+    """Return the mean without the largest tenth; nan if any difference is nan."""
     if differences.isnan().any():
         return float("nan")
     kept = differences.sort().values[: max(1, math.ceil(0.9 * len(differences)))]

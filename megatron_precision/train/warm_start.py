@@ -1,9 +1,9 @@
-"""Make a start: a supervised warm start by the Megatron actor, then the perfectible set.
+"""Makes a start: supervised training by the Megatron actor, then the perfectible set.
 
 The actor trains in FP32 on worked solutions until the engine, sampling at temperature 1, answers
-40 to 60 % of held-back questions. Where a stretch of training jumps over the window, the weights
-from before it are restored and the next stretch is half as long. Then, as the paper builds it, 40
-responses a question are sampled and the questions with 20 to 80 % right are kept.
+40 to 60 % of held-back questions. If a stretch of training jumps over that window, its weights
+are dropped and the next stretch is half as long. Then 40 responses per question are sampled, and
+the questions with 20 to 80 % right responses are kept, as in the paper.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from megatron_precision.precision.dtypes import torch_dtype
 from megatron_precision.train.objective import supervised_objective
 from megatron_precision.train.session import Session
 
-# From this accuracy on the learning curve is steep, and is looked at four times as often.
+# Above this accuracy the learning curve is steep: accuracy is measured four times as often.
 STEEP_FROM = 0.15
 
 
 def run(config: RunConfig) -> None:
-    """Make the start of `config` in the cache; called on every rank of the world.
+    """Make the start of `config` in the cache; every rank of the world calls it.
 
     Raises:
         RuntimeError: where the warm start does not reach its window, or no question is left.
@@ -125,7 +125,7 @@ def _warm_config(config: RunConfig) -> RunConfig:
 
 
 def _write_model(session: Session, folder: Path, config: RunConfig) -> None:
-    """Write the trainer's weights as a checkpoint, by rank 0."""
+    """Write the trainer's weights as a Hugging Face checkpoint, on rank 0."""
     tensors = full_tensors(session.actor, config.model)
     if dist.get_rank() == 0:
         write_checkpoint(folder / starts.MODEL, config.model, tensors)
@@ -136,7 +136,14 @@ def _write_model(session: Session, folder: Path, config: RunConfig) -> None:
 def _train_into_window(
     session: Session, warm: WarmStartConfig, checks: list[Question]
 ) -> list[tuple[int, float]]:
-    """Train until the accuracy is inside the window; the learning curve as (steps, accuracy)."""
+    """Train until the accuracy is inside the window.
+
+    Returns:
+        The learning curve, as (steps, accuracy).
+
+    Raises:
+        RuntimeError: where the window is not reached within `max_steps`.
+    """
     stretch, steps = warm.check_every, 0
     curve: list[tuple[int, float]] = []
     batches = warm_start_batches(
@@ -196,10 +203,10 @@ def _accuracy(session: Session, questions: list[Question], samples: int, iterati
 
 @torch.no_grad()
 def _round_to_bf16_grid(session: Session) -> dict[str, int]:
-    """Round the weights so that every policy starts from the same values.
+    """Round the weights to BF16 values, so that every precision starts from the same weights.
 
     Returns:
-        How many weights FP16 cannot hold exactly: below its smallest subnormal, or in between.
+        The number of weights, and of those that FP16 cannot represent exactly.
     """
     rounded = {
         name: tensor.to(torch_dtype("bf16")).float()
@@ -244,9 +251,9 @@ def _say(text: str) -> None:
 
 @torch.no_grad()
 def full_tensors(actor: Actor, model: ModelConfig) -> dict[str, torch.Tensor]:
-    """The trainer's weights now, in their own dtype; every rank calls it.
+    """Gather the trainer's current weights, in their own dtype; every rank calls it.
 
     Raises:
-        PlanError: where the ranks' pieces do not cover the model.
+        PlanError: where the ranks' regions do not cover the model.
     """
     return gathered(actor.weights.views(), model)

@@ -1,16 +1,15 @@
-"""A rank that hangs ends the job, with the phase and the ranks that are missing named.
+"""Ends a run early: when a rank hangs, when a signal asks for it, or when every step overflows.
 
-The main thread says which phase it is in; that is two assignments. A thread of its own writes it
-to a small file of the run's folder once a beat, and looks at the time: where this rank has been in
-a phase for longer than its limit, it reads the other ranks' files, says who shows no sign of life
-and who is behind, and ends the process, upon which the launcher ends the others.
+`Watchdog` ends the job when a rank hangs, and names the phase and the ranks that are missing. The
+main thread records its phase with two assignments. A second thread writes the phase to a small
+file in the run's folder at every beat. If this rank exceeds a phase's time limit, that thread
+reads the other ranks' files, reports which ranks are silent or behind, and ends the process; the
+launcher then ends the others.
 
-It works where a signal handler cannot: a rank in a collective runs no Python in its main
-thread. A rank that is stopped, or stuck with the interpreter's lock held, cannot watch itself and
-is named by its peers. Files and not a `TCPStore`: the client of a store whose process is stopped
-waits without a limit (seen with torch 2.13), and that process is one of the ranks that may hang.
-
-What ends a run early: a signal, on which all ranks agree, and overflows without an end.
+A signal handler could not do this: a rank in a collective runs no Python in its main thread. A
+rank that is stopped, or stuck with the interpreter's lock held, cannot watch itself; its peers
+name it. The ranks share files instead of a `TCPStore`, because a client waits without a limit for
+a store whose process is stopped (seen with torch 2.13), and that process is one of the ranks.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from megatron_precision.actor.optimizer import ActorOptimizer
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import LossScaleConfig
 
-# A beat can be late on a busy machine; a rank that misses so many is silent.
+# A beat can be late on a busy machine; a rank that misses this many is silent.
 BEAT_S = 2.0
 SILENT_BEATS = 5
 START, BETWEEN = "start", "other"
@@ -44,12 +43,12 @@ _RECORD_BYTES = 256
 
 @dataclass(frozen=True)
 class Post:
-    """What a rank says of itself.
+    """A rank's state, as it writes it for its peers.
 
     Attributes:
         beat: counts up for as long as its interpreter runs.
-        entered: phases entered so far; ranks enter the same ones in the same order.
-        iteration, phase: where its main thread is.
+        entered: phases entered so far; all ranks enter the same phases in the same order.
+        iteration, phase: the phase that its main thread is in.
     """
 
     beat: int
@@ -63,12 +62,13 @@ class HungJobError(RuntimeError):
 
 
 class Watchdog:
-    """Watches this rank's phases.
+    """Ends this rank's process if a phase exceeds its time limit.
 
     Args:
-        limits: seconds of each phase, by name; a phase without one, or with 0, has none.
-        folder: the ranks' posts; shared by all ranks, and made where it is not there.
-        rank, world_size: of the job.
+        limits: seconds allowed for each phase, by name; a phase without an entry, or with 0, has
+            no limit.
+        folder: for the ranks' files; shared by all ranks, and created if it does not exist.
+        rank, world_size: this rank's number, and the number of ranks.
         end: called from the watching thread with a `HungJobError`; it should not return.
     """
 
@@ -98,12 +98,12 @@ class Watchdog:
         self._thread.start()
 
     def begin(self) -> None:
-        """The start is over: from here on, what is in no phase is `other`."""
+        """End the start-up phase; from here on, time in no phase is `other`."""
         self._enter(0, BETWEEN)
 
     @contextlib.contextmanager
     def phase(self, iteration: int, name: str) -> Iterator[None]:
-        """The main thread is in a phase for as long as the block runs."""
+        """Record that the main thread is in a phase while the block runs."""
         outer = self._post.phase
         self._enter(iteration, name)
         try:
@@ -166,11 +166,11 @@ class Watchdog:
 def missing_ranks(
     before: Sequence[Post | None], after: Sequence[Post | None], own: int
 ) -> list[str]:
-    """One line for each rank that a hung rank may be waiting for.
+    """Describe each rank that a hung rank may be waiting for, one line each.
 
     Args:
-        before, after: all ranks' posts, read some beats apart; None where a rank posted nothing.
-        own: the rank that asks; it is not named, and is what the others are compared with.
+        before, after: all ranks' posts, read some beats apart; None if a rank wrote none.
+        own: the rank that asks; the others are compared with it.
     """
     me = after[own] or before[own]
     lines = []
@@ -196,17 +196,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether a signal has asked for the run's end.
+    """Remembers that a signal asked for the run's end.
 
-    The handler does nothing else, in the writers of a checkpoint too, which are forked with it: a
-    scheduler may send the signal to every process, and torchrun passes its own on.
+    The handler does nothing else. It also runs in the forked writers of a checkpoint: a scheduler
+    may send the signal to every process, and torchrun forwards its own.
     """
 
     def __init__(self) -> None:
         self._number = 0
 
     def install(self) -> None:
-        """Take the signals over; call it after the engine, which may have handlers of its own."""
+        """Install the handlers; call it after the engine starts, which may install its own."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -214,7 +214,7 @@ class StopRequest:
         self._number = number
 
     def agreed(self) -> str:
-        """The signal that reached any rank, by name; "" where none has. Every rank calls it."""
+        """Return the name of a signal that reached any rank, or ""; every rank calls it."""
         number = torch.tensor([self._number])
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
         return signal.Signals(int(number)).name if number else ""
@@ -223,13 +223,13 @@ class StopRequest:
 def give_up_where_hopeless(
     optimizer: ActorOptimizer, settings: LossScaleConfig, cause: str
 ) -> None:
-    """End a run whose every step overflows, with nothing left to lower.
+    """End a run whose every step overflows at the smallest loss scale.
 
     Args:
-        cause: of the last overflow.
+        cause: the cause of the last overflow.
 
     Raises:
-        UserError: with advice; on every rank, for the flag is agreed.
+        UserError: with advice, on every rank.
     """
     if optimizer.hopeless_overflows < settings.hopeless_overflows:
         return

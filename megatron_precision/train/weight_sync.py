@@ -1,8 +1,8 @@
-"""Trainer to engine: after a push the engine's kernels read exactly the trainer's weights.
+"""Pushes the trainer's weights into the engine, and proves that the kernels read exactly those.
 
-Both layouts make a plan (`plan.py`), every rank carries out its part
-(`rollout/weight_transfer.py`), and both sides' checksums of every region are compared
-(`verify.py`).
+The two layouts give a plan (`sync/plan.py`), every rank carries out its part
+(`rollout/weight_transfer.py`), and the checksums of every region are compared between the two
+sides (`sync/verify.py`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from megatron_precision.sync.plan import PlanError, Planner, cell_elements_of
 
 
 class WeightSyncError(RuntimeError):
-    """The engine does not hold the trainer's weights."""
+    """The engine's kernels read other weights than the trainer's."""
 
 
 @dataclass(frozen=True)
 class SyncResult:
-    """One push.
+    """The cost of a push on this rank.
 
     Attributes:
-        seconds: transfer and proof on this rank.
-        proof_seconds: of these, the proof.
-        bytes: brought to this rank's engine.
-        received_bytes: of these, from other ranks.
-        regions: of this rank's engine, all compared and equal.
+        seconds: seconds of transfer and proof together.
+        proof_seconds: seconds of the proof alone.
+        bytes: bytes written into this rank's engine.
+        received_bytes: the part of `bytes` that came from other ranks.
+        regions: regions of this rank's engine that were compared; all are equal.
     """
 
     seconds: float
@@ -59,7 +59,7 @@ class SyncResult:
 
 
 def colocated_planner(config: RunConfig) -> Planner:
-    """The plan of a run whose ranks are trainer and engine at once."""
+    """Build the planner of a run whose ranks are trainer and engine at once."""
     parallel = config.parallel
     size = parallel.world_size
     trainer = TrainerLayout(
@@ -76,7 +76,7 @@ def colocated_planner(config: RunConfig) -> Planner:
 
 
 def _all_ranges(actor: Actor) -> FlatRanges:
-    """What every rank holds of the main copies."""
+    """Gather which parts of the FP32 main copies each rank has."""
     everyone: list[tuple[FlatRange, ...]] = [()] * dist.get_world_size()
     dist.all_gather_object(everyone, tuple(actor.weights.main_copies().ranges))
     return FlatRanges(tuple(everyone))
@@ -86,7 +86,7 @@ class WeightSync:
     """Pushes the trainer's weights into the engine, and proves each push.
 
     Raises:
-        PlanError: where either side is laid out otherwise than planned, or ranks plan differently.
+        PlanError: where a side has another layout than planned, or ranks plan differently.
     """
 
     def __init__(self, actor: Actor, engine: VllmEngine, config: RunConfig) -> None:
@@ -102,10 +102,10 @@ class WeightSync:
         self.bind()
 
     def bind(self) -> None:
-        """Bind the plan to the tensors as they are now; the plan itself is kept.
+        """Bind the plan to the current tensors; the plan itself is kept.
 
         Raises:
-            PlanError: where a layout is another than was planned for.
+            PlanError: where a side has another layout than planned.
         """
         firsts: dict[str, int] = {}
         if self._planner.ranges is None:
@@ -124,7 +124,7 @@ class WeightSync:
         self._bound_to = self._addresses()
 
     def _addresses(self) -> list[tuple[int, torch.Size]]:
-        """Where this rank's tensors are: offloading and waking move them."""
+        """Return address and shape of this rank's tensors; offloading and waking move them."""
         found = list(self._actor.model.module.parameters())
         if self._planner.ranges is not None:
             copies = (self._actor.optimizer.main_copy(parameter) for parameter in found)
@@ -134,13 +134,13 @@ class WeightSync:
         return [(tensor.data_ptr(), tensor.shape) for tensor in found]
 
     def push(self, weight_version: int) -> SyncResult:
-        """Give the engine the trainer's weights under a new version.
+        """Push the trainer's weights into the engine under a new version, and prove the push.
 
-        Where tensors have moved since the last one, the plan is bound to them again first.
+        If tensors moved since the last push, the plan is bound to them again first.
 
         Raises:
-            WeightSyncError: naming every region that differs, on any rank.
-            PlanError: where a layout is another than was planned for.
+            WeightSyncError: lists every region that differs, on any rank.
+            PlanError: where a side has another layout than planned.
         """
         begin = time.perf_counter()
         if self._addresses() != self._bound_to:
@@ -150,6 +150,9 @@ class WeightSync:
 
     def prove(self, weight_version: int, begin: float | None = None) -> SyncResult:
         """Compare both sides without a push.
+
+        Args:
+            begin: `time.perf_counter()` at the start of the push; None where there was none.
 
         Raises:
             WeightSyncError: see `push`.
@@ -162,7 +165,7 @@ class WeightSync:
         if problems:
             raise WeightSyncError(
                 f"after sync {weight_version} the engine's kernels read other weights than the "
-                "trainer holds:\n  " + "\n  ".join(problems)
+                "trainer's:\n  " + "\n  ".join(problems)
             )
         end = time.perf_counter()
         return SyncResult(
