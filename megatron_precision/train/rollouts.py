@@ -1,6 +1,7 @@
-"""Sampling on a task: prompts to the engine, texts to the grader, groups with rewards back.
+"""Samples groups of rollouts for a task's prompts and grades them.
 
-Groups of rollouts with their rewards, and the rounds of sampling that fill a batch with them.
+`GroupSampler` sends prompts to the engine and each finished response to the grader.
+`sample_rounds` repeats that until a batch is full of groups whose rewards differ.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from megatron_precision.rollout.sampling import GradedRollouts, Prompt, Sampler
 
 @dataclass(frozen=True)
 class RolloutGroups:
-    """Groups of rollouts with their rewards.
+    """Groups of rollouts with their rewards; a group is all rollouts of one prompt.
 
     Attributes:
-        rollouts: ordered by prompt, then rollout.
+        rollouts: all rollouts, ordered by prompt, then by rollout.
         rewards: [prompts, rollouts] FP32.
-        reward_s: seconds that this rank gave to grading; see `GradedRollouts`.
+        reward_s: seconds that this rank spent on grading; see `GradedRollouts`.
         failures: grades of responses that could not be scored.
     """
 
@@ -37,7 +38,7 @@ class RolloutGroups:
 
     @classmethod
     def of(cls, graded: GradedRollouts, rollouts_per_prompt: int) -> RolloutGroups:
-        """Turn graded rollouts into groups."""
+        """Arrange graded rollouts into groups."""
         rewards = torch.tensor([grade.reward for grade in graded.grades])
         failures = tuple(grade for grade in graded.grades if grade.status != "scored")
         shape = (-1, rollouts_per_prompt)
@@ -45,12 +46,12 @@ class RolloutGroups:
 
     @property
     def response_tokens(self) -> torch.Tensor:
-        """[prompts, rollouts] int64: lengths of the responses."""
+        """Lengths of the responses in tokens, [prompts, rollouts] int64."""
         lengths = [len(rollout.tokens) for rollout in self.rollouts]
         return torch.tensor(lengths, dtype=torch.int64).view(self.rewards.shape)
 
     def groups(self, chosen: Sequence[int]) -> RolloutGroups:
-        """The groups with these numbers, in this order."""
+        """Return the groups with these numbers, in this order."""
         size = self.rewards.shape[1]
         rollouts = [self.rollouts[group * size + i] for group in chosen for i in range(size)]
         return RolloutGroups(rollouts, self.rewards[list(chosen)], self.reward_s, self.failures)
@@ -59,22 +60,23 @@ class RolloutGroups:
 def sample_rounds(
     sample: Callable[[int, int], RolloutGroups], num_groups: int, extra_rounds: int
 ) -> tuple[RolloutGroups, RolloutGroups]:
-    """Sample groups, and further ones in place of those whose rewards are all equal.
+    """Sample groups, and replace groups whose rewards are all equal by further ones.
 
-    Each further round asks only as many prompts as are missing. Where the rounds run out, groups
-    without contrast fill the batch: its shape is fixed, and they add no gradient. Every rank
-    holds the same rewards, so all ranks ask for the same rounds.
+    Each further round asks for as many prompts as are missing. When the rounds run out, groups of
+    equal rewards fill the batch: its shape is fixed, and they add no gradient. Every rank has the
+    same rewards, so all ranks ask for the same rounds.
 
     Args:
-        sample: (round, prompts) to that many groups; round 0 is the iteration's own.
-        num_groups: groups of the batch.
-        extra_rounds: further rounds at most; with 0 the batch is what was sampled.
+        sample: called with (round, number of prompts), returns that many groups; round 0 is the
+            iteration's own.
+        num_groups: the number of groups in the batch.
+        extra_rounds: the largest number of further rounds; with 0 the batch is round 0.
 
     Returns:
-        Everything that was sampled, and the batch: `num_groups` of its groups, in its order.
+        Everything that was sampled, and the batch: `num_groups` of these groups, in their order.
 
-    Source: arXiv 2503.14476, section 3.2. It samples until the batch is full, without a
-    bound, and whole batches at a time.
+    Source: arXiv 2503.14476, section 3.2, which samples whole batches without a bound until the
+    batch is full.
     """
     everything = sample(0, num_groups)
     for number in range(1, extra_rounds + 1):
@@ -94,7 +96,7 @@ def sample_rounds(
 
 
 class GroupSampler:
-    """Samples prompts of a task and has every response graded as it finishes."""
+    """Samples a task's prompts and grades every response as soon as it is finished."""
 
     def __init__(self, task: Task, sampler: Sampler, max_response_tokens: int) -> None:
         self._task = task
@@ -117,7 +119,8 @@ class GroupSampler:
         """Sample every prompt and grade every response; see `Sampler.sample`.
 
         Args:
-            truncated: whether a response that reached its limit is graded, or has the reward 0.
+            truncated: "graded" grades a response that reached its length limit; "wrong" gives it the
+                reward 0.
         """
 
         def grade(rollout: Rollout) -> Future[Grade]:
@@ -140,6 +143,6 @@ class GroupSampler:
         return RolloutGroups.of(found, rollouts_per_prompt)
 
     def close(self) -> None:
-        """End what grades."""
+        """Stop the processes that grade."""
         if self._grader is not None:
             self._grader.close()
