@@ -119,8 +119,8 @@ class GroupSampler:
         """Sample every prompt and grade every response; see `Sampler.sample`.
 
         Args:
-            truncated: "graded" grades a response that reached its length limit; "wrong" gives it the
-                reward 0.
+            truncated: "graded" grades a response that reached its length limit; "wrong" gives it
+                the reward 0.
         """
 
         def grade(rollout: Rollout) -> Future[Grade]:
