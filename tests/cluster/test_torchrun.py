@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import chat_run
+from tests.distributed.harness import free_port
 from tests.e2e import real_jobs
 
 pytestmark = pytest.mark.slow
@@ -49,12 +49,6 @@ def run_both(commands: list[list[str]], folder: Path, interfaces: list[str]) -> 
             agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)
     return said
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def test_two_agents_on_one_machine_train_and_sync(chat_folder: Path) -> None:

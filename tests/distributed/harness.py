@@ -6,11 +6,13 @@ The processes are forked from one that has imported what is not under test (`pre
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -39,9 +41,15 @@ _COMMON = {
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Find a port that nobody listens on, outside the range from which the kernel gives others.
+
+    A port from within that range can be taken by any connection before the rank binds it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(12_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_distributed(body: str, world_size: int, *args: Any, timeout_s: float = 400) -> Any:

@@ -25,6 +25,7 @@ from tests.distributed.harness import run_distributed
 from tests.distributed.oracle import DENSE
 from tests.tools.hf_folders import MODELS, plant, save, tensors_of
 from tools.checkpoint_convert import (
+    blocks,
     convert,
     safetensors_folder,
     source,
@@ -374,7 +375,7 @@ def test_blocks_put_together_are_the_tensor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large tensors are read and written in several blocks: here every one is."""
-    monkeypatch.setattr(source, "BLOCK_BYTES", 300)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 300)
     hf = save(DENSE, tmp_path / "hf")
     layout = ParallelConfig(1, tp_size=2, rollout_tp_size=1)
     convert.import_checkpoint(hf, tmp_path / "megatron", layout=layout)

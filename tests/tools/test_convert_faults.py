@@ -26,7 +26,7 @@ from megatron_precision.checkpoint import manifest
 from megatron_precision.config.errors import UserError
 from tests.distributed.oracle import DENSE
 from tests.tools.hf_folders import MODELS, save, tensors_of
-from tools.checkpoint_convert import convert, source, torch_dist_folder
+from tools.checkpoint_convert import blocks, convert, source, torch_dist_folder
 from tools.checkpoint_convert.cli import main
 
 
@@ -391,7 +391,7 @@ def test_metadata_that_does_not_fit_is_refused(
 ) -> None:
     hf, megatron = save(DENSE, tmp_path / "hf"), tmp_path / "megatron"
     rows = DENSE.vocab_size // 2
-    monkeypatch.setattr(source, "BLOCK_BYTES", rows * DENSE.hidden_size * 2)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", rows * DENSE.hidden_size * 2)
     convert.import_checkpoint(hf, megatron)
     edit_metadata(megatron, edit)
     assert main(["export", str(megatron), str(tmp_path / "back")]) == 2

@@ -6,12 +6,10 @@ about FP16 or BF16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.observe.metrics import MetricsWriter
@@ -158,9 +156,3 @@ def _iteration(
         "throughput/tokens_per_s": 3700.0,
         "memory/peak_gib": 3.2,
     }
-
-
-@pytest.fixture
-def synthetic_run() -> Callable[..., Path]:
-    """`write_synthetic_run`, for tests."""
-    return write_synthetic_run
