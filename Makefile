@@ -4,6 +4,9 @@ PYTHON ?= python3
 TORCH := torch==2.13.0
 UV := uv==0.13.9
 
+# uv trusts what the system trusts: a proxy's own certificate may be known to it alone.
+export UV_SYSTEM_CERTS := 1
+
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,9 +14,11 @@ STAMP := $(VENV)/.installed
 KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml; } | cksum | tr ' ' '-')
 
 FAST := not slow and not exhaustive and not gpu and not multigpu
+# Two workers for two cores; each file goes to one of them (tests/conftest.py).
+WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
 SLOW := slow and not exhaustive and not gpu and not multigpu
 
-.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu gpu check doctor clean
+.PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu gpu check docs doctor clean
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -21,13 +26,14 @@ help:
 	@echo 'make sanity      the sanity experiment, BF16 against FP16, dense model; ends with a report'
 	@echo 'make sanity-moe  the same with the MoE model'
 	@echo 'make mismatch    vLLM against Megatron in BF16, FP16 and FP32 on SmolLM2-135M; ends with a report'
-	@echo 'make sweep       every algorithm on the tiny models, resumable; fills the table of docs/sweep.md'
+	@echo 'make sweep       every algorithm on the tiny models, resumable; fills the table of docs/results.md'
 	@echo 'make test        the tests'
 	@echo 'make test-slow   the tests that take minutes'
 	@echo 'make test-exhaustive  every pair of layouts of up to 16 ranks, where the slow tests take a sample'
 	@echo 'make test-gpu    the tests of one GPU, in the environment of a GPU host (docs/gpu.md)'
 	@echo 'make gpu         those tests, and everything that one GPU is to be measured for'
-	@echo 'make check       ruff and mypy'
+	@echo 'make check       ruff, mypy, the direction of imports, and the docs'
+	@echo 'make docs        the documentation as a site, in docs/_build/html'
 	@echo 'make doctor      what is installed, and what is wrong with it'
 	@echo 'make install     set up .venv (every target does it when needed)'
 	@echo 'make clean       remove .venv and caches; runs/ stays'
@@ -47,11 +53,11 @@ sweep: install
 	@$(BIN)/python benchmarks/sweep.py
 
 test: install
-	$(BIN)/python -m pytest -m '$(FAST)'
+	$(BIN)/python -m pytest $(WORKERS) -m '$(FAST)'
 
 # pytest ends with 5 when no test has the mark; that is no failure, and every other code is.
 test-slow: install
-	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
+	@$(BIN)/python -m pytest $(WORKERS) -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
 
 test-exhaustive: install
 	$(BIN)/python -m pytest -m exhaustive --timeout 3600
@@ -72,6 +78,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
 doctor: install
 	@$(BIN)/python -m megatron_precision doctor

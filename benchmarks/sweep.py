@@ -1,4 +1,4 @@
-"""Every algorithm on the tiny models, BF16 against FP16: raw figures, and docs/sweep.md's table.
+"""Every algorithm on the tiny models, BF16 against FP16: raw figures, and docs/results.md's table.
 
 .venv/bin/python benchmarks/sweep.py
 
@@ -97,7 +97,7 @@ def cases() -> Iterator[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--raw", type=Path, default=ROOT / "docs/benchmarks/raw/sweep.json")
-    parser.add_argument("--table", type=Path, default=ROOT / "docs/sweep.md")
+    parser.add_argument("--table", type=Path, default=ROOT / "docs/results.md")
     parser.add_argument("--runs", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--only", default="", metavar="TEXT", help="runs whose name holds TEXT")
     parser.add_argument("--draw", action="store_true", help="write the table, and make no run")

@@ -1,13 +1,18 @@
-"""Settings of all tests."""
+"""Settings of all tests, and how two workers share them."""
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import shared
 from tests.report.synthetic_runs import write_synthetic_run
 
 # Time says nothing on a machine that is shared.
@@ -21,3 +26,29 @@ settings.load_profile("shared machine")
 def synthetic_run() -> Callable[..., Path]:
     """Writes the folder of a finished run with made-up metrics."""
     return write_synthetic_run
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that the workers of this run share; they inherit the variable.
+
+    A shell starts a job in the background with Ctrl-C ignored, and every process that a test
+    starts would inherit that; tests of Ctrl-C need its default.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):
+        os.environ[shared.VARIABLE] = tempfile.mkdtemp(prefix="megatron-precision-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the shared folder."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(shared.VARIABLE), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each file to one worker, with its fixtures; whole jobs come first, as they are long."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+    items.sort(key=lambda item: not item.location[0].startswith("tests/e2e/"))

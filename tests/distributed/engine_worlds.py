@@ -23,6 +23,7 @@ from megatron_precision.config.schema import (
 )
 from tests.distributed.harness import run_distributed
 from tests.distributed.oracle import checkpoint, random_hf_model
+from tests.shared import once
 
 # vLLM pads the vocabulary to 128, so that the second rank holds both rows and padding; head and
 # expert sizes are such as its CPU kernels take.
@@ -86,6 +87,10 @@ def weights(model: str) -> dict[str, torch.Tensor]:
 @functools.cache
 def engine_world(world: str) -> dict[str, Any]:
     """The results of `engine_bodies.experiments` on two ranks."""
+    return once(f"engine_world {world}", lambda: _engine_world(world))
+
+
+def _engine_world(world: str) -> dict[str, Any]:
     model, precision = world.split()
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = run_distributed(
@@ -102,6 +107,10 @@ def engine_world(world: str) -> dict[str, Any]:
 @functools.cache
 def fresh_world(world: str) -> list[list[float]]:
     """The scores of an engine that has loaded the weights that the other world pushed."""
+    return once(f"fresh_world {world}", lambda: _fresh_world(world))
+
+
+def _fresh_world(world: str) -> list[list[float]]:
     push = engine_world(world)["push"]
     with tempfile.TemporaryDirectory() as folder:
         found: list[list[float]] = run_distributed(
@@ -118,6 +127,10 @@ def fresh_world(world: str) -> list[list[float]]:
 @functools.cache
 def mismatch_world(world: str) -> dict[str, torch.Tensor]:
     """Log-probs of the same tokens by the engine and by the trainer."""
+    return once(f"mismatch_world {world}", lambda: _mismatch_world(world))
+
+
+def _mismatch_world(world: str) -> dict[str, torch.Tensor]:
     if world in SLOW:
         found: dict[str, torch.Tensor] = engine_world(world)["mismatch"]
         return found
@@ -140,6 +153,10 @@ def flips_world(world: str) -> dict[str, Any]:
 @functools.cache
 def main_copies_world() -> dict[str, Any]:
     """Two replicas of an MoE model that trains in BF16, and rolls out in FP16 by main copies."""
+    return once("main_copies_world", lambda: _main_copies_world())
+
+
+def _main_copies_world() -> dict[str, Any]:
     changed = dataclasses.replace(
         config("MoE bf16"),
         model=dataclasses.replace(MOE, max_position_embeddings=512),
