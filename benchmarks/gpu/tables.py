@@ -1,4 +1,4 @@
-"""What `benchmarks/gpu/run.py` found, as the tables of docs/benchmarks/gpu.md. No torch here."""
+"""What `benchmarks/gpu/run.py` found, as the tables of docs/results.md. No torch here."""
 
 from __future__ import annotations
 

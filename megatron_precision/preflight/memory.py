@@ -3,7 +3,7 @@
 Trainer and engine live in one process, so that their memory adds up. Parameters are counted from
 the tables that the weight sync reads (`weights/megatron_layout.py`, `weights/vllm_layout.py`), and
 not by a formula. What a run allocates on top is a formula each, with its source beside it; the
-docs say which were measured (docs/memory.md).
+docs say which were measured (docs/preflight.md).
 
 Bytes throughout; a GB of a GPU is 1e9 bytes, as on its data sheet. This module imports no torch.
 
@@ -395,7 +395,7 @@ def says(config: RunConfig) -> str:
         return (
             "The largest phase has to fit: what a phase frees is given back before the other side "
             "takes memory. `host` parts wait in host memory, `gone` ones are made anew. What sleep "
-            "gives back was measured (docs/benchmarks/gpu.md), a whole turn was not."
+            "gives back was measured (docs/results.md), a whole turn was not."
         )
     return (
         "All parts at once have to fit: nothing sleeps and nothing steps aside here "
