@@ -88,17 +88,6 @@ def _trainer_layout(config: RunConfig) -> Iterator[Problem]:
     for problem in _field_divides(config, "the number of layers", layers, "parallel.pp_size"):
         # The message names the numbers of stages that divide the layers.
         yield dataclasses.replace(problem, remedy="stages of unequal depth are not supported")
-    if layout.cp_size != 1:
-        yield Problem(
-            what="context parallelism is not supported",
-            where="parallel.cp_size",
-            got=str(layout.cp_size),
-            expected="1",
-            remedy=(
-                "divide long sequences by parallel.tp_size with parallel.sequence_parallel=true, "
-                "and set memory.recompute=full memory.attention=fused"
-            ),
-        )
     if model.head_dim % 2:
         yield Problem(
             "rotary embeddings need pairs", "model.head_dim", str(model.head_dim), "an even number"

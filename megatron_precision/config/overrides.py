@@ -1,8 +1,7 @@
-"""Typed overrides: `train.iterations=40` onto a frozen `RunConfig`, and its way through JSON.
+"""Applies typed overrides such as `train.iterations=40` to a frozen `RunConfig`, and reads JSON.
 
-The dataclass annotations of `config.py` say what each value must be; nothing here knows a field
-by name. All mistakes are reported at once, and a field that was not named is never touched.
-This module imports no torch.
+The annotations of `schema.py` say what each value must be. All mistakes are reported at once, and
+a field that no override names is never changed. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -17,30 +16,61 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from megatron_precision.config.bounds import Bounds
 from megatron_precision.config.errors import Problem, UserError, nearest
 from megatron_precision.config.schema import RunConfig
 
 # The recipe is chosen by name before overrides are applied, and its name says what ran.
 FIXED_PATHS = frozenset({"recipe"})
+
+_FALSIFIES = (
+    "training rollouts sample from the model's own distribution at rollout.temperature: any other "
+    "setting makes vLLM renormalise its log-probs, and falsifies the mismatch"
+)
+# Settings of vLLM and Megatron that cannot be had here: the value that an earlier version wrote
+# into config.json, and why no other one is possible.
+NOT_SETTINGS: dict[str, tuple[Any, str]] = {
+    "rollout.top_p": (1.0, _FALSIFIES),
+    "rollout.top_k": (-1, _FALSIFIES),
+    "rollout.repetition_penalty": (1.0, _FALSIFIES),
+    "parallel.cp_size": (
+        1,
+        "context parallelism is not supported: divide long sequences by parallel.tp_size with "
+        "parallel.sequence_parallel=true, and set memory.recompute=full memory.attention=fused",
+    ),
+}
 _POWER = re.compile(r"([+-]?\d+)\s*\*\*\s*([+-]?\d+)")
 
 
 @functools.cache
 def field_types(section: type) -> dict[str, Any]:
-    """The fields of a config dataclass with their resolved annotations."""
+    """Return the fields of a config dataclass with their types."""
     hints = typing.get_type_hints(section)
     return {entry.name: hints[entry.name] for entry in dataclasses.fields(section)}
 
 
 @functools.cache
 def paths(section: type = RunConfig, prefix: str = "") -> dict[str, Any]:
-    """Every path that can be overridden, with the type of its value, in the config's order."""
+    """Return every path that can be overridden and its value's type, in the config's order."""
     found: dict[str, Any] = {}
     for name, kind in field_types(section).items():
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             found.update(paths(kind, f"{prefix}{name}."))
         elif prefix + name not in FIXED_PATHS:
             found[prefix + name] = kind
+    return found
+
+
+@functools.cache
+def bounds(section: type = RunConfig, prefix: str = "") -> dict[str, Bounds]:
+    """Return the bounds of every setting that has some, by its path, in the config's order."""
+    found: dict[str, Bounds] = {}
+    for name, kind in typing.get_type_hints(section, include_extras=True).items():
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            found.update(bounds(kind, f"{prefix}{name}."))
+        for part in getattr(kind, "__metadata__", ()):
+            if isinstance(part, Bounds):
+                found[prefix + name] = part
     return found
 
 
@@ -65,9 +95,9 @@ def apply(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def examine(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, list[Problem]]:
-    """As `apply`, with the good overrides set and the problems of the others returned.
+    """Apply the valid overrides, and return the problems of the others.
 
-    What the good ones break can then be reported together with the bad ones.
+    The caller can then report what the valid ones break together with the invalid ones.
     """
     problems: list[Problem] = []
     texts: dict[str, str] = {}
@@ -77,6 +107,8 @@ def examine(config: RunConfig, overrides: Sequence[str]) -> tuple[RunConfig, lis
         path, text = path.strip(), text.strip()
         if not equals:
             problems.append(_no_value(override))
+        elif path in NOT_SETTINGS:
+            problems.append(_not_a_setting(path, text))
         elif path not in paths():
             problems.append(_unknown_path(override, path))
         elif texts.get(path, text) != text:
@@ -147,7 +179,7 @@ def config_from_file(path: Path) -> RunConfig:
 
 
 def describe_type(kind: Any) -> str:
-    """A type in a user's words."""
+    """Describe a type in a user's words."""
     if typing.get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(kind)))
     words = {
@@ -177,11 +209,15 @@ def _number(text: str, kind: type) -> int | float:
 
 
 def _check(value: Any, kind: Any) -> Any:
-    """`value` as `kind`, or a ValueError that says what was expected."""
+    """Return `value` as `kind`.
+
+    Raises:
+        ValueError: says what was expected.
+    """
     if typing.get_origin(kind) is Literal:
         fits = value in typing.get_args(kind)
     elif kind is int:
-        # What the engines hold in 64 bits.
+        # The engines store integers in 64 bits.
         fits = type(value) is int and abs(value) < 2**63
     elif kind is float:
         # JSON and users write whole numbers without a point; bool is an int in Python.
@@ -216,7 +252,10 @@ def _build(section: type, values: Any, prefix: str, problems: list[Problem]) -> 
         return None
     kinds = field_types(section)
     for key in values:
-        if key not in kinds:
+        if (path := f"{prefix}{key}") in NOT_SETTINGS:
+            if values[key] != NOT_SETTINGS[path][0]:
+                problems.append(_not_a_setting(path, repr(values[key])))
+        elif key not in kinds:
             close = nearest(str(key), list(kinds))
             remedy = f"did you mean {' or '.join(close)}?" if close else ""
             problems.append(
@@ -241,6 +280,10 @@ def _no_value(override: str) -> Problem:
     return Problem("an override without a value", f"--set {override}", repr(override), "PATH=VALUE")
 
 
+def _not_a_setting(path: str, got: str) -> Problem:
+    return Problem("this cannot be set", path, got, "nothing", NOT_SETTINGS[path][1])
+
+
 def _set_twice(path: str, first: str, second: str) -> Problem:
     return Problem(
         f"{path} is set twice", f"--set {path}", f"{first!r} and {second!r}", "one value"
@@ -248,7 +291,7 @@ def _set_twice(path: str, first: str, second: str) -> Problem:
 
 
 def _of_near_section(path: str, valid: Sequence[str]) -> list[str]:
-    """Fields of the section that a path's first part looks like, the nearest field first."""
+    """Return the fields of the section that looks like the path's first part, nearest first."""
     section, _, field = path.partition(".")
     close = nearest(section, sorted({name.partition(".")[0] for name in valid}), count=1)
     inside = [name for name in valid if close and name.startswith(close[0] + ".")]

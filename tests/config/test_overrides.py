@@ -147,3 +147,44 @@ def test_every_field_of_the_configuration_can_be_overridden(config: RunConfig) -
         return found
 
     assert set(overrides.paths()) == leaves(dataclasses.asdict(config)) - {"recipe"}
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("rollout.top_p=0.9", "falsifies the mismatch"),
+        ("rollout.top_k=50", "falsifies the mismatch"),
+        ("rollout.repetition_penalty=1.1", "falsifies the mismatch"),
+        ("parallel.cp_size=2", "context parallelism is not supported"),
+    ],
+)
+def test_what_would_falsify_the_log_probs_is_no_setting_and_the_message_says_why(
+    override: str, reason: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        overrides.apply(RunConfig("one"), [override])
+    (problem,) = caught.value.problems
+    assert problem.where == override.partition("=")[0]
+    assert reason in problem.remedy
+
+
+def test_a_configuration_that_an_earlier_version_wrote_is_read() -> None:
+    """It has the settings that are none now, at the only values that they could have."""
+    config = RunConfig("one")
+    values = to_dict(config)
+    values["rollout"] |= {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
+    values["parallel"]["cp_size"] = 1
+    assert overrides.config_from_dict(values) == config
+    values["rollout"]["top_k"] = 50
+    with pytest.raises(UserError, match=r"rollout\.top_k"):
+        overrides.config_from_dict(values)
+
+
+def test_every_bound_stands_at_its_field() -> None:
+    found = overrides.bounds()
+    assert found["train.iterations"].allow(0)
+    assert not found["parallel.tp_size"].allow(0)
+    assert found["train.dump_jump_factor"].allow(0)
+    assert not found["train.dump_jump_factor"].allow(1)
+    assert not found["eval.top_p"].allow(1.1)
+    assert "precision" not in found
