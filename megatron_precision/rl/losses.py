@@ -27,7 +27,7 @@ class PolicyTerms:
         loss: with gradient.
         clipped: bool, True where the clipped branch is the larger one.
         ratio: pi_theta over the policy that the loss compares it with.
-        gradient_factor: |d loss / d train_logprobs| over |A| where nothing is clipped.
+        gradient_factor: the magnitude of d loss / d train_logprobs over that of A, unclipped.
     """
 
     loss: Tensor
