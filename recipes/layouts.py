@@ -1,7 +1,6 @@
 """Sizes of a job that a recipe has a layout for: `--gpus N --gpu-gb G`.
 
-A size that a recipe has no layout for is one that its model does not fit: `python -m
-megatron_precision plan` works out the memory, and a test that every layout here fits.
+A test says that every layout fits; `python -m megatron_precision plan` works out the memory.
 """
 
 from __future__ import annotations
@@ -9,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_precision.config.schema import ParallelConfig
+from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.config.schema import ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True, order=True)
 class Size:
-    """GPUs of a job, and GB (1e9 bytes) of each."""
+    """Counts the GPUs of a job, and the GB (1e9 bytes) of each."""
 
     gpus: int
     gpu_gb: int
@@ -25,12 +25,12 @@ class Size:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a job of one size is divided, and what its engines may hold.
+    """Divides a job of one size, and bounds its engines.
 
     Attributes:
-        parallel: of trainer and engines.
-        kv_cache_mib: of a rank.
-        max_num_seqs: that an engine decodes at once.
+        parallel: the layout of trainer and engines.
+        kv_cache_mib: KV cache of a rank, in MiB.
+        max_num_seqs: sequences that an engine decodes at once.
     """
 
     parallel: ParallelConfig
@@ -43,13 +43,13 @@ Layouts = Mapping[Size, Layout]
 
 @dataclass(frozen=True)
 class Sized:
-    """A recipe's layouts, and the size that its plain name means."""
+    """Holds a recipe's layouts, and the size that its plain name means."""
 
     layouts: Layouts
     default: Size
 
     def size(self, gpus: int | None, gpu_gb: int | None) -> Size:
-        """The size that a user means who may have left out either number."""
+        """Complete a size of which the user may have left out either number."""
         if gpus is None and gpu_gb is None:
             return self.default
         gpu_gb = gpu_gb or self.default.gpu_gb
@@ -58,11 +58,32 @@ class Sized:
         return Size(gpus, gpu_gb)
 
     def like(self, size: Size) -> Layout:
-        """The layout of another size that comes nearest: of as many GPUs, or of the fewest."""
+        """Return the layout of another size that comes nearest: as many GPUs, or the fewest."""
         return self.layouts[min(self.layouts, key=lambda s: (s.gpus != size.gpus, s))]
 
 
-# What every large recipe is asked for.
+class NoLayoutError(UserError):
+    """A recipe has no layout of the size that the user asked for.
+
+    Attributes:
+        config: the recipe in its nearest layout.
+        size: what was asked for.
+    """
+
+    def __init__(self, name: str, size: Size, sized: Sized, config: RunConfig) -> None:
+        self.config = config
+        self.size = size
+        super().__init__(
+            Problem(
+                f"{name} has no layout for {size}",
+                "--gpus, --gpu-gb",
+                f"{size.gpus} and {size.gpu_gb}",
+                f"one of: {'; '.join(map(str, sized.layouts))}",
+            )
+        )
+
+
+# The sizes that `plan --all-sizes` asks of every large recipe.
 SIZES = (Size(8, 80), Size(16, 80), Size(32, 80), Size(8, 141))
 
 
@@ -76,7 +97,7 @@ def layout(
     kv_gib: int,
     max_num_seqs: int = 256,
 ) -> Layout:
-    """A layout in one line; sequence parallelism goes with tensor parallelism."""
+    """Write a layout in one line; sequence parallelism follows tensor parallelism."""
     return Layout(
         ParallelConfig(
             world_size=gpus,

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_precision.checkpoint import folders
 from megatron_precision.checkpoint.run_folder import METRICS
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.report.runs import flatten
@@ -68,15 +69,34 @@ def state_problems(config: RunConfig, state: Mapping[str, Any], where: str) -> l
         where: its folder.
     """
     return [
+        *_changed_files(config, state, where),
+        *(
+            Problem(
+                "a resumed run cannot change this",
+                path,
+                f"{now}",
+                f"{before}, as {where} was written with",
+                "resume with the run's own value, or start a new run with another --out",
+            )
+            for path, (before, now) in changes(config, state["config"]).items()
+            if path in _FIXED or not path.startswith((*_FREE, *_ROUNDING))
+        ),
+    ]
+
+
+def _changed_files(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Problem]:
+    """List the user's files whose content is no longer what the checkpoint was trained with."""
+    before = state.get("user_files", {})  # a checkpoint of an older version has none
+    return [
         Problem(
-            "a resumed run cannot change this",
+            "a resumed run cannot change this file",
             path,
-            f"{now}",
-            f"{before}, as {where} was written with",
-            "resume with the run's own value, or start a new run with another --out",
+            f"SHA-256 {now[:12]}...",
+            f"{before[path][:12]}..., as {where} was written with",
+            "restore the file, or start a new run with another --out",
         )
-        for path, (before, now) in changes(config, state["config"]).items()
-        if path in _FIXED or not path.startswith((*_FREE, *_ROUNDING))
+        for path, now in user_files.hashes(config).items()
+        if before.get(path, now) != now
     ]
 
 

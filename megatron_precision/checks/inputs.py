@@ -10,11 +10,12 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_precision.checks import own_code
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import ModelConfig, RunConfig, StartConfig
 from megatron_precision.data.prompts import parse_set, read_prompts
 from megatron_precision.layouts.hf_config import read_model, weights_missing
-from megatron_precision.rewards.scorers import scorer
 
 # A run builds its own initial weights from it, or none; a checkpoint does not say it.
 _OF_NO_CHECKPOINT = ("initializer_range",)
@@ -30,11 +31,11 @@ def input_problems(config: RunConfig, *, training: bool = True) -> list[Problem]
     if config.start.kind == "warm_start":
         return []
     found = [*_checkpoint(config), *_sets(config, training)]
-    try:
-        scorer(config.task.scorer)
-    except UserError as wrong:
-        found += wrong.problems
-    return found
+    unusable = own_code.scorer_problems(config)
+    sets = (*config.task.train_sets, *config.task.eval_sets)
+    if user_files.is_reference(config.task.scorer) and sets and not found and not unusable:
+        unusable = own_code.try_scorer(config, read_prompts(parse_set(sets[0]).path)[0].answer)
+    return [*found, *unusable]
 
 
 def with_checkpoint(config: RunConfig, folder: str) -> RunConfig:

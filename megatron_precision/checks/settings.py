@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_precision.checks import layout
+from megatron_precision.checks import layout, own_code
 from megatron_precision.checks.layout import DATA_PARALLEL_SIZE, value_at
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError, unknown_name
 from megatron_precision.config.overrides import bounds
 from megatron_precision.config.schema import (
@@ -24,12 +25,11 @@ from megatron_precision.config.schema import (
 from megatron_precision.data.prompts import set_problems
 from megatron_precision.precision.policy import DTYPES, is_precision
 from megatron_precision.rewards.scorers import SCORERS
-from megatron_precision.rl.algorithms import ALGORITHMS
 
 
 def algorithm_problems(config: RunConfig) -> Iterator[Problem]:
     """Yield what the chosen algorithm cannot work with."""
-    row = ALGORITHMS.get(config.algo.name)
+    row = own_code.algorithm_or_none(config)
     if row and row.dynamic_sampling and config.train.rollouts_per_prompt == 1:
         yield Problem(
             what="dynamic sampling looks for groups whose rewards differ",
@@ -95,19 +95,10 @@ def unknown_precision(where: str, got: str) -> Problem:
     return dataclasses.replace(problem, expected=expected)
 
 
-def unknown_algorithm(where: str, got: str) -> Problem:
-    """Describe an algorithm that has no row; GRPO of the papers is PPO here."""
-    problem = unknown_name("algorithm", where, got, list(ALGORITHMS))
-    ours = got.upper().replace("GRPO", "PPO", 1)
-    named = [name for name in ALGORITHMS if name.upper() == ours]
-    return dataclasses.replace(problem, remedy=f"it is {named[0]} here") if named else problem
-
-
 def _names(config: RunConfig) -> Iterator[Problem]:
     if not is_precision(config.precision):
         yield unknown_precision("precision", config.precision)
-    if config.algo.name not in ALGORITHMS:
-        yield unknown_algorithm("algo.name", config.algo.name)
+    yield from own_code.algorithm_problems(config)
 
 
 def _out_of_bounds(config: RunConfig) -> Iterator[Problem]:
@@ -147,9 +138,11 @@ def _task(config: RunConfig) -> Iterator[Problem]:
         )
     yield from set_problems("task.train_sets", task.train_sets)
     yield from set_problems("task.eval_sets", task.eval_sets)
-    if task.scorer not in SCORERS and not _SCORER.fullmatch(task.scorer):
+    if user_files.is_reference(task.scorer):
+        yield from own_code.scorer_problems(config)
+    elif task.scorer not in SCORERS and not _SCORER.fullmatch(task.scorer):
         problem = unknown_name("scorer", "task.scorer", task.scorer, list(SCORERS))
-        expected = f"{problem.expected}; or MODULE:FUNCTION of your own"
+        expected = f"{problem.expected}; or MODULE:FUNCTION or FILE.py:FUNCTION of your own"
         yield dataclasses.replace(problem, expected=expected)
 
 

@@ -6,6 +6,7 @@ torch and the engines are not imported here: every mistake is answered at once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from megatron_precision.checkpoint import compatible, run_folder
@@ -19,14 +20,16 @@ from megatron_precision.preflight import search
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that choose a configuration; `resolve` reads them."""
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="for example sanity.tiny_dense")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs="?", help="such as sanity.tiny_dense, or FILE.py"
+    )
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="a run's config.json, in place of RECIPE"
     )
     parser.add_argument(
         "--precision", metavar="P", help="fp16, bf16, fp32, or TRAIN/ROLLOUT such as bf16/fp16"
     )
-    parser.add_argument("--algo", metavar="A", help="an algorithm, for example PG-Seq-IS")
+    parser.add_argument("--algo", metavar="A", help="such as PG-Seq-IS, or FILE.py:ROW")
     parser.add_argument(
         "--gpus", type=int, metavar="N", help="the recipe's layout for so many GPUs: 8, 16 or 32"
     )
@@ -105,7 +108,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
     problems = [*found, *settings.settings_problems(config), *problems]
     if getattr(args, "resume", False) and args.out is not None:
         problems += compatible.resume_problems(config, args.out)
-    if not problems and args.recipe in recipes.SIZED and not getattr(args, "judged", False):
+    if not problems and recipes.sized(args.recipe) and not getattr(args, "judged", False):
         verdict = search.judge(config, gpu_gb(args))
         problems += [] if verdict.fits else [search.refusal(verdict)]
     if problems:
@@ -117,8 +120,8 @@ def gpu_gb(args: argparse.Namespace) -> int:
     """Memory of the GPUs that the arguments name, 1e9 bytes."""
     import recipes
 
-    if args.recipe in recipes.SIZED:
-        return recipes.SIZED[args.recipe].size(args.gpus, args.gpu_gb).gpu_gb
+    if sized := recipes.sized(args.recipe):
+        return sized.size(args.gpus, args.gpu_gb).gpu_gb
     return args.gpu_gb or 80
 
 
@@ -132,15 +135,40 @@ def _recipe_or_file(args: argparse.Namespace) -> RunConfig:
                 what="no recipe" if args.recipe is None else "a recipe and a configuration file",
                 where="RECIPE",
                 got="neither" if args.recipe is None else f"{args.recipe} and {args.config}",
-                expected="RECIPE or --config FILE; recipes are " + ", ".join(recipes.RECIPES),
+                expected="RECIPE or --config FILE; recipes are "
+                + ", ".join([*recipes.RECIPES, "FILE.py"]),
                 remedy=_swallowed(args),
             )
         )
     if args.config:
         return config_from_file(args.config)
     # `plan` judges a recipe of one layout by any card.
-    one_layout = getattr(args, "judged", False) and args.recipe not in recipes.SIZED
-    return recipes.recipe(args.recipe, args.gpus, None if one_layout else args.gpu_gb)
+    one_layout = getattr(args, "judged", False) and recipes.sized(args.recipe) is None
+    return sized_recipe(args.recipe, args.gpus, None if one_layout else args.gpu_gb)
+
+
+def sized_recipe(name: str, gpus: int | None = None, gpu_gb: int | None = None) -> RunConfig:
+    """Build a recipe for a job of a size; see `recipes.recipe`.
+
+    Raises:
+        UserError: as there; for a size without a layout it names the nearest one that fits.
+    """
+    import recipes
+    from recipes.layouts import NoLayoutError
+
+    try:
+        return recipes.recipe(name, gpus, gpu_gb)
+    except NoLayoutError as wrong:
+        config, size, (problem,) = wrong.config, wrong.size, wrong.problems
+    verdict = search.judge(config, size.gpu_gb)
+    if config.parallel.world_size == size.gpus and not verdict.fits:
+        raise UserError(search.refusal(verdict))
+    found = search.nearest(config, size.gpu_gb, size.gpus) if size.gpus >= 1 else None
+    remedy = "no layout of that size fits"
+    if found:
+        layout = search.describe(found.config.parallel)
+        remedy = f"--set parallel.world_size={size.gpus} {layout} fits and was never run"
+    raise UserError(dataclasses.replace(problem, remedy=remedy))
 
 
 def chosen(args: argparse.Namespace) -> RunConfig:

@@ -19,6 +19,7 @@ from megatron_precision.checkpoint import run_folder
 from megatron_precision.checks import inputs, platform
 from megatron_precision.cli import arguments
 from megatron_precision.cli.train import nothing_left, plan, print_plan
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError, nearest
 from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.launch import elsewhere, local, mounts, options, slurm
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         args, problems = parse(argv)
         if args.list:
             for name, recipe in recipes.RECIPES.items():
-                print(f"{name:<28}{(inspect.getdoc(recipe) or '').splitlines()[0]}")
+                print(f"{name:<28}{(inspect.getdoc(recipe.function) or '').splitlines()[0]}")
             return 0
         return _launch(args, problems)
     except UserError as wrong:
@@ -83,6 +84,12 @@ def _missing(
                 "a warm start lies in the cache of one machine", f"--executor {launch.executor}",
                 config.recipe, "a recipe that starts from a checkpoint", "--model DIR is one way",
             )  # fmt: skip
+        if launch.executor in elsewhere.REMOTE:
+            for path in user_files.files(config):
+                yield Problem(
+                    "a file of this machine, which the job does not see", "algo.name, task.scorer",
+                    str(path), "MODULE:FUNCTION of the image for a scorer, a built-in algorithm",
+                )  # fmt: skip
     if args.dryrun:
         return
     if importlib.util.find_spec("nemo_run") is None:

@@ -22,7 +22,7 @@ from megatron_precision.preflight import checks, search, tables
 from megatron_precision.preflight.estimate import Rates
 from megatron_precision.preflight.search import GB, Verdict
 from megatron_precision.preflight.work import Lengths
-from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.rl.algorithms import algorithm
 
 # Larger worlds are typing errors.
 MOST_RANKS = 2**16
@@ -155,7 +155,7 @@ def length_problems(args: argparse.Namespace, config: RunConfig) -> Iterator[Pro
 
 def sampled_per_kept(args: argparse.Namespace, config: RunConfig) -> float:
     """Groups sampled for one of the batch."""
-    dynamic = ALGORITHMS[config.algo.name].dynamic_sampling
+    dynamic = algorithm(config.algo.name).dynamic_sampling
     return args.sampled_per_kept or (SAMPLED_PER_KEPT if dynamic else 1.0)
 
 
@@ -236,7 +236,7 @@ def _widen(args: argparse.Namespace, size: int) -> None:
     import recipes
 
     args.gpus = None
-    sized = recipes.SIZED.get(args.recipe or "")
+    sized = recipes.sized(args.recipe)
     if sized is not None:
         gpu_gb = args.gpu_gb or sized.default.gpu_gb
         known = sorted(s.gpus for s in sized.layouts if s.gpu_gb == gpu_gb)
@@ -294,9 +294,9 @@ def _all_sizes(args: argparse.Namespace) -> int:
     from recipes.layouts import SIZES
 
     problems = list(job_problems(args))
-    sized = recipes.SIZED.get(args.recipe or "")
+    sized = recipes.sized(args.recipe)
     if sized is None:
-        known = "one of " + ", ".join(recipes.SIZED)
+        known = "one of " + ", ".join(recipes.sized_names())
         problems.append(Problem("no table of sizes", "--all-sizes", str(args.recipe), known))
     if world(args) is not None:
         problems.append(

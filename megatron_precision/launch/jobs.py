@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.checkpoint import run_folder
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig
 from megatron_precision.data.prompts import parse_set
@@ -92,6 +93,7 @@ def folders(config: RunConfig, job: Job) -> list[Path]:
     """What a job's container must see, by the names that the configuration has for it."""
     texts = (*config.task.train_sets, *config.task.eval_sets)
     sets = [parse_set(text).path.parent for text in texts]
+    sets += [path.parent for path in user_files.files(config)]
     start = [Path(config.start.checkpoint)] if config.start.checkpoint else []
     return [path.absolute() for path in (CHECKOUT, Path.cwd(), job.folder, *start, *sets)]
 

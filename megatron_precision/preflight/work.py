@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 from megatron_precision.config.schema import ModelConfig, RunConfig
 from megatron_precision.layouts.architectures import architecture
-from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.rl.algorithms import algorithm
 
 
 @dataclass(frozen=True)
@@ -140,5 +140,5 @@ def of_iteration(config: RunConfig, lengths: Lengths, sampled_per_kept: float) -
 def _share_scored_before(config: RunConfig) -> float:
     """Share of the sequences that the forward-only pass sees: all mini-batches but the first."""
     steps, every = config.train.steps_per_iteration, config.train.mismatch_every
-    often = 1.0 if ALGORITHMS[config.algo.name].needs_old_logprobs else 1 / every if every else 0.0
+    often = 1.0 if algorithm(config.algo.name).needs_old_logprobs else 1 / every if every else 0.0
     return often * (steps - 1) / steps

@@ -22,10 +22,10 @@ import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import queue
 import resource
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -121,7 +121,8 @@ class ScorerPool:
     ) -> None:
         """
         Args:
-            scorer: a function at the top of a module; called in the workers.
+            scorer: a function at the top of a module, or a `scorers.FileScorer`; called in the
+                workers, which load it as they start.
             workers: processes that score at the same time.
             time_limit_s: wall-clock seconds that a sample may take.
             memory_limit_mib: address space of a worker, in MiB.
@@ -355,7 +356,9 @@ def _attempt(scorer: Scorer, response: str, answer: str) -> tuple[Status, str, f
 
 def _check(scorer: Scorer, workers: int, time_limit_s: float, memory_limit_mib: int) -> None:
     wrong = []
-    if getattr(sys.modules.get(scorer.__module__), scorer.__name__, None) is not scorer:
+    try:
+        pickle.dumps(scorer)  # by its name: workers load it themselves
+    except (pickle.PicklingError, AttributeError, TypeError):
         wrong.append(f"scorer: got {scorer!r}, expected a function at the top of a module")
     if workers < 1:
         wrong.append(f"workers: got {workers}, expected 1 or more")

@@ -1,20 +1,20 @@
-"""Scorers of chat responses by name: functions of a response and the right answer.
+"""Finds a scorer by its name, and scores by the last number of a response.
 
-Each runs in the worker processes of `isolation.py`. A new one is a function in a file of its own
-and a row in `SCORERS`; one of the user's own is named as `MODULE:FUNCTION`.
-
-The reward of an arithmetic question: the right final answer, or nothing.
-
-The last number of a response, as GSM8K and its like are graded.
+A scorer is a function of a response and the right answer. It runs in the worker processes of
+`isolation.py`. A new one is a function and a row in `SCORERS`; a user's own needs no edit here:
+`MODULE:FUNCTION` of a module that Python finds, or `FILE.py:FUNCTION`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from decimal import Decimal
 
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError
 
 Scorer = Callable[[str, str], float]
@@ -23,17 +23,37 @@ SCORERS = {
     "math": "megatron_precision.rewards.math:score",
     "number": "megatron_precision.rewards.scorers:score_number",
 }
+SIGNATURE = "a function FUNCTION(response: str, answer: str) -> float"
+
+
+@dataclass(frozen=True)
+class FileScorer:
+    """A scorer in a user's file. A worker process receives its name and loads the file itself."""
+
+    reference: str
+    function: Scorer = field(compare=False)
+
+    def __call__(self, response: str, answer: str) -> float:
+        """Score one response."""
+        return self.function(response, answer)
+
+    def __reduce__(self) -> tuple[Callable[[str], Scorer], tuple[str]]:
+        """Pickle the reference: a worker finds no module of the file's name."""
+        return scorer, (self.reference,)
 
 
 def scorer(name: str) -> Scorer:
-    """The function that a name means.
+    """Load the function that a name means.
 
     Args:
-        name: a key of `SCORERS`, or `MODULE:FUNCTION`.
+        name: a key of `SCORERS`, `MODULE:FUNCTION`, or `FILE.py:FUNCTION`.
 
     Raises:
-        UserError: where there is no such module, or no such function in it.
+        UserError: there is no such module or file, it raises as it is imported, it has no such
+            function, or the function does not take a response and an answer.
     """
+    if user_files.is_reference(name):
+        return FileScorer(name, _from_file(name))
     module, _, function = SCORERS.get(name, name).partition(":")
     try:
         found: Scorer = getattr(importlib.import_module(module), function)
@@ -42,6 +62,23 @@ def scorer(name: str) -> Scorer:
         problem = Problem("a scorer that cannot be loaded", "task.scorer", str(wrong), expected)
         raise UserError(problem) from wrong
     return found
+
+
+def _from_file(reference: str) -> Scorer:
+    found = user_files.load(reference, "task.scorer", SIGNATURE)
+    try:
+        inspect.signature(found).bind("", "")
+    except (TypeError, ValueError) as wrong:
+        raise UserError(
+            Problem(
+                "not a scorer",
+                user_files.place(found, reference, "task.scorer"),
+                repr(found) if not callable(found) else str(wrong),
+                SIGNATURE,
+                "change its arguments" if callable(found) else "name a function of the file",
+            )
+        ) from wrong
+    return found  # type: ignore[no-any-return]
 
 
 # No leading zero, no sign, ASCII digits alone, and nothing after the number.

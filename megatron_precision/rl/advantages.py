@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_precision.config.schema import AlgorithmConfig
-from megatron_precision.rl.algorithms import Advantage, Algorithm, RewardShaping
+from megatron_precision.rl.algorithms import Advantage, Algorithm, RewardShaping, function_of
 
 
 def unshaped(
@@ -175,10 +175,10 @@ def group_advantages(
     Raises:
         ValueError: rewards that `group_mean_centred` refuses, or lengths of another shape.
     """
-    shaped = SHAPINGS[algorithm.reward_shaping](
+    shaped = function_of(algorithm.reward_shaping, SHAPINGS)(
         rewards, response_tokens, max_response_tokens, constants
     )
-    return ADVANTAGES[algorithm.advantage](shaped)
+    return function_of(algorithm.advantage, ADVANTAGES)(shaped)
 
 
 def with_contrast(rewards: Tensor) -> Tensor:

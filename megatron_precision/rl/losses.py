@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_precision.config.schema import AlgorithmConfig
-from megatron_precision.rl.algorithms import Algorithm, PolicyLoss
+from megatron_precision.rl.algorithms import Algorithm, PolicyLoss, function_of
 from megatron_precision.rl.correction import CORRECTIONS, PolicyInputs, clamped_exp
 
 
@@ -194,8 +194,8 @@ def token_loss(
         advantages=advantages.detach()[:, None],
         mask=mask,
     )
-    terms = POLICY_LOSSES[algorithm.policy_loss](inputs, constants)
-    correction = CORRECTIONS[algorithm.correction](inputs, constants)
+    terms = function_of(algorithm.policy_loss, POLICY_LOSSES)(inputs, constants)
+    correction = function_of(algorithm.correction, CORRECTIONS)(inputs, constants)
     weight = correction.weight.detach()
     return TokenLoss(
         loss=(weight * terms.loss).masked_fill(~mask, 0.0),

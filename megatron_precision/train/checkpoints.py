@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron_precision.actor.parallel import agree_any
 from megatron_precision.checkpoint import compatible, folders, store
 from megatron_precision.checkpoint.run_folder import go_back
+from megatron_precision.config import user_files
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig, fingerprint, to_dict
 from megatron_precision.data import start
@@ -328,11 +329,13 @@ def _usable(config: RunConfig, folder: Path, damaged: list[str]) -> Found:
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """Return what identifies a run: its configuration, start and versions."""
+    """Which run it is; a user's own files by their content."""
+    own = user_files.hashes(config)
     return {
         "version": VERSION,
         "config": to_dict(config),
         "fingerprint": fingerprint(to_dict(config)),
         "start_fingerprint": start.start_fingerprint(config),
         "versions": startup.versions(),
+        **({"user_files": own} if own else {}),
     }

@@ -24,7 +24,7 @@ from megatron_precision.data import start as starts
 from megatron_precision.data.tasks import PromptOrder, TaskPrompt
 from megatron_precision.precision.loss_scale import calibrate, classify
 from megatron_precision.rl.advantages import group_advantages
-from megatron_precision.rl.algorithms import ALGORITHMS
+from megatron_precision.rl.algorithms import algorithm
 from megatron_precision.train import evaluation
 from megatron_precision.train.checkpoints import (
     Checkpoints,
@@ -77,7 +77,7 @@ class Trainer:
         resume: bool,
     ) -> None:
         self.config = config
-        self.algorithm = ALGORITHMS[config.algo.name]
+        self.algorithm = algorithm(config.algo.name)
         self._out = out
         self._described = describe(config)
         self._measured = Measured()

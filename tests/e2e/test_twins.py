@@ -65,7 +65,7 @@ def per_token(event: dict[str, Any]) -> float:
     return statistics.median(ratios) / float(event["response/tokens_mean"])
 
 
-@pytest.mark.parametrize("name", recipes.SIZED)
+@pytest.mark.parametrize("name", recipes.sized_names())
 def test_the_twin_of_a_recipe_trains(name: str, tmp_path: Path) -> None:
     iterations = run_twin(twin(recipes.build(name)), tmp_path)
     assert len(iterations) == 2

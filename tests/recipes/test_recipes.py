@@ -21,7 +21,7 @@ def test_a_recipe_is_named_as_it_is_listed(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(recipes.RECIPES))
 def test_fp16_and_bf16_differ_in_precision_only(name: str) -> None:
-    for build in (recipes.RECIPES[name], lambda precision: recipes.build(name, precision)):
+    for build in (recipes.RECIPES[name].function, lambda precision: recipes.build(name, precision)):
         fp16, bf16 = to_dict(build(precision="fp16")), to_dict(build(precision="bf16"))
         assert (fp16.pop("precision"), bf16.pop("precision")) == ("fp16", "bf16")
         assert fp16 == bf16
@@ -52,7 +52,7 @@ def test_every_unknown_name_is_reported_with_its_nearest_and_all_valid_names() -
     assert "train.iterations" in path.remedy
 
 
-SIZED = [(name, size) for name, sized in recipes.SIZED.items() for size in sized.layouts]
+SIZED = [(name, size) for name in recipes.sized_names() for size in recipes.sized(name).layouts]
 PRECISIONS = ("bf16", "fp16", "bf16/fp16", "bf16/fp32", "fp16/fp32")
 
 
@@ -61,8 +61,8 @@ PRECISIONS = ("bf16", "fp16", "bf16/fp16", "bf16/fp32", "fp16/fp32")
 def test_a_layout_is_valid_and_fits_or_is_refused_with_one_that_fits(
     name: str, size: Size, precision: str
 ) -> None:
-    layout = recipes.SIZED[name].layouts[size]
-    config = recipes.RECIPES[name](precision=precision, chosen=layout)
+    layout = recipes.sized(name).layouts[size]
+    config = recipes.RECIPES[name].function(precision=precision, chosen=layout)
     assert settings.settings_problems(config) == []
     assert (config.parallel.world_size, config.precision) == (size.gpus, precision)
     verdict = search.judge(config, size.gpu_gb)
@@ -72,10 +72,10 @@ def test_a_layout_is_valid_and_fits_or_is_refused_with_one_that_fits(
         assert verdict.fits
 
 
-@pytest.mark.parametrize("name", list(recipes.SIZED))
+@pytest.mark.parametrize("name", recipes.sized_names())
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_every_size_that_is_asked_for_has_a_layout_or_a_refusal(name: str, size: Size) -> None:
-    if size in recipes.SIZED[name].layouts:
+    if size in recipes.sized(name).layouts:
         config = recipes.recipe(name, size.gpus, size.gpu_gb)
         assert config.parallel.world_size == size.gpus
         # Sizes differ in the layout and in what an engine holds, and in nothing that is learned.
@@ -87,10 +87,10 @@ def test_every_size_that_is_asked_for_has_a_layout_or_a_refusal(name: str, size:
         recipes.recipe(name, size.gpus, size.gpu_gb)
 
 
-@pytest.mark.parametrize("name", list(recipes.SIZED))
+@pytest.mark.parametrize("name", recipes.sized_names())
 def test_a_cache_holds_enough_sequences_of_the_full_length(name: str) -> None:
-    for layout in recipes.SIZED[name].layouts.values():
-        assert memory.kv_sequences(recipes.RECIPES[name](chosen=layout)) >= 4
+    for layout in recipes.sized(name).layouts.values():
+        assert memory.kv_sequences(recipes.RECIPES[name].function(chosen=layout)) >= 4
 
 
 def test_the_numbers_are_those_of_the_paper() -> None:

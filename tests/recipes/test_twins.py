@@ -10,7 +10,7 @@ import recipes
 from megatron_precision.checks import settings
 from recipes.twins import twin
 
-ROWS = [(name, size) for name, sized in recipes.SIZED.items() for size in sized.layouts]
+ROWS = [(name, size) for name in recipes.sized_names() for size in recipes.sized(name).layouts]
 
 
 @pytest.mark.parametrize(("name", "size"), ROWS, ids=str)
