@@ -40,7 +40,7 @@ from benchmarks.gpu.cases import CASES, Case, config, needed_bytes, needs_gpu, o
 from benchmarks.gpu.experiments import WORK, Experiment, agenda, read_results  # noqa: E402
 from megatron_precision.checks.packages import DRIVER  # noqa: E402
 from megatron_precision.config.errors import Problem, UserError, unknown_name  # noqa: E402
-from megatron_precision.launch import exclusive  # noqa: E402
+from megatron_precision.launch.local import exclusive  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
 from megatron_precision.platform.process import JOB_VARIABLE, new_job_id  # noqa: E402
 from megatron_precision.preflight.memory import RESERVE_BYTES  # noqa: E402

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_precision import launch
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.checks import inputs, settings
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.overrides import apply, config_from_file
-from megatron_precision.launch import rank
+from megatron_precision.launch import local, rank
+from megatron_precision.launch.jobs import Job, torchrun_line
 from megatron_precision.mismatch import smollm2
 from megatron_precision.precision.policy import DTYPES, DType
 
@@ -79,10 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     comparison = _comparison(args)
     if args.dryrun:
         for side, dtype in comparison.parts():
-            line = launch.torchrun_line(*_line(comparison, side, dtype))
+            line = torchrun_line(*_line(comparison, side, dtype))
             print(f"{NAMES[side]} in {dtype}: {line}")
         return 0
-    with launch.exclusive(args.out.with_name(args.out.name + ".lock")):
+    with local.exclusive(args.out.with_name(args.out.name + ".lock")):
         args.out.mkdir(parents=True, exist_ok=True)
         began_s = time.monotonic()
         code = _run_parts(comparison)
@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace) -> int:
         from megatron_precision.mismatch import report
 
         print(report.write(comparison))
-        print(f"\nreport: {args.out / 'report.html'}\nall of it took {launch.elapsed(began_s)}")
+        print(f"\nreport: {args.out / 'report.html'}\nall of it took {local.elapsed(began_s)}")
     return 0
 
 
@@ -171,7 +171,7 @@ def _run_parts(comparison: Comparison) -> int:
             extra = ("--side", side, "--dtype", dtype)
             ranks = comparison.config.parallel.world_size
             began_s = time.monotonic()
-            code = launch.run_job(launch.Job(PART, extra, ranks, folder))
+            code = local.run_job(Job(PART, extra, ranks, folder))
             if code:
                 return code
             comparison.took_file(side, dtype).write_text(

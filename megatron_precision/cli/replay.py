@@ -13,6 +13,7 @@ from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.overrides import config_from_dict
 from megatron_precision.config.schema import RunConfig, StartConfig, TaskConfig
 from megatron_precision.launch import rank
+from megatron_precision.launch.jobs import torchrun_line
 from megatron_precision.precision.policy import DTYPES
 from megatron_precision.replay.findings import layout_of, layout_words
 
@@ -42,7 +43,6 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_precision.launch import torchrun_line
     from megatron_precision.observe.dump import read_dump
 
     dump = read_dump(args.dump)

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.gpu import run as bench_gpu
 from benchmarks.gpu.experiments import TESTS, WORK, Command, Experiment, agenda, read_results
-from megatron_precision.launch import exclusive
+from megatron_precision.launch.local import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 
