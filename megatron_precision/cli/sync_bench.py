@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def requested_planner(args: argparse.Namespace, **numbers: float) -> Planner:
-    """Build the planner of the layouts that the arguments ask for.
+    """Build the planner for the layouts that the arguments ask for.
 
     Args:
         numbers: further numbers that must be positive, by their options' names.
@@ -85,7 +85,7 @@ def requested_planner(args: argparse.Namespace, **numbers: float) -> Planner:
         model = in_small(model_of(args.model), args.layers, args.vocab_rows)
     with collecting(problems):
         if model is None or wrong & {"--world", "--layers", "--vocab-rows"}:
-            # Whether sizes divide what is not known cannot be said.
+            # Without the model or the world, only the words themselves can be checked.
             sizes_of(args.train, args.rollout)
         else:
             planner = planner_of(
@@ -104,10 +104,10 @@ def requested_planner(args: argparse.Namespace, **numbers: float) -> Planner:
 
 
 def model_of(name: str) -> ModelConfig:
-    """A known model, or that of a Hugging Face or a converted Megatron folder.
+    """Return a known model, or read the model of a Hugging Face or converted Megatron folder.
 
     Raises:
-        UserError: where it is neither.
+        UserError: if `name` is neither.
     """
     if name in KNOWN_MODELS:
         return KNOWN_MODELS[name]
@@ -125,10 +125,10 @@ def model_of(name: str) -> ModelConfig:
 
 
 def in_small(model: ModelConfig, layers: int | None, vocab_rows: int | None) -> ModelConfig:
-    """A model with fewer layers, or a smaller vocabulary, of the same shape otherwise.
+    """Return the model with fewer layers or a smaller vocabulary, and otherwise the same shape.
 
     Raises:
-        UserError: for more than it has.
+        UserError: for more layers or rows than the model has.
     """
     chosen = {"num_hidden_layers": layers, "vocab_size": vocab_rows}
     options = {"num_hidden_layers": "--layers", "vocab_size": "--vocab-rows"}
@@ -153,13 +153,13 @@ def planner_of(
     apart: bool,
     cell_elements: int = CELL_ELEMENTS,
 ) -> Planner:
-    """The planner of two layouts as a user writes them.
+    """Build the planner for two layouts that a user typed.
 
     Args:
         train: for example `tp=8,pp=2`; data parallelism fills the world unless `dp` is given.
         rollout: for example `tp=2,dp=4`; `ep`, equal to `tp`, gives each rank whole experts.
-        world: ranks of either side; by default what the trainer's sizes make.
-        apart: the engines have ranks of their own, after the trainer's.
+        world: number of ranks on each side; by default, the product of the trainer's sizes.
+        apart: whether the engines have their own ranks, after the trainer's.
 
     Raises:
         UserError: lists every size that is unknown or does not divide.
@@ -202,7 +202,7 @@ def planner_of(
 
 
 def sizes_of(train: str, rollout: str) -> tuple[dict[str, int], dict[str, int]]:
-    """The trainer's sizes and the engine's, as a user writes them; those not given are 1.
+    """Parse the sizes of the trainer and of the engines; sizes that are not named are 1.
 
     Raises:
         UserError: lists every size that is unknown, out of range or given twice.
@@ -259,7 +259,7 @@ def _indivisible(
 
 @contextlib.contextmanager
 def collecting(problems: list[Problem]) -> Iterator[None]:
-    """Keep what one part of the arguments is refused for, so that the others are looked at too."""
+    """Collect the problems of a UserError, so that the other arguments are checked as well."""
     try:
         yield
     except UserError as wrong:
@@ -267,7 +267,14 @@ def collecting(problems: list[Problem]) -> Iterator[None]:
 
 
 def refuse_numbers(**options: float | None) -> None:
-    """Raise a UserError that lists every option out of its range; None is not given."""
+    """Check that numbers are positive and not above their limits.
+
+    Args:
+        options: option names with their values; None for an option that is not given.
+
+    Raises:
+        UserError: lists every option that is out of its range.
+    """
     most = {"world": MOST_RANKS, "batch_mib": MOST_BATCH_MIB}
     problems = []
     for name, value in options.items():

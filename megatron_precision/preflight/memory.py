@@ -369,7 +369,7 @@ def _states(config: RunConfig) -> dict[str, tuple[State, State, State]]:
 
 
 def totals(config: RunConfig, found: Memory) -> dict[Phase, int]:
-    """Return the peak bytes allocated in each phase, without memory that only the allocator keeps."""
+    """Return the peak bytes in each phase, without memory that only the allocator keeps."""
     rows = states(config)
     return {
         phase: sum(
