@@ -42,9 +42,8 @@ def _expected(known: Mapping[str, range]) -> str:
     names: dict[str, list[str]] = {}
     for name, sizes in known.items():
         names.setdefault(f"{sizes[0]} to {sizes[-1]}", []).append(name)
-    return (
-        "; ".join(f"{', '.join(n)} = {sizes}" for sizes, n in names.items()) + ", joined by commas"
-    )
+    parts = [f"{', '.join(group)} = {sizes}" for sizes, group in names.items()]
+    return f"{'; '.join(parts)}, joined by commas"
 
 
 _REPLAY_SIZES = dict.fromkeys(("tp", "pp", "ep", "etp", "dp"), range(1, MOST_RANKS + 1))

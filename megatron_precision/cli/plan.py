@@ -106,7 +106,7 @@ def world(args: argparse.Namespace) -> int | None:
     """Return the number of GPUs that the options ask for, or None."""
     if args.nodes is not None:
         return int(args.nodes * args.gpus_per_node)
-    return args.world  # type: ignore[no-any-return]
+    return None if args.world is None else int(args.world)
 
 
 def node_problems(size: int, gpus_per_node: int) -> Iterator[Problem]:
