@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_precision.preflight.sync import model_of, planner_of
+from megatron_precision.cli.sync_bench import model_of, planner_of
 from megatron_precision.sync.traffic import traffic
 
 # (model, trainer, engine, ranks)

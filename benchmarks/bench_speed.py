@@ -51,7 +51,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import recipes
     from megatron_precision.data.start import start_dir
-    from megatron_precision.launch import ensure_start
+    from megatron_precision.launch.local import ensure_start
 
     os.chdir(ROOT)
     config = recipes.build("sanity.tiny_dense")

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
 from benchmarks.sync.holdings import RankParameter, engine_holdings, trainer_holdings
+from megatron_precision.cli.sync_bench import model_of, planner_of
 from megatron_precision.layouts.regions import Region
-from megatron_precision.preflight.sync import model_of, planner_of
 from megatron_precision.sync.plan import Cell, Planner
 
 HUES = {

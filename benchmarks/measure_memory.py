@@ -127,6 +127,7 @@ def counted(session: Session) -> dict[str, int]:
                 optimizer += sum(v.nbytes for v in state if torch.is_tensor(v) and v.numel() > 1)
     # In the shape that the loader gives: the CPU's kernels keep as many elements, packed.
     transfer = session.sync.transfer
+    assert transfer.engine is not None, "every rank here has an engine"
     itemsize = engine.kv_caches[0].itemsize
     return {
         "parameters": sum(p.nbytes for p in actor.model.module.parameters()),

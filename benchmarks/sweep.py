@@ -25,12 +25,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import recipes  # noqa: E402
-from megatron_precision import launch  # noqa: E402
-from megatron_precision.checks import settings as validation  # noqa: E402
+from megatron_precision.checks import settings  # noqa: E402
 from megatron_precision.config.schema import RunConfig, fingerprint, to_dict  # noqa: E402
 from megatron_precision.data.start import start_dir  # noqa: E402
-from megatron_precision.launch import rank  # noqa: E402
-from megatron_precision.launch.jobs import python_path  # noqa: E402
+from megatron_precision.launch.jobs import (  # noqa: E402
+    environment,
+    python_path,
+    torchrun_arguments,
+)
+from megatron_precision.launch.local import ensure_start  # noqa: E402
 from megatron_precision.rl.algorithms import ALGORITHMS  # noqa: E402
 
 CORE = ("PPO", "PPO-Token-TIS", "PPO-Seq-MIS", "PG-Seq-IS")
@@ -72,7 +75,7 @@ class Case:
             f"sanity.tiny_{self.model}", self.precision, self.algorithm, self.settings
         )
         plain = to_dict(RunConfig(recipe=config.recipe))
-        return fingerprint(_unlike(to_dict(validation.check(config)), plain))
+        return fingerprint(_unlike(to_dict(settings.check(config)), plain))
 
 
 def _unlike(values: dict[str, Any], plain: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +119,7 @@ def main() -> None:
 def make(case: Case, runs: Path) -> dict[str, Any]:
     """Run one case and sum it up."""
     config = recipes.build(f"sanity.tiny_{case.model}")
-    if launch.ensure_start(config):
+    if ensure_start(config):
         raise SystemExit("the start could not be made")
     out, ranks = runs / case.name, config.parallel.world_size
     # By hand: what launch.py adds is a console and ten seconds.
@@ -125,9 +128,9 @@ def make(case: Case, runs: Path) -> dict[str, Any]:
     words += ["--set", *case.settings]
     print(f"\n{case.name}", flush=True)
     begin = time.monotonic()
-    environment = os.environ | launch.environment(ranks) | {"PYTHONPATH": python_path()}
-    line = rank.torchrun_line(ranks, words)
-    code = subprocess.run(line, check=False, env=environment).returncode
+    variables = os.environ | environment(ranks) | {"PYTHONPATH": python_path()}
+    line = [sys.executable, "-m", "torch.distributed.run", *torchrun_arguments(ranks, words)]
+    code = subprocess.run(line, check=False, env=variables).returncode
     seconds = round(time.monotonic() - begin, 1)
     summary = {"exit_code": code, "seconds": seconds, **summed_up(out / "metrics.jsonl")}
     return {**asdict(case), "fingerprint": case.fingerprint, **summary}

@@ -1,22 +1,31 @@
-"""What is measured by commands that a user has: the tests, the matrix of dtypes on a real model,
-and the sanity experiment at the size of one GPU. No torch here.
+"""Defines and runs the experiments: measures that are commands which a user has as well.
 
-Each command is a process of its own, and one that has ended is not run again; the long ones go on
-where they were stopped.
+They are the tests, the matrix of dtypes on a real model, and the sanity experiment at the size of
+one GPU. Each command is its own process. A command that has ended is not run again, and a long one
+resumes where it was stopped. This module imports no torch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import xml.etree.ElementTree as ElementTree
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from xml.etree import ElementTree
 
 from benchmarks.gpu.cases import CASES, PRECISIONS, Case
 
+ROOT = Path(__file__).resolve().parents[2]
 WORK = "{work}"  # in a word: the experiment's own folder
+GRACE_S = 60.0  # after SIGTERM; a run that launch.py watches has ten of them to save a checkpoint
 # The measures that come first, in order of what a short lease should bring home.
 FIRST = 4
 
@@ -179,3 +188,90 @@ def _tests(paths: Sequence[Path]) -> dict[str, Any]:
             }
         )
     return {**counts, "seconds": sum(test["seconds"] for test in tests), "tests": tests}
+
+
+class Failed(Exception):
+    """A process ended without a result."""
+
+
+def experiment(item: Experiment, out: Path, limit_s: float) -> None:
+    """Run the commands of an experiment that have not ended yet, and write its result.
+
+    Raises:
+        Failed: if a command fails or leaves no result.
+    """
+    work = out / "work" / item.name
+    work.mkdir(parents=True, exist_ok=True)
+    begin, log = time.monotonic(), out / f"{item.name}.log"
+    ended = [work / f"command-{number}.json" for number in range(len(item.commands))]
+    with log.open("ab") as file:
+        for command, done in zip(item.commands, ended, strict=True):
+            if done.is_file():
+                continue
+            began = time.monotonic()
+            words = [word.replace(WORK, str(work)) for word in command.words]
+            product = work / command.product if command.product else None
+            if product is None or not product.is_file():
+                left_s = limit_s - (began - begin)
+                code = bounded([sys.executable, *words], dict(os.environ), file, left_s)
+                if code not in command.ok:
+                    raise Failed(f"{shlex.join(command.words)}: exit code {code}, {last_line(log)}")
+            write(done, {"seconds": time.monotonic() - began})
+    try:
+        facts = {
+            "experiment": item.name,
+            "commands": [shlex.join(command.words) for command in item.commands],
+            "seconds": [json.loads(done.read_text())["seconds"] for done in ended],
+            **read_results([work / name for name in item.results]),
+        }
+        if facts.get("skipped") and not facts["passed"] + facts["failed"]:
+            raise Failed(f"all {facts['skipped']} tests were skipped")
+        for source, ending in item.kept:
+            shutil.copyfile(work / source, out / f"{item.name}{ending}")
+    except (OSError, ValueError, ElementTree.ParseError) as why:
+        raise Failed(f"no result: {why}") from why
+    finally:
+        for done in ended:  # replaced by the result; without one, the commands run again
+            done.unlink()
+    write(out / f"{item.name}.json", facts)
+
+
+def bounded(
+    command: Sequence[str], environment: dict[str, str], log: IO[bytes], limit_s: float
+) -> int:
+    """Run a command for at most `limit_s` seconds, and return its exit code."""
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+    )
+    return wait_for(process, limit_s)
+
+
+def wait_for(process: subprocess.Popen[bytes], limit_s: float) -> int:
+    """Wait for a process and return its exit code; past its limit it is terminated, then killed."""
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(max(0.0, limit_s))
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(GRACE_S) or 1
+    finally:  # nothing may stay on the GPU
+        process.kill()
+    return process.wait()
+
+
+def recorded(path: Path) -> dict[str, Any]:
+    """Read a result, complete or not; empty if there is no file."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write(path: Path, facts: dict[str, Any]) -> None:
+    """Write a result; the file is complete or does not exist."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def last_line(log: Path) -> str:
+    """Return the last line of a log, or nothing."""
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""

@@ -18,29 +18,35 @@ import argparse
 import contextlib
 import importlib
 import itertools
-import json
 import os
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import tables  # noqa: E402
 from benchmarks.gpu.cases import CASES, Case, config, needed_bytes, needs_gpu, other_trainers  # noqa: E402
-from benchmarks.gpu.experiments import WORK, Experiment, agenda, read_results  # noqa: E402
+from benchmarks.gpu.experiments import (  # noqa: E402
+    Experiment,
+    Failed,
+    agenda,
+    experiment,
+    last_line,
+    recorded,
+    wait_for,
+    write,
+)
 from megatron_precision.checks.packages import DRIVER  # noqa: E402
 from megatron_precision.config.errors import Problem, UserError, unknown_name  # noqa: E402
-from megatron_precision.launch import exclusive  # noqa: E402
+from megatron_precision.launch.local import exclusive  # noqa: E402
 from megatron_precision.platform.choice import VARIABLE, choose  # noqa: E402
 from megatron_precision.platform.process import JOB_VARIABLE, new_job_id  # noqa: E402
 from megatron_precision.preflight.memory import RESERVE_BYTES  # noqa: E402
@@ -48,7 +54,6 @@ from megatron_precision.preflight.memory import RESERVE_BYTES  # noqa: E402
 CASE_LIMIT_S = 900.0
 GO = b"go\n"  # to a measure that waits
 ENGINES = ("megatron.core", "transformer_engine.pytorch", "vllm.v1.worker.gpu_model_runner")
-GRACE_S = 60.0  # after SIGTERM; a run that launch.py watches has ten of them to save a checkpoint
 
 
 def main() -> int:
@@ -200,19 +205,10 @@ def run_all(
     return failed
 
 
-def recorded(path: Path) -> dict[str, Any]:
-    """What a result's file says, whole or not; empty where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def standing(found: dict[str, Any]) -> int:
     """0 for what was never begun or has a result, 1 for what failed, 2 for what did not fit: a
     measure that fails takes no budget from those behind it twice."""
     return 1 if "error" in found else 2 if "left_out" in found else 0
-
-
-class Failed(Exception):
-    """Something ended without a result."""
 
 
 def say(item: Case | Experiment, what: str) -> None:
@@ -233,11 +229,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def last_line(log: Path) -> str:
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
 
 
 class Measuring:
@@ -315,71 +306,6 @@ class Measuring:
             )
 
 
-def experiment(item: Experiment, out: Path, limit_s: float) -> None:
-    """The commands of an experiment that have not ended yet, and its result.
-
-    Raises:
-        Failed: where a command failed, or left no result.
-    """
-    work = out / "work" / item.name
-    work.mkdir(parents=True, exist_ok=True)
-    begin, log = time.monotonic(), out / f"{item.name}.log"
-    ended = [work / f"command-{number}.json" for number in range(len(item.commands))]
-    with log.open("ab") as file:
-        for command, done in zip(item.commands, ended, strict=True):
-            if done.is_file():
-                continue
-            began = time.monotonic()
-            words = [word.replace(WORK, str(work)) for word in command.words]
-            product = work / command.product if command.product else None
-            if product is None or not product.is_file():
-                left_s = limit_s - (began - begin)
-                code = bounded([sys.executable, *words], dict(os.environ), file, left_s)
-                if code not in command.ok:
-                    raise Failed(f"{shlex.join(command.words)}: exit code {code}, {last_line(log)}")
-            write(done, {"seconds": time.monotonic() - began})
-    try:
-        facts = {
-            "experiment": item.name,
-            "commands": [shlex.join(command.words) for command in item.commands],
-            "seconds": [json.loads(done.read_text())["seconds"] for done in ended],
-            **read_results([work / name for name in item.results]),
-        }
-        if facts.get("skipped") and not facts["passed"] + facts["failed"]:
-            raise Failed(f"all {facts['skipped']} tests were skipped")
-        for source, ending in item.kept:
-            shutil.copyfile(work / source, out / f"{item.name}{ending}")
-    except (OSError, ValueError, ElementTree.ParseError) as why:
-        raise Failed(f"no result: {why}") from why
-    finally:
-        for done in ended:  # the result stands for them, and what has none is done again
-            done.unlink()
-    write(out / f"{item.name}.json", facts)
-
-
-def bounded(
-    command: Sequence[str], environment: dict[str, str], log: IO[bytes], limit_s: float
-) -> int:
-    """Exit code of a command that may take so long."""
-    process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-    )
-    return wait_for(process, limit_s)
-
-
-def wait_for(process: subprocess.Popen[bytes], limit_s: float) -> int:
-    """Exit code of a process; at its limit it is asked to end, and then made to."""
-    try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(max(0.0, limit_s))
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(GRACE_S) or 1
-    finally:  # nothing of it stays on the GPU
-        process.kill()
-    return process.wait()
-
-
 def measure(item: Case, out: Path, tiny: bool) -> None:
     """In the measure's own process: run it and write its result."""
     gpu = choose().name == "cuda"
@@ -439,13 +365,6 @@ def import_engines() -> None:
     vllm_versions.set_environment()
     for name in ENGINES:
         importlib.import_module(name)
-
-
-def write(path: Path, facts: dict[str, Any]) -> None:
-    """A result, whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 if __name__ == "__main__":

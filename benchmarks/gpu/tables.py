@@ -107,9 +107,9 @@ def _over(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 def _memory_share(facts: Facts) -> float | None:
     """Of the plan as it is now, which may be another than when it was measured."""
     config = recorded_config(facts)
-    return config and _ratio(
-        _number(facts, "memory", "peak_allocated_bytes"), memory.of_trainer(config)
-    )
+    if config is None:
+        return None
+    return _ratio(_number(facts, "memory", "peak_allocated_bytes"), memory.of_trainer(config))
 
 
 def _micro_batch(facts: Facts, _other: Facts) -> str:
@@ -171,10 +171,17 @@ def _table(
         return ""
     if columns is None:  # a column a class of kernels
         names = list(dict.fromkeys(name for _, one, _ in rows for name in one))
-        columns = [(name, lambda one, _, n=name: _cell(one.get(n), ".1%")) for name in names]
+        columns = [(name, _share(name)) for name in names]
     head = ["measure", *(name for name, _ in columns)]
     cells = ([label, *(get(one, two) for _, get in columns)] for label, one, two in rows)
     return _grid(title, head, cells)
+
+
+def _share(name: str) -> Callable[[Facts, Facts], str]:
+    def get(one: Facts, _other: Facts) -> str:
+        return _cell(one.get(name), ".1%")
+
+    return get
 
 
 def _grid(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -191,7 +198,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def _profiles(found: dict[str, Facts]) -> list[tuple[str, Facts, Facts]]:
-    rows = []
+    rows: list[tuple[str, Facts, Facts]] = []
     for label, one, _ in _pairs("train", found):
         profile = one.get("profile")
         if profile:

@@ -1,4 +1,4 @@
-"""`launch.py`: from its command line to the end of the job."""
+"""Implements `launch.py`: resolves its command line once and starts the jobs that it describes."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from megatron_precision.launch.jobs import Job, prepare_job, train_job
 from megatron_precision.launch.options import Options
 from megatron_precision.platform.choice import choose
 
-# What a dry run shows for a run folder that was not named.
+# A dry run shows this for a run folder that was not named.
 NO_FOLDER = Path("DIR")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Launch what the command line says.
+    """Run `launch.py` with the words of its command line.
 
     Returns:
-        The job's exit code; 2 for a mistake of the user, 130 after Ctrl-C.
+        The job's exit code; 2 for a user error, 130 after Ctrl-C.
     """
     try:
         args, problems = parse(argv)
@@ -74,14 +74,14 @@ def _launch(args: argparse.Namespace, problems: list[Problem]) -> int:
 def _missing(
     args: argparse.Namespace, config: RunConfig, launch: Options | None
 ) -> Iterator[Problem]:
-    """What the launch needs and does not find; a dry run needs little."""
+    """Yield a problem for everything that the launch needs and does not find."""
     if launch is not None and launch.executor == "slurm":
         yield from slurm.slurm_problems(args.out or NO_FOLDER, launch)
     if launch is not None:
         yield from elsewhere.executor_problems(launch)
         if launch.executor in elsewhere.REMOTE and config.start.kind == "warm_start":
             yield Problem(
-                "a warm start lies in the cache of one machine", f"--executor {launch.executor}",
+                "a warm start is in the cache of one machine", f"--executor {launch.executor}",
                 config.recipe, "a recipe that starts from a checkpoint", "--model DIR is one way",
             )  # fmt: skip
         if launch.executor in elsewhere.REMOTE:
@@ -99,14 +99,14 @@ def _missing(
         )  # fmt: skip
     if launch is not None and launch.executor == "slurm":
         yield from slurm.require_slurm(launch)
-    if launch is not None and launch.executor == "local":  # elsewhere the platform is not known
+    if launch is not None and launch.executor == "local":  # another machine's platform is unknown
         yield from platform.platform_problems(config, choose())
     if config.start.kind == "checkpoint":
         yield from inputs.input_problems(_as_on_host(config, launch))
 
 
 def _as_on_host(config: RunConfig, launch: Options | None) -> RunConfig:
-    """The configuration with the host's names of what a container calls otherwise."""
+    """Translate the container paths of the configuration to host paths."""
     if launch is None or not launch.mounts:
         return config
 
@@ -146,7 +146,7 @@ def _run_here(args: argparse.Namespace, config: RunConfig) -> int:
 def _run_elsewhere(args: argparse.Namespace, config: RunConfig, launch: Options) -> int:
     out = args.out
     jobs = _jobs(args, config, out)
-    if launch.executor in elsewhere.REMOTE:  # --out is a path of theirs
+    if launch.executor in elsewhere.REMOTE:  # --out is a path on the remote side
         return elsewhere.run(jobs, config, launch, Path("runs") / "launcher")
     if args.resume and nothing_left(config, out):
         return 0
@@ -157,7 +157,7 @@ def _run_elsewhere(args: argparse.Namespace, config: RunConfig, launch: Options)
     if launch.executor == "docker":
         return elsewhere.run(jobs, config, launch, out / "launcher")
     try:
-        submitted = slurm.submit(jobs, config, launch)
+        submitted = slurm.submit(jobs, launch)
     except UserError:
         _release(args)
         raise
@@ -172,13 +172,13 @@ def _run_elsewhere(args: argparse.Namespace, config: RunConfig, launch: Options)
 
 
 def _release(args: argparse.Namespace) -> None:
-    """Remove the folder of a run that did not begin: it is in the way of the next attempt."""
+    """Remove the folder of a run that did not begin, so that the next attempt can claim it."""
     if not args.resume:
         shutil.rmtree(args.out)
 
 
 def _jobs(args: argparse.Namespace, config: RunConfig, out: Path) -> list[Job]:
-    """What has to run, in order: a warm start that the cache has not is made first."""
+    """Return the jobs to run, in order: a warm start that is not in the cache comes first."""
     from megatron_precision.data import start
 
     jobs = [train_job(config, out, _extra(args))]
@@ -199,8 +199,10 @@ def _print_dry_run(args: argparse.Namespace, config: RunConfig, launch: Options)
         print_plan(config, plan(config, args))
         return
     jobs = _jobs(args, config, args.out or NO_FOLDER)
-    render = slurm.render if launch.executor == "slurm" else elsewhere.render
-    texts, lines = render(jobs, config, launch)
+    if launch.executor == "slurm":
+        texts, lines = slurm.render(jobs, launch)
+    else:
+        texts, lines = elsewhere.render(jobs, config, launch)
     print(json.dumps(to_dict(config), indent=2))
     for job, text in zip(jobs, texts, strict=True):
         print(f"\nwould submit ({job.command}):\n{text}")
@@ -210,7 +212,7 @@ def _print_dry_run(args: argparse.Namespace, config: RunConfig, launch: Options)
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are a `UserError` and whose options are not abbreviated."""
+    """A parser that raises `UserError` and does not accept abbreviated options."""
 
     def __init__(self, **words: Any) -> None:
         super().__init__(allow_abbrev=False, **words)
@@ -229,12 +231,16 @@ class _NotANumber:
 
 
 def _whole_number(text: str) -> int | _NotANumber:
-    # Kept for later: argparse would stop at the first mistake.
+    # Reported later, with the other mistakes: argparse would stop at the first one.
     return int(text) if text.strip().lstrip("+-").isdecimal() else _NotANumber(text)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Problem]]:
-    """The arguments, and what of the command line could not be read."""
+    """Parse the command line of `launch.py`.
+
+    Returns:
+        The arguments; a problem for every unknown option and every number that is not one.
+    """
     parser = _Parser(description="Launch a recipe through nemo-run, here or on a cluster.")
     parser.add_argument("--list", action="store_true", help="list the recipes and stop")
     arguments.add_recipe_arguments(parser)
@@ -244,10 +250,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[Problem]]:
         "words", nargs="*", metavar="PATH=VALUE", help="typed overrides, as after --set"
     )
     args, unknown = parser.parse_known_intermixed_args(argv)
-    if args.recipe is not None and "=" in args.recipe:  # there is none: --config FILE PATH=VALUE
+    if args.recipe is not None and "=" in args.recipe:  # an override: --config FILE PATH=VALUE
         args.words.insert(0, args.recipe)
         args.recipe = None
-    # What follows an unknown option is its value, or an override.
+    # A word after an unknown option is its value, or an override.
     args.overrides += [*args.words, *(w for w in unknown if "=" in w and w[0] != "-")]
     valid = [word for action in parser._actions for word in action.option_strings]
     problems = [_unknown_option(word, valid) for word in unknown if word[0] == "-"]

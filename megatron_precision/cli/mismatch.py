@@ -1,7 +1,7 @@
-"""`python -m megatron_precision mismatch`: the paper's figure 5 on any checkpoint.
+"""The command `mismatch`: measures the training-inference mismatch of any checkpoint, by dtype.
 
-Each part of the comparison (see `comparison.py`) is a torchrun world of its own, started one after
-the other; the same command goes on where one was stopped.
+It reproduces figure 5 of the paper. Each part of the comparison (`mismatch/comparison.py`) is its
+own torchrun world, one after the other; the same command resumes a comparison that was stopped.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_precision import launch
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.checks import inputs, settings
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.overrides import apply, config_from_file
-from megatron_precision.launch import rank
+from megatron_precision.launch import local, rank
+from megatron_precision.launch.jobs import Job, torchrun_line
 from megatron_precision.mismatch import smollm2
 from megatron_precision.precision.policy import DTYPES, DType
 
 if TYPE_CHECKING:
     from megatron_precision.mismatch.comparison import Comparison, Side
 
-PART = "mismatch-part"  # what this command's own jobs run
+PART = "mismatch-part"  # the hidden command that this command's jobs run
 QUESTIONS = Path(__file__).resolve().parents[1] / "mismatch" / "questions.jsonl"
 COMPARISON = "comparison.json"
 PROGRESS = "progress.json"
@@ -37,7 +37,7 @@ NAMES: dict[Side, str] = {"sample": "vLLM samples", "score": "Megatron scores"}
 
 
 def add(commands: Any) -> None:
-    """Add the command, and the one that its parts run, to the parsers of commands."""
+    """Add the command, and the hidden command that runs its parts, to the subparsers."""
     parser = commands.add_parser(
         "mismatch", help="training-inference mismatch of any checkpoint: dtypes against dtypes"
     )
@@ -79,10 +79,10 @@ def _run(args: argparse.Namespace) -> int:
     comparison = _comparison(args)
     if args.dryrun:
         for side, dtype in comparison.parts():
-            line = launch.torchrun_line(*_line(comparison, side, dtype))
+            line = torchrun_line(*_line(comparison, side, dtype))
             print(f"{NAMES[side]} in {dtype}: {line}")
         return 0
-    with launch.exclusive(args.out.with_name(args.out.name + ".lock")):
+    with local.exclusive(args.out.with_name(args.out.name + ".lock")):
         args.out.mkdir(parents=True, exist_ok=True)
         began_s = time.monotonic()
         code = _run_parts(comparison)
@@ -91,29 +91,22 @@ def _run(args: argparse.Namespace) -> int:
         from megatron_precision.mismatch import report
 
         print(report.write(comparison))
-        print(f"\nreport: {args.out / 'report.html'}\nall of it took {launch.elapsed(began_s)}")
+        print(f"\nreport: {args.out / 'report.html'}\nall of it took {local.elapsed(began_s)}")
     return 0
 
 
 def _comparison(args: argparse.Namespace) -> Comparison:
-    """What the arguments ask for, checked as a whole.
+    """Build the comparison that the arguments ask for, and check it.
 
     Raises:
-        UserError: lists everything that is wrong with them.
+        UserError: lists all problems of the arguments.
     """
-    # NumPy comes with it, which takes longer than `--help` may.
+    # Not at the top: it imports NumPy, which would slow `--help` down.
     from megatron_precision.mismatch.comparison import Comparison, base_config
 
     problems: list[Problem] = []
-    sides = []
-    for option in ("train", "rollout"):
-        names = [name.strip() for name in getattr(args, option).split(",")]
-        sides.append(tuple(d for name in dict.fromkeys(names) for d in DTYPES if d == name))
-        unknown = [name for name in names if name not in DTYPES]
-        if unknown:
-            problems.append(
-                Problem("an unknown dtype", f"--{option}", ",".join(unknown), ", ".join(DTYPES))
-            )
+    train = _dtypes("--train", args.train, problems)
+    rollout = _dtypes("--rollout", args.rollout, problems)
     for option in ("num_prompts", "rollouts", "max_tokens"):
         if getattr(args, option) < 1:
             where = "--" + option.replace("_", "-")
@@ -139,11 +132,20 @@ def _comparison(args: argparse.Namespace) -> Comparison:
         raise UserError([*problems, *wrong.problems]) from None
     if problems:
         raise UserError(problems)
-    return Comparison(config, *sides, args.num_prompts, args.rollouts, args.out)
+    return Comparison(config, train, rollout, args.num_prompts, args.rollouts, args.out)
+
+
+def _dtypes(option: str, text: str, problems: list[Problem]) -> tuple[DType, ...]:
+    """Parse a comma-separated list of dtypes; `problems` is extended by the unknown ones."""
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in DTYPES]
+    if unknown:
+        problems.append(Problem("an unknown dtype", option, ",".join(unknown), ", ".join(DTYPES)))
+    return tuple(dtype for name in dict.fromkeys(names) for dtype in DTYPES if dtype == name)
 
 
 def _devices() -> int:
-    """One process a GPU, or a core of a machine without."""
+    """Return the number of GPUs; without a GPU, the number of cores, at most 2."""
     import torch
 
     return torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
@@ -159,7 +161,7 @@ def _line(comparison: Comparison, side: Side, dtype: DType) -> tuple[int, list[s
 
 
 def _run_parts(comparison: Comparison) -> int:
-    """Run what is still to be run; the exit code of the first part that failed."""
+    """Run the parts that are not done yet; return the exit code of the first that failed, or 0."""
     parts = list(comparison.parts())
     with _bar(comparison.out / PROGRESS, len(parts)) as begin:
         for side, dtype in parts:
@@ -171,7 +173,7 @@ def _run_parts(comparison: Comparison) -> int:
             extra = ("--side", side, "--dtype", dtype)
             ranks = comparison.config.parallel.world_size
             began_s = time.monotonic()
-            code = launch.run_job(launch.Job(PART, extra, ranks, folder))
+            code = local.run_job(Job(PART, extra, ranks, folder))
             if code:
                 return code
             comparison.took_file(side, dtype).write_text(
@@ -216,7 +218,7 @@ def _run_part(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _bar(path: Path, parts: int) -> Iterator[Any]:
-    """A progress bar over all parts; it reads how far a part is from a file that rank 0 writes."""
+    """Show a progress bar over all parts; rank 0 writes the share that it has done to `path`."""
     from rich.progress import (
         BarColumn,
         Progress,
@@ -256,7 +258,7 @@ def _bar(path: Path, parts: int) -> Iterator[Any]:
 
 
 def _share(path: Path) -> float | None:
-    """The share that a part has done; None before it has said so, and while it writes."""
+    """Return the share that a part has done; None before it is written and while it is."""
     try:
         return float(json.loads(path.read_text(encoding="ascii")))
     except (FileNotFoundError, ValueError):

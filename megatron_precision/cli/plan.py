@@ -1,6 +1,7 @@
-"""`python -m megatron_precision plan`: what a run needs and takes, before anything is started.
+"""The command `plan`: predicts memory, weight sync, time and cost of a run; it needs no GPU.
 
-What the user says of the job and its machines: the size, and the rates of an estimate.
+It reads the job's size and the rates of its machines from the options, resolves the recipe for that
+size, and leaves the figures to `preflight/`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_precision.checks import layout as layout_checks
 from megatron_precision.checks import platform, settings
+from megatron_precision.checks.layout import layout_problems
 from megatron_precision.cli import arguments
+from megatron_precision.cli.layouts import MOST_RANKS
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig
 from megatron_precision.platform.choice import Choice
@@ -24,13 +26,15 @@ from megatron_precision.preflight.search import GB, Verdict
 from megatron_precision.preflight.work import Lengths
 from megatron_precision.rl.algorithms import algorithm
 
-# Larger worlds are typing errors.
-MOST_RANKS = 2**16
-
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU by its data sheet: dense TFLOP/s of 16-bit and of FP32 products, HBM in TB/s."""
+    """A GPU's data sheet.
+
+    Attributes:
+        tflops, fp32_tflops: peak of dense matrix products, 16-bit and FP32, in TFLOP/s.
+        hbm: memory bandwidth in TB/s.
+    """
 
     name: str
     tflops: float
@@ -40,8 +44,8 @@ class Card:
 
 # Source: NVIDIA's data sheets of H100 SXM and H200 SXM; without sparsity.
 CARDS = {80: Card("H100 SXM", 989.0, 67.0, 3.35), 141: Card("H200 SXM", 989.0, 67.0, 4.8)}
-# Lengths that no option gives are this share of their limits; the recipes' own estimates take
-# 5,000 of 20,480.
+# Mean lengths without an option are this share of their limits; the recipes' estimates use 5,000
+# of 20,480.
 LENGTH_SHARE = 0.25
 # Dense-14B generates 1,536 prompts where it trains on 512 (arXiv 2510.26788).
 SAMPLED_PER_KEPT = 3.0
@@ -62,7 +66,7 @@ _SHARES = ("--mfu", "--hbm-share")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The job's size, and what the estimate assumes."""
+    """Add the options for the job's size and for the assumptions of the estimate."""
     size = parser.add_argument_group("the job")
     size.add_argument("--nodes", type=int, metavar="N", help="of --gpus-per-node each")
     size.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
@@ -73,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def job_problems(args: argparse.Namespace) -> Iterator[Problem]:
-    """Every option that is out of its range, or at odds with another."""
+    """Yield a problem for every option that is out of range or contradicts another."""
     for option in ("--nodes", "--gpus-per-node", "--world"):
         value = _value(args, option)
         if value is not None and not 1 <= value <= MOST_RANKS:
@@ -99,14 +103,14 @@ def job_problems(args: argparse.Namespace) -> Iterator[Problem]:
 
 
 def world(args: argparse.Namespace) -> int | None:
-    """GPUs in all that the options name, if they do."""
+    """Return the number of GPUs that the options ask for, or None."""
     if args.nodes is not None:
         return int(args.nodes * args.gpus_per_node)
-    return args.world  # type: ignore[no-any-return]
+    return None if args.world is None else int(args.world)
 
 
 def node_problems(size: int, gpus_per_node: int) -> Iterator[Problem]:
-    """A job of several nodes that are not all full."""
+    """Yield a problem if the job takes several nodes and one of them is not full."""
     if size > gpus_per_node > 0 and size % gpus_per_node:
         yield Problem(
             "the nodes are not full",
@@ -117,7 +121,7 @@ def node_problems(size: int, gpus_per_node: int) -> Iterator[Problem]:
 
 
 def rates(args: argparse.Namespace, config: RunConfig, gpu_gb: int) -> Rates:
-    """The rates that the options name, in units of 1."""
+    """Build the rates of an estimate from the options, in units of 1 and seconds."""
     card = CARDS.get(gpu_gb, CARDS[80])
     peak = card.fp32_tflops if config.policy.params == "fp32" else card.tflops
     return Rates(
@@ -125,7 +129,7 @@ def rates(args: argparse.Namespace, config: RunConfig, gpu_gb: int) -> Rates:
         mfu=args.mfu,
         hbm=(args.hbm or card.hbm) * 1e12,
         hbm_share=args.hbm_share,
-        # A replayed step is launched once, whatever its layers.
+        # A CUDA graph launches a whole step at once, whatever its number of layers.
         layer_launch_s=0.0 if config.kernels.cuda_graphs else args.launch_us * 1e-6,
         nvlink=args.nvlink * 1e9,
         nic=args.nic * 1e9,
@@ -133,7 +137,7 @@ def rates(args: argparse.Namespace, config: RunConfig, gpu_gb: int) -> Rates:
 
 
 def lengths(args: argparse.Namespace, config: RunConfig) -> dict[str, Lengths]:
-    """What to estimate for: the mean lengths, and the limits, which nothing exceeds."""
+    """Return the two cases of the estimate: mean lengths, and all sequences at their limits."""
     limits = Lengths(config.task.max_prompt_tokens, config.rollout.max_response_tokens)
     mean = Lengths(
         args.mean_prompt or max(1.0, LENGTH_SHARE * limits.prompt),
@@ -143,7 +147,7 @@ def lengths(args: argparse.Namespace, config: RunConfig) -> dict[str, Lengths]:
 
 
 def length_problems(args: argparse.Namespace, config: RunConfig) -> Iterator[Problem]:
-    """Mean lengths above what a sequence may have."""
+    """Yield a problem for each mean length above the limit of a sequence."""
     for option, limit in (
         ("--mean-prompt", config.task.max_prompt_tokens),
         ("--mean-response", config.rollout.max_response_tokens),
@@ -154,7 +158,7 @@ def length_problems(args: argparse.Namespace, config: RunConfig) -> Iterator[Pro
 
 
 def sampled_per_kept(args: argparse.Namespace, config: RunConfig) -> float:
-    """Groups sampled for one of the batch."""
+    """Return how many groups are sampled for each group of the batch."""
     dynamic = algorithm(config.algo.name).dynamic_sampling
     return args.sampled_per_kept or (SAMPLED_PER_KEPT if dynamic else 1.0)
 
@@ -175,7 +179,7 @@ def add(commands: Any) -> None:
         "--all-sizes", action="store_true", help="a table of every size that the recipe is for"
     )
     plan.add_argument("--json", action="store_true", help="print the raw figures")
-    # `resolve` leaves the verdict on memory to this command.
+    # `judged`: `resolve` leaves the verdict on memory to this command.
     plan.set_defaults(run=_run, judged=True)
 
 
@@ -206,10 +210,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _resolve(args: argparse.Namespace) -> RunConfig:
-    """The configuration for the job that the options name.
+    """Resolve the configuration for the size of job that the options ask for.
 
     Raises:
-        UserError: lists everything that is wrong with either, and what would fit instead.
+        UserError: lists all problems of the options and the configuration, and what would fit.
     """
     problems = list(job_problems(args))
     size = None if problems else world(args)
@@ -229,9 +233,9 @@ def _resolve(args: argparse.Namespace) -> RunConfig:
 
 
 def _widen(args: argparse.Namespace, size: int) -> None:
-    """Take the recipe's layout for so many GPUs, or its largest that such a job has room for.
+    """Choose the recipe's layout for `size` GPUs, or its largest layout with fewer GPUs.
 
-    The layout's own sizes stay, and data parallelism and engine replicas fill the world.
+    A smaller layout keeps its sizes; more data parallelism and engine replicas fill the job.
     """
     import recipes
 
@@ -243,12 +247,12 @@ def _widen(args: argparse.Namespace, size: int) -> None:
         room = [gpus for gpus in known if gpus <= size]
         args.gpus = room[-1] if room else size
         if args.gpus == size:
-            return  # or no layout is that small, and `recipes` says what would do
+            return  # if no layout is that small, `recipes` reports which sizes there are
     args.overrides = [f"parallel.world_size={size}", *args.overrides]
 
 
 def _instead(args: argparse.Namespace, wrong: UserError) -> list[Problem]:
-    """The nearest layout that is valid and fits, where the layout alone is wrong."""
+    """Suggest the nearest layout that is valid and fits, if only the layout is wrong."""
     import recipes
 
     try:
@@ -283,10 +287,10 @@ def _instead(args: argparse.Namespace, wrong: UserError) -> list[Problem]:
 
 
 def _of_layout(config: RunConfig) -> set[str]:
-    """What is wrong with the layout, where all sizes are possible ones."""
+    """Return the names of the layout's problems; nothing if a size is out of its range."""
     if any(problem.what == "value out of range" for problem in settings.settings_problems(config)):
         return set()
-    return {problem.what for problem in layout_checks.layout_problems(config)}
+    return {problem.what for problem in layout_problems(config)}
 
 
 def _all_sizes(args: argparse.Namespace) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_precision.checks import settings
+from megatron_precision.cli.layouts import replay_layout
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.overrides import config_from_dict
 from megatron_precision.config.schema import RunConfig, StartConfig, TaskConfig
 from megatron_precision.launch import rank
+from megatron_precision.launch.jobs import torchrun_line
 from megatron_precision.precision.policy import DTYPES
-from megatron_precision.replay.findings import layout_of, layout_words
+from megatron_precision.replay.findings import layout_words
 
 if TYPE_CHECKING:
     from megatron_precision.observe.dump import Dump
@@ -42,7 +44,6 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_precision.launch import torchrun_line
     from megatron_precision.observe.dump import read_dump
 
     dump = read_dump(args.dump)
@@ -94,7 +95,7 @@ def resolve(
     config = config_from_dict(dump.header.config)
     problems: list[Problem] = []
     try:
-        parallel = config.parallel if layout is None else layout_of(layout, config)
+        parallel = config.parallel if layout is None else replay_layout(layout, config)
     except UserError as wrong:
         parallel, problems = config.parallel, list(wrong.problems)
     config = dataclasses.replace(

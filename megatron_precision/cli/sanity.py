@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_precision import launch
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.checks import settings
 from megatron_precision.cli import arguments
 from megatron_precision.config.errors import Problem, UserError
+from megatron_precision.launch import local
+from megatron_precision.launch.jobs import train_job
 
 PRECISIONS = ("bf16", "fp16")
 
@@ -78,9 +79,9 @@ def run(model: str, out: Path, overrides: Sequence[str] = (), algo: str | None =
         precision: settings.check(recipes.build(f"sanity.tiny_{model}", precision, algo, overrides))
         for precision in PRECISIONS
     }
-    with launch.exclusive(out.with_name(out.name + ".lock")):
+    with local.exclusive(out.with_name(out.name + ".lock")):
         run_folder.set_aside(out)
-        code = launch.ensure_start(configs[PRECISIONS[0]])
+        code = local.ensure_start(configs[PRECISIONS[0]])
         if code:
             return code
         for precision, config in configs.items():
@@ -88,11 +89,11 @@ def run(model: str, out: Path, overrides: Sequence[str] = (), algo: str | None =
             print(f"\ntraining {config.recipe} in {precision} into {folder}", flush=True)
             run_folder.claim(folder)
             run_folder.write_config(config, folder)
-            code = launch.run_job(launch.train_job(config, folder))
+            code = local.run_job(train_job(config, folder))
             if code:
                 return code
         report([out / precision for precision in PRECISIONS], out / "report.html")
-    print(f"all of it took {launch.elapsed(began_s)}")
+    print(f"all of it took {local.elapsed(began_s)}")
     return 0
 
 

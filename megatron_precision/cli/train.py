@@ -18,6 +18,7 @@ from megatron_precision.cli import arguments
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig, to_dict
 from megatron_precision.launch import rank
+from megatron_precision.launch.jobs import torchrun_line
 
 
 def add(commands: Any) -> None:
@@ -81,8 +82,6 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from megatron_precision.launch import torchrun_line
-
     config = arguments.resolve(args)
     if config.start.kind == "checkpoint":
         raise UserError(
@@ -110,13 +109,12 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _perfectible(args: argparse.Namespace) -> int:
-    from megatron_precision import launch
     from megatron_precision.train import perfectible
 
     config = arguments.resolve(args)
     ranks = config.parallel.world_size
     words = [word for word in args.words if word not in ("--dryrun", "--dry-run")]
-    line = launch.torchrun_line(ranks, words)
+    line = torchrun_line(ranks, words)
     if args.dryrun:
         print_plan(config, [line])
         return 0
@@ -136,8 +134,6 @@ def _perfectible(args: argparse.Namespace) -> int:
 
 def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
     """The commands that make the start and train from it, as they can be typed by hand."""
-    from megatron_precision.launch import torchrun_line
-
     ranks, words = config.parallel.world_size, arguments.recipe_words(args)
     train = ["train", *words, "--out", str(args.out or "DIR")]
     train += ["--overwrite"] if args.overwrite else []

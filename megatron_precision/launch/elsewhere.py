@@ -1,8 +1,7 @@
-"""Jobs by nemo-run's Docker, Kubeflow and SkyPilot executors.
+"""Runs jobs with nemo-run's Docker, Kubeflow and SkyPilot executors.
 
-Docker runs on this machine and mounts the run's folder. The other two have no folder in common
-with it: the configuration goes along with nemo-run's own files of the job, and `--out` is a path
-of the remote side.
+Docker runs on this machine and mounts the run's folder. Kubeflow and SkyPilot share no folder with
+this machine: nemo-run sends the configuration along with the job, and `--out` is a path there.
 """
 
 from __future__ import annotations
@@ -19,22 +18,21 @@ from typing import Any
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.config.errors import Problem
 from megatron_precision.config.schema import RunConfig
-from megatron_precision.launch import jobs as experiments
 from megatron_precision.launch import log, mounts
-from megatron_precision.launch.jobs import CHECKOUT, Job, folders
+from megatron_precision.launch.jobs import CHECKOUT, Job, load, open_experiment
 from megatron_precision.launch.options import Options
 from megatron_precision.platform import process
 
-# They have no folder in common with this machine.
+# Executors that share no folder with this machine.
 REMOTE = ("kubeflow", "skypilot")
 _MODULES = {"docker": "docker", "kubeflow": "kubernetes", "skypilot": "sky"}
-# nemo-run's folder of a job, as the job sees it.
+# The configuration's path on the remote side, in the folder that nemo-run makes for a job.
 _REMOTE_CONFIG = "/nemo_run/config.json"
 _EXTRAS = {"docker": "docker", "kubeflow": "nemo-run[kubeflow]", "skypilot": "nemo-run[skypilot]"}
 
 
 def executor_problems(options: Options) -> Iterator[Problem]:
-    """What an executor needs on this machine, even to render a job, and does not find."""
+    """Yield a problem for everything that an executor needs on this machine and does not find."""
     module = _MODULES.get(options.executor)
     if module is not None and importlib.util.find_spec(module) is None:
         yield Problem(
@@ -44,7 +42,7 @@ def executor_problems(options: Options) -> Iterator[Problem]:
     if options.executor == "kubeflow" and "workdir_pvc" not in options.site.section("kubeflow"):
         yield Problem(
             "no volume that all pods see", f"{options.site.path}: kubeflow.workdir_pvc", "nothing",
-            "the claim of a volume that holds models and runs", "see docs/launching.md",
+            "a claim for a volume with the models and runs", "see docs/launching.md",
         )  # fmt: skip
     if options.executor == "kubeflow" and not _has_kubeconfig():
         yield Problem(
@@ -60,7 +58,7 @@ def _has_kubeconfig() -> bool:
 
 
 def render(jobs: Sequence[Job], config: RunConfig, options: Options) -> tuple[list[str], list[str]]:
-    """What would be handed over, worked out with no such service at hand.
+    """Render the requests for jobs without sending them; it needs no such service.
 
     Returns:
         The request for each job, and the command of each.
@@ -78,13 +76,14 @@ def render(jobs: Sequence[Job], config: RunConfig, options: Options) -> tuple[li
 
 
 def run(jobs: Sequence[Job], config: RunConfig, options: Options, home: Path) -> int:
-    """Hand jobs over, one after the other, and wait for them unless the user does not.
+    """Run jobs one after the other, and wait for them unless `options.wait` is off.
 
     Args:
-        home: where nemo-run keeps its files of them.
+        config: the jobs' configuration, which is sent to remote executors.
+        home: the folder for nemo-run's files.
 
     Returns:
-        0 when all of them succeeded or were handed over, 2 for a user error, 1 otherwise.
+        0 if all jobs succeeded, or were sent and are not waited for; 2 for a user error, else 1.
     """
     experiment = _experiment(jobs, config, options, home)
     with experiment:
@@ -100,24 +99,24 @@ def run(jobs: Sequence[Job], config: RunConfig, options: Options, home: Path) ->
 
 
 def _experiment(jobs: Sequence[Job], config: RunConfig, options: Options, home: Path) -> Any:
-    nemo_run = experiments.load(home)
+    nemo_run = load(home)
     first = _EXECUTORS[options.executor](nemo_run, jobs[0], config, options, home)
-    return experiments.open_experiment(nemo_run, options.experiment_name, first, home)
+    return open_experiment(nemo_run, options.experiment_name, first, home)
 
 
 def _add(
     experiment: Any, jobs: Sequence[Job], config: RunConfig, options: Options, home: Path
 ) -> None:
-    nemo_run = experiments.load(home)
+    nemo_run = load(home)
     for job in jobs:
         executor = _EXECUTORS[options.executor](nemo_run, job, config, options, home)
         words = job.command_line
         if options.executor in REMOTE:
             words[words.index("--config") + 1] = _REMOTE_CONFIG
-            words = [word for word in words if word != "--claimed"]  # its first rank claims --out
+            words = [word for word in words if word != "--claimed"]  # rank 0 claims --out there
         path, args = job.module, words
         if options.executor == "kubeflow":
-            # The operator says number and addresses of the nodes in torchrun's own variables.
+            # The operator sets torchrun's own variables for the nodes' number and addresses.
             path, args = "torch.distributed.run", ["-m", job.module, *words]
         script = nemo_run.Script(path=path, args=args, entrypoint="python", m=True)
         experiment.add(script, executor=executor, name=job.command)
@@ -125,7 +124,7 @@ def _add(
 
 def _docker(nemo_run: Any, job: Job, config: RunConfig, options: Options, home: Path) -> Any:
     section = options.site.section("docker")
-    seen = mounts.covering(folders(config, job), options.mounts)
+    seen = mounts.covering(job.container_folders, options.mounts)
     return nemo_run.DockerExecutor(
         container_image=options.container_image,
         ntasks_per_node=options.gpus_per_node,
@@ -133,8 +132,8 @@ def _docker(nemo_run: Any, job: Job, config: RunConfig, options: Options, home: 
         runtime=section.get("runtime"),
         shm_size=section.get("shm_size", "16g"),
         ipc_mode="host",
-        # nemo-run lets the container work in /nemo_run/code. That is where the user works, so
-        # relative paths mean the same in both.
+        # The container's working directory is /nemo_run/code. Mounting the user's there makes
+        # relative paths mean the same.
         volumes=[*map(str, seen), f"{Path.cwd()}:/nemo_run/code"],
         retries=options.retries,
         env_vars={"PYTHONPATH": str(CHECKOUT), "PET_LOCAL_RANKS_FILTER": "0"},
@@ -152,7 +151,7 @@ def _kubeflow(nemo_run: Any, job: Job, config: RunConfig, options: Options, home
         gpus_per_node=options.gpus_per_node,
         retries=options.retries,
         env_vars={"PET_LOCAL_RANKS_FILTER": "0"},
-        # The cluster's own secret holds the values, under the variables' names.
+        # The cluster's secret has the values, under the variables' names.
         env_list=[
             {"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": name}}}
             for name in options.env
@@ -178,7 +177,7 @@ def _skypilot(nemo_run: Any, job: Job, config: RunConfig, options: Options, home
 
 
 def _with_config(home: Path, config: RunConfig) -> Path:
-    """A folder that holds the configuration and nothing else."""
+    """Write the configuration to a folder with nothing else in it, and return the folder."""
     folder = home / "config"
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.write_config(config, folder)
@@ -186,7 +185,7 @@ def _with_config(home: Path, config: RunConfig) -> Path:
 
 
 def _command(task: Any) -> str:
-    """What every node of a rendered task runs."""
+    """Return the command that every node of a rendered task runs."""
     role, names = task._executable.roles[0], task.executor.macro_values()
     role = names.apply(role) if names else role
     return " ".join([role.entrypoint, *role.args])

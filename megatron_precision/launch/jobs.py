@@ -1,6 +1,8 @@
-"""What a job is, whoever starts it: its command, its processes, its folder, its environment.
+"""Describes jobs for every launcher, and opens nemo-run's experiments.
 
-nemo-run's experiment, quiet, with a home that the caller chooses; its import takes seconds.
+A `Job` is one torchrun world: its command, number of ranks, folder and environment. `load` and
+`open_experiment` give the launchers a nemo-run that prints nothing and keeps its files in the
+job's folder.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 def python_path() -> str:
-    """This checkout, and what the user's own PYTHONPATH has besides."""
+    """Return the PYTHONPATH of a job: this checkout, then the user's own entries."""
     theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join([str(CHECKOUT), *(p for p in theirs if p and p != str(CHECKOUT))])
 
@@ -35,8 +38,9 @@ class Job:
         command: the subcommand of `python -m megatron_precision`.
         arguments: what follows `--config FILE`.
         ranks: processes of the world.
-        folder: holds `config.json`, `errors/` and `launcher/` (nemo-run's files and the logs).
-        module: what torchrun runs.
+        folder: has `config.json`, `errors/` and `launcher/` (nemo-run's files and the logs).
+        module: the Python module that torchrun runs.
+        inputs: folders that the job reads: its start checkpoint and its sets of prompts.
     """
 
     command: str
@@ -44,6 +48,7 @@ class Job:
     ranks: int
     folder: Path
     module: str = "megatron_precision"
+    inputs: tuple[Path, ...] = ()
 
     @property
     def command_line(self) -> list[str]:
@@ -51,32 +56,61 @@ class Job:
         config = str(self.folder / run_folder.CONFIG)
         return [self.command, "--config", config, *self.arguments]
 
+    @property
+    def container_folders(self) -> list[Path]:
+        """The folders that a container must mount, by the names that the job uses for them."""
+        needed = (CHECKOUT, Path.cwd(), self.folder, *self.inputs)
+        return [path.absolute() for path in needed]
+
 
 def train_job(config: RunConfig, out: Path, extra: tuple[str, ...] = ()) -> Job:
-    """The job that trains `config` into `out`, a folder that the caller has claimed."""
+    """Build the job that trains `config` into `out`, a folder that the caller has claimed.
+
+    Args:
+        extra: further arguments of `train`, such as `--resume`.
+    """
     arguments = ("--out", str(out), "--claimed", *extra)
-    return Job("train", arguments, config.parallel.world_size, out)
+    return Job("train", arguments, config.parallel.world_size, out, inputs=_inputs(config))
 
 
 def prepare_job(config: RunConfig, start: Path) -> Job:
-    """The job that makes the warm start and the perfectible set in `start`."""
+    """Build the job that makes the warm start and the perfectible set in the folder `start`."""
     folder = run_folder.prepare_folder(start)
-    return Job("prepare", ("--out", str(folder)), config.parallel.world_size, folder)
+    arguments = ("--out", str(folder))
+    return Job("prepare", arguments, config.parallel.world_size, folder, inputs=_inputs(config))
 
 
-def torchrun_line(ranks: int, command_line: list[str]) -> str:
-    """What to type to run a command on `ranks` processes by hand."""
-    words = ["torchrun", "--standalone", "--nproc-per-node", str(ranks), "-m", "megatron_precision"]
-    return shlex.join([*words, *command_line])
+def _inputs(config: RunConfig) -> tuple[Path, ...]:
+    texts = (*config.task.train_sets, *config.task.eval_sets)
+    sets = [parse_set(text).path.parent for text in texts]
+    sets += [path.parent for path in user_files.files(config)]
+    start = [Path(config.start.checkpoint)] if config.start.checkpoint else []
+    return (*start, *sets)
+
+
+def torchrun_line(ranks: int, words: Sequence[str]) -> str:
+    """Return the shell command that runs `python -m megatron_precision WORDS` on `ranks` ranks."""
+    return shlex.join(["torchrun", *torchrun_arguments(ranks, words)])
+
+
+def torchrun_arguments(
+    ranks: int, words: Sequence[str], module: str = "megatron_precision"
+) -> list[str]:
+    """Return torchrun's arguments for a world on this machine.
+
+    Args:
+        words: the command line of every rank, after `python -m MODULE`.
+    """
+    return ["--standalone", "--nproc-per-node", str(ranks), "-m", module, *words]
 
 
 def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
-    """What ranks need in their environment; what the user has set stays.
+    """Return the environment variables that ranks need; a variable that the user set is kept.
 
     Args:
-        ranks: on one machine.
-        nodes: of the job. The ranks of one machine meet on its loopback, which keeps gloo, torch
-            and vLLM off the machine's host name, which need not resolve; several machines cannot.
+        ranks: the number of ranks on one machine.
+        nodes: the number of machines. On one machine, ranks connect through the loopback
+            interface, because the machine's host name may not resolve.
     """
     cores = len(os.sched_getaffinity(0))
     defaults = {
@@ -89,19 +123,10 @@ def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 
 
-def folders(config: RunConfig, job: Job) -> list[Path]:
-    """What a job's container must see, by the names that the configuration has for it."""
-    texts = (*config.task.train_sets, *config.task.eval_sets)
-    sets = [parse_set(text).path.parent for text in texts]
-    sets += [path.parent for path in user_files.files(config)]
-    start = [Path(config.start.checkpoint)] if config.start.checkpoint else []
-    return [path.absolute() for path in (CHECKOUT, Path.cwd(), job.folder, *start, *sets)]
-
-
 def require_plain(words: list[str], where: str) -> None:
-    """Refuse arguments that nemo-run's launchers garble.
+    """Refuse arguments that nemo-run's launchers would garble.
 
-    The local launcher's quotes reach the ranks as part of the argument; Slurm's has none.
+    The local launcher quotes an argument and the quotes reach the ranks; Slurm's quotes nothing.
 
     Raises:
         UserError: lists the words that a shell would have to quote.
@@ -125,21 +150,23 @@ HOME_IS_CHOSEN = "NEMORUN_HOME" in os.environ
 
 
 def load(home: Path) -> Any:
-    """The module `nemo_run`, which keeps its files in `home` unless NEMORUN_HOME names another.
+    """Import nemo-run and make it quiet.
 
-    nemo-run reads that variable as it is imported.
+    Args:
+        home: the folder for its files, unless the user has set NEMORUN_HOME, which nemo-run reads
+            while it is imported.
     """
     os.environ.setdefault("NEMORUN_HOME", str(home.resolve()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import nemo_run
         from nemo_run.core.frontend.console.api import CONSOLE
-    CONSOLE.quiet = True  # what it says of launchers is no news to the user
+    CONSOLE.quiet = True  # it describes its launchers, which the user did not ask about
     return nemo_run
 
 
 def open_experiment(nemo_run: Any, title: str, executor: Any, home: Path) -> Any:
-    """An experiment that prints nothing of its own."""
+    """Create a nemo-run experiment that prints nothing itself."""
     return nemo_run.Experiment(
         title,
         executor=executor,

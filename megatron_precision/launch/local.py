@@ -1,7 +1,7 @@
-"""A job on this machine, by nemo-run's local executor.
+"""Runs a job on this machine with nemo-run's local executor.
 
-Around it stands what nemo-run leaves to its caller: the exit code, signals, the console, the
-traceback of the rank that failed first, and whatever a killed job leaves behind.
+nemo-run leaves the rest to its caller, and this module does it: the exit code, signals, the
+console, the traceback of the rank that failed first, and cleaning up after a killed job.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ from typing import Any
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import RunConfig
-from megatron_precision.launch import jobs as experiments
-from megatron_precision.launch.jobs import Job, environment, prepare_job, python_path, require_plain
+from megatron_precision.launch.jobs import (
+    Job,
+    environment,
+    load,
+    open_experiment,
+    prepare_job,
+    python_path,
+    require_plain,
+)
 from megatron_precision.launch.log import Follower, describe_failure
 from megatron_precision.platform import process
 
 
 def ensure_start(config: RunConfig) -> int:
-    """Make the supervised start that a run trains from, unless it is in the cache.
+    """Make the supervised start that a run trains from, unless the cache has it.
 
     Returns:
-        0 when the start is there, otherwise the exit code of the job that should have made it.
+        0 if the cache has the start now, otherwise the exit code of the job that failed to make it.
     """
     from megatron_precision.data import start
 
@@ -39,7 +46,7 @@ def ensure_start(config: RunConfig) -> int:
         return 0
     job = prepare_job(config, path)
     job.folder.mkdir(parents=True, exist_ok=True)
-    # Two runs that need the same start make it once: the second waits here.
+    # Two runs that need the same start make it once: the second one waits for the lock.
     with open(job.folder / "lock", "w", encoding="ascii") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if start.start_is_complete(path):
@@ -51,15 +58,16 @@ def ensure_start(config: RunConfig) -> int:
 
 
 def run_job(job: Job) -> int:
-    """Run a job to its end, showing rank 0's lines as they come.
+    """Run a job to its end and print rank 0's lines as they come.
+
+    When it returns, all of the job's processes have ended and its shared memory is removed.
 
     Returns:
-        0 when the job succeeded, 2 when it ended in a user error, 1 when it failed otherwise,
-        128 + n when this process was told to stop by signal n. None of the job's processes and
-        none of its shared memory is left in any case.
+        0 if the job succeeded, 2 for a user error, 128 + n if signal n stopped this process, and
+        1 for any other failure.
 
     Raises:
-        UserError: when a path cannot be carried by nemo-run's launcher.
+        UserError: if nemo-run's launcher would garble an argument of the job.
     """
     require_plain(job.command_line, f"torchrun -m megatron_precision {job.command}")
     job_id = process.new_job_id()
@@ -79,16 +87,16 @@ def run_job(job: Job) -> int:
 
 
 def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
-    """Returns: whether the job succeeded, the signal that stopped it or 0, its log folder."""
+    """Return whether the job succeeded, the signal that stopped it (or 0), and its log folder."""
     home = job.folder / "launcher"
-    nemo_run = experiments.load(home)
+    nemo_run = load(home)
     from torchx.schedulers.local_scheduler import SignalException
 
     executor = nemo_run.LocalExecutor(
         ntasks_per_node=job.ranks, launcher="torchrun", env_vars=_job_environment(job, job_id)
     )
     script = nemo_run.Script(path=job.module, args=job.command_line, entrypoint="python", m=True)
-    experiment = experiments.open_experiment(nemo_run, job.command, executor, home)
+    experiment = open_experiment(nemo_run, job.command, executor, home)
     with _Stop(job_id) as stop:
         try:
             with experiment:
@@ -96,7 +104,7 @@ def _run_in_nemo(job: Job, job_id: str) -> tuple[bool, int, Path]:
                 logs = Path(experiment.jobs[0].executor.job_dir)
                 with Follower(logs):
                     experiment.run()
-                    # torchx installs handlers of its own while it starts the job.
+                    # Not earlier: torchx installs its own handlers while it starts the job.
                     stop.install(lambda: experiment.cancel(name))
                     experiment._wait_for_jobs(experiment.jobs)
         except SignalException as stopped:
@@ -108,18 +116,18 @@ def _job_environment(job: Job, job_id: str) -> dict[str, str]:
     return {
         **environment(job.ranks),
         process.JOB_VARIABLE: job_id,
-        "PATH": str(Path(sys.executable).parent),  # nemo-run puts it before the user's
+        "PATH": str(Path(sys.executable).parent),  # nemo-run prepends it to the user's PATH
         "PYTHONPATH": python_path(),
         "COLUMNS": str(shutil.get_terminal_size((120, 24)).columns),
         "LOGLEVEL": "WARNING",
-        # torchrun: only rank 0 on the console, every rank in a file.
+        # torchrun prints rank 0 on the console and writes every rank to a file.
         "PET_LOCAL_RANKS_FILTER": "0",
         "PET_LOCAL_ADDR": "127.0.0.1",
     }
 
 
 class _Stop(contextlib.AbstractContextManager["_Stop"]):
-    """Turns SIGINT, SIGTERM and SIGHUP into the cancelling of the job, and remembers which."""
+    """Cancels the job on SIGINT, SIGTERM or SIGHUP, and remembers which signal came."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -134,7 +142,7 @@ class _Stop(contextlib.AbstractContextManager["_Stop"]):
 
     def install(self, cancel: Any) -> None:
         def handle(number: int, frame: FrameType | None) -> None:
-            if self.number:  # asked twice: no more patience
+            if self.number:  # a second signal: do not wait any longer
                 process.end_job(self._job_id, grace_s=0.0)
                 return
             self.number = number
@@ -150,10 +158,10 @@ class _Stop(contextlib.AbstractContextManager["_Stop"]):
 
 @contextlib.contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file for as long as the block runs.
+    """Lock the file `path` while the block runs.
 
     Raises:
-        UserError: when another process holds it.
+        UserError: if another process has locked it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="ascii") as lock:
@@ -173,6 +181,6 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def elapsed(since_s: float) -> str:
-    """Minutes and seconds since a `time.monotonic()`."""
+    """Format the time since `since_s`, a value of `time.monotonic()`, as minutes and seconds."""
     minutes, seconds = divmod(round(time.monotonic() - since_s), 60)
     return f"{minutes} min {seconds:02d} s"

@@ -1,8 +1,8 @@
-"""What a job wrote: rank 0's lines while it runs, and the reason when it has failed.
+"""Reads the logs of a job: rank 0's lines while it runs, and the reason if it fails.
 
-torchrun marks each line with `[default<local rank>]:` and keeps every rank's output in a file of
-its own; nemo-run gathers what torchrun printed in `combined.log`, and its standard output alone in
-`stdout.log` beside it. On Slurm both are `log-*.err` and `log-*.out`.
+torchrun marks each line with `[default<local rank>]:` and writes every rank's output to its own
+file. nemo-run collects the output of torchrun in `combined.log`, and its standard output alone in
+`stdout.log` beside it. On Slurm the two files are `log-*.err` and `log-*.out`.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _FAILURE = re.compile(r"rank\s*:\s*(\d+) \(local_rank: (\d+)\).*?exitcode\s*:\s*
 
 
 class Lines:
-    """Prints what the first rank of a machine has written to files since they were last looked at.
+    """Prints the new lines that the first rank of a machine has written to its standard output.
 
-    Standard error stays in the files: libraries fill it with warnings, and torchrun lists every
-    rank there before it comes to the reason, which is shown at the end in any case.
+    Standard error is not printed: libraries fill it with warnings, and torchrun lists every rank
+    there. `describe_failure` shows the reason of a failure at the end.
     """
 
     def __init__(self, find: Callable[[], Iterable[Path]]) -> None:
         """
         Args:
-            find: the files that are there by now.
+            find: returns the log files that exist by now.
         """
         self._find = find
         self._positions: dict[Path, int] = {}
         self._rests: dict[Path, str] = {}
 
     def show(self, last: bool = False) -> None:
-        """Print what is new; half a line only when it is the last time."""
+        """Print the new lines, and an unfinished line if this is the last call."""
         for path in self._find():
             with open(path, encoding="utf-8", errors="replace", newline="\n") as log:
                 log.seek(self._positions.get(path, 0))
@@ -65,7 +65,7 @@ class Follower(contextlib.AbstractContextManager["Follower"]):
     def __init__(self, folder: Path) -> None:
         """
         Args:
-            folder: the job's log folder, under which the log will appear.
+            folder: the job's log folder; the log appears in it later.
         """
         self._folder = folder
         self._lines = Lines(self._files)
@@ -99,7 +99,7 @@ def _show(lines: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Death:
-    """How torchrun saw the first rank end. A negative exit code is a signal's number."""
+    """How the first rank ended, as torchrun reports it; a negative exit code is minus a signal."""
 
     rank: int
     local_rank: int
@@ -107,15 +107,16 @@ class Death:
 
     @property
     def was_killed(self) -> bool:
-        """By a signal that torchrun, which ends the other ranks with SIGTERM, does not send."""
+        """Whether a signal other than SIGTERM, which torchrun sends itself, ended the rank."""
         return self.exit_code < 0 and self.exit_code != -signal.SIGTERM
 
 
 def first_death(*folders: Path) -> Death | None:
-    """What torchrun reported as the cause in the newest log under the folders, if it could.
+    """Return the first rank to end according to the newest of torchrun's reports, if there is one.
 
-    Of ranks that it finds dead at the same look, it calls the lowest the first. One that was
-    killed broke the collective of one that raised, never the other way round.
+    torchrun calls the lowest rank the first among ranks that it finds dead at the same time. A
+    killed rank is preferred here: it breaks the collective of a rank that then raises, and never
+    the other way round.
     """
     logs = [path for name in (COMBINED, SLURM_ERRORS) for path in _under(folders, name)]
     for path in logs:
@@ -128,11 +129,11 @@ def first_death(*folders: Path) -> Death | None:
 
 
 def describe_failure(run: Path, *logs: Path) -> str:
-    """Why a job failed: the rank that was first, and its own words.
+    """Describe why a job failed: the rank that failed first, and its own message.
 
     Args:
         run: the folder with `errors/`.
-        logs: folders that have the job's logs under them, that with every rank's first.
+        logs: folders with the job's logs; the folder with every rank's log comes first.
     """
     failure, death = process.first_failure(run), first_death(*logs)
     if failure is not None and failure.user_error:
@@ -167,6 +168,6 @@ def _tail(logs: Sequence[Path], local_rank: int) -> str:
 
 
 def _under(folders: Iterable[Path], pattern: str) -> list[Path]:
-    """Files under the folders, the newest first."""
+    """Return the files in the folders that match a pattern, the newest first."""
     found = {path for folder in folders for path in folder.rglob(pattern)}
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)

@@ -1,4 +1,4 @@
-"""Folders that a container sees: `HOST[:CONTAINER[:ro|rw]]`, and what each side calls a file."""
+"""Parses mounts of a container, `HOST[:CONTAINER[:ro|rw]]`, and translates paths through them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path, PurePosixPath
 
 from megatron_precision.config.errors import Problem
 
-# A comma, a colon and a space end a path in the lists that pyxis and Docker take.
+# A comma, a colon or a space ends a path in the lists that pyxis and Docker read.
 _ODD = re.compile(r"[\s,:'\"\\$]")
 _FLAGS = ("ro", "rw")
 
 
 @dataclass(frozen=True)
 class Mount:
-    """`host` is seen as `container`; `flag` is `ro`, `rw` or nothing."""
+    """The host's folder `host`, which a container calls `container`.
+
+    Attributes:
+        flag: `ro`, `rw` or empty.
+    """
 
     host: str
     container: str
@@ -27,7 +31,14 @@ class Mount:
 
 
 def parse(text: str, where: str) -> tuple[Mount | None, list[Problem]]:
-    """One mount as a user writes it, and what is wrong with it."""
+    """Parse a mount as a user writes it.
+
+    Args:
+        where: the option or the key of a file that has the text, for error messages.
+
+    Returns:
+        The mount, or None if the text has problems; the problems.
+    """
     host, *rest = text.split(":")
     flag = rest.pop() if rest and rest[-1] in _FLAGS else ""
     container = rest.pop(0) if rest else host
@@ -50,7 +61,7 @@ def parse(text: str, where: str) -> tuple[Mount | None, list[Problem]]:
 
 
 def odd_path(what: str, where: str, text: str) -> Problem:
-    """The problem of a path that a container's options cannot carry."""
+    """Return the problem for a path that a container's options cannot carry."""
     return Problem(
         what=f"{what} with a character that container options cannot carry",
         where=where,
@@ -61,14 +72,14 @@ def odd_path(what: str, where: str, text: str) -> Problem:
 
 
 def has_odd_character(path: str) -> bool:
-    """Whether `odd_path` is a problem of it."""
+    """Whether a container's options cannot carry the path; `odd_path` is its problem."""
     return _ODD.search(path) is not None
 
 
 def on_host(path: str, mounts: Sequence[Mount]) -> str:
-    """The host's name of a file that a container calls `path`.
+    """Translate a container path to the host's path.
 
-    A path under no mount is the host's own, which `covering` mounts under the same name.
+    A path outside all mounts is returned as it is: `covering` mounts it under the same name.
     """
     best = max(
         (mount for mount in mounts if PurePosixPath(path).is_relative_to(mount.container)),
@@ -81,7 +92,7 @@ def on_host(path: str, mounts: Sequence[Mount]) -> str:
 
 
 def covering(folders: Iterable[Path], mounts: Sequence[Mount]) -> list[Mount]:
-    """`mounts`, and those that the folders need beside them to be seen under their own names."""
+    """Return `mounts`, and a mount under the same name for every folder that they do not cover."""
     needed: list[PurePosixPath] = []
     for folder in sorted({PurePosixPath(folder) for folder in folders}):
         seen = [*(PurePosixPath(mount.container) for mount in mounts), *needed]

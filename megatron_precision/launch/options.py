@@ -1,9 +1,9 @@
-"""What a user may say of a launch: the options of `launch.py`, read, checked and resolved.
+"""Defines, checks and resolves the options of `launch.py` that say where and how a job runs.
 
-The names are those of NVIDIA's launch scripts. Every mistake is found before nemo-run is imported
-and before anything is submitted, and all of them are reported together. An option goes before
-the environment (`SLURM_ACCOUNT`, `SLURM_PARTITION`, `CONTAINER_IMAGE`), which goes before the
-site's file.
+The options have the names that NVIDIA's launch scripts use. An option takes precedence over the
+environment (`SLURM_ACCOUNT`, `SLURM_PARTITION`, `CONTAINER_IMAGE`), and the environment over the
+site's file. All mistakes are reported together, before nemo-run is imported and before anything is
+submitted.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from typing import Any
 
 from megatron_precision.config.errors import Problem, unknown_name
 from megatron_precision.config.schema import RunConfig
-from megatron_precision.launch import mounts as paths
-from megatron_precision.launch import site as sites
-from megatron_precision.launch.mounts import Mount
-from megatron_precision.launch.site import Site
+from megatron_precision.launch.mounts import Mount, parse
+from megatron_precision.launch.site import Site, read, usual_path
 
 EXECUTORS = ("local", "slurm", "docker", "kubeflow", "skypilot")
 DEFAULT_TIME = "04:00:00"
-# Which executors take an option; those that are not here belong to all.
+# The executors that take an option; an option that is not listed works with all of them.
 _TAKEN_BY = {
     "account": ("slurm",),
     "partition": ("slurm",),
@@ -54,19 +52,19 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 @dataclass(frozen=True)
 class Options:
-    """A launch, resolved.
+    """The resolved options of a launch.
 
     Attributes:
-        nodes: machines.
-        gpus_per_node: ranks on each, which is GPUs where there are any.
-        time: the queue's limit for one start of the job, as Slurm reads it.
-        time_s: the same in seconds.
-        env: names of variables that the job gets from the environment.
+        nodes: number of machines.
+        gpus_per_node: ranks on each machine; one rank has one GPU, if there are GPUs.
+        time: the queue's time limit for one start of the job, in Slurm's notation.
+        time_s: the same limit in seconds.
+        env: names of the variables that the job takes from the user's environment.
         retries: how often a job that failed is started again.
-        restarts: how often a job that was stopped (at its time limit, or for another's sake) goes
-            on from its last checkpoint.
-        array: as how many tasks of a job array it is submitted, where it is one.
-        wait: stay until the job ends.
+        restarts: how often a job that was stopped, by its time limit or by pre-emption, resumes
+            from its last checkpoint.
+        array: the number of tasks, if the job is submitted as a job array; otherwise 0.
+        wait: whether `launch.py` waits until the job ends.
     """
 
     executor: str
@@ -89,54 +87,54 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of a launch. All are read as text: `resolve` says what is wrong with them."""
+    """Add the options of a launch to a parser, all as text: `resolve` checks them."""
     where = parser.add_argument_group("where it runs")
     add = where.add_argument
     add("--executor", metavar="E", default="local", help=f"{', '.join(EXECUTORS)}; default: local")
-    add("--nodes", metavar="N", help="machines; default: as many as the layout needs")
-    add("--gpus-per-node", metavar="G", help="ranks on each; default: at most 8")
-    add("--account", metavar="A", help="of Slurm; default: SLURM_ACCOUNT")
-    add("--partition", metavar="P", help="of Slurm; default: SLURM_PARTITION")
-    add("--time", metavar="T", help=f"limit of one start, D-HH:MM:SS; default: {DEFAULT_TIME}")
+    add("--nodes", metavar="N", help="number of machines; default: as many as the layout needs")
+    add("--gpus-per-node", metavar="G", help="ranks on each machine; default: at most 8")
+    add("--account", metavar="A", help="Slurm account; default: SLURM_ACCOUNT")
+    add("--partition", metavar="P", help="Slurm partition; default: SLURM_PARTITION")
+    add("--time", metavar="T", help=f"limit for one start, D-HH:MM:SS; default: {DEFAULT_TIME}")
     add("--container-image", metavar="IMAGE", help="default: CONTAINER_IMAGE, or no container")
     add("--mount", dest="mounts", action="append", metavar="HOST[:CTR]", help="may be repeated")
     add(
         "--env",
         action="append",
         metavar="NAME",
-        help="hand this variable over by its name; the value is written nowhere; may be repeated",
+        help="pass this variable to the job; its value is not written to a file; may be repeated",
     )
     add("--srun-arg", dest="srun_args", action="append", metavar="ARG", help="--srun-arg=--mpi=x")
     add("--retries", metavar="N", help="start a job that failed again, N times at most")
     add(
         "--restarts",
         metavar="N",
-        help="go on from the last checkpoint after the time limit or a pre-emption, N times",
+        help="resume from the last checkpoint after the time limit or pre-emption, at most N times",
     )
     add(
         "--array",
         metavar="N",
-        help="the same where jobs may not be queued again: N tasks of an array, one after another",
+        help="resume as --restarts does, with N array tasks instead of queueing the job again",
     )
     add("--experiment-name", metavar="NAME", help="default: the recipe")
-    add("--wait", action="store_true", help="stay until the job ends, and exit as it (default)")
+    add("--wait", action="store_true", help="wait for the job and exit with its code (default)")
     add("--detach", action="store_true", help="submit, print the job's number, and return")
-    add("--site", metavar="FILE", help=f"a site's defaults; default: {sites.usual_path()}")
+    add("--site", metavar="FILE", help=f"file with a site's defaults; default: {usual_path()}")
 
 
 def resolve(
     args: argparse.Namespace, config: RunConfig | None
 ) -> tuple[Options | None, list[Problem]]:
-    """The launch that the arguments describe, and everything that is wrong with it.
+    """Resolve the options of a launch and check them.
 
     Args:
-        args: with the options of `add_arguments` and `dryrun`.
-        config: what is launched; None where it has problems of its own.
+        args: the parsed options of `add_arguments`, and `dryrun`.
+        config: the configuration of the run; None if it has problems itself.
 
     Returns:
-        The launch, None where there are problems; the problems.
+        The options, or None if there are problems; the problems.
     """
-    site, problems = sites.read(args.site)
+    site, problems = read(args.site)
     if args.executor not in EXECUTORS:
         problems.append(unknown_name("executor", "--executor", args.executor, EXECUTORS))
     else:
@@ -205,7 +203,10 @@ _INSTEAD = {
 
 
 class _Said:
-    """What was said of each option, and where; problems are gathered."""
+    """Reads each option from the arguments, the environment or the site's file.
+
+    It remembers where a value comes from, for error messages, and collects the problems.
+    """
 
     def __init__(self, args: argparse.Namespace, site: Site) -> None:
         self.problems: list[Problem] = []
@@ -214,7 +215,7 @@ class _Said:
         self._where: dict[str, str] = {}
 
     def value(self, name: str) -> Any:
-        """From the option, the environment, or the site's file; None where nobody says."""
+        """Return the value of an option; None if it is not set anywhere."""
         takers = _TAKEN_BY.get(name, EXECUTORS)
         said = getattr(self._args, name)
         variable = _VARIABLES.get(name, "")
@@ -228,7 +229,7 @@ class _Said:
         return said
 
     def where(self, name: str) -> str:
-        """Where a value stands that was asked for."""
+        """Return where the value of an option came from, after `value` has read it."""
         return self._where[name]
 
     def count(self, name: str, least: int, default: int) -> int:
@@ -255,8 +256,7 @@ class _Said:
             return 0
         days, *parts = (int(part) if part else None for part in found.groups())
         numbers = [part for part in parts if part is not None]
-        # As Slurm reads it: after days come hours, without them minutes come first, or hours of
-        # three parts.
+        # Slurm's notation: D-HH[:MM[:SS]], HH:MM:SS, MM:SS or MM.
         units = (3600, 60, 1) if days is not None or len(numbers) == 3 else (60, 1)
         total = (days or 0) * 86400 + sum(n * u for n, u in zip(numbers, units, strict=False))
         if total < 60:
@@ -264,7 +264,7 @@ class _Said:
         return total
 
     def several(self, name: str) -> list[tuple[str, str]]:
-        """What the site's file and then the options have of a list, each with where it stands."""
+        """Return the entries of a list, the site's first, each with where it came from."""
         found: list[tuple[str, str]] = []
         if self._args.executor in _TAKEN_BY.get(name, EXECUTORS):
             site = self._site.defaults.get(name, ())
@@ -274,7 +274,7 @@ class _Said:
     def mounts(self) -> tuple[Mount, ...]:
         found = []
         for text, where in self.several("mounts"):
-            mount, problems = paths.parse(text, where)
+            mount, problems = parse(text, where)
             self.problems += problems
             found += [mount] if mount else []
         return tuple(found)
@@ -286,7 +286,7 @@ class _Said:
             by_option = where.startswith("--")
             self._where["env"] = "--env" if by_option else where  # without a value
             if equals or not _NAME.fullmatch(name):
-                # The value may be a secret: it is not shown.
+                # The value may be a secret, so the message does not show it.
                 shown = f"{name}=..." if equals else repr(name)
                 self._wrong("env", shown, "the name of a variable alone; its value stays outside")
             elif must_be_set and by_option and name not in os.environ:
@@ -319,7 +319,7 @@ class _Said:
 def _one_way_on(
     options: Options, args: argparse.Namespace, said: _Said
 ) -> tuple[Options, list[Problem]]:
-    """Either restarts or an array; of two, the one that an option asks for goes before the file."""
+    """Choose between restarts and an array: an option takes precedence over the site's file."""
     if not (options.array and options.restarts):
         return options, []
     if args.array is None and args.restarts is not None:
@@ -331,7 +331,7 @@ def _one_way_on(
             "two ways to go on after a time limit",
             f"{said.where('array')}, {said.where('restarts')}",
             f"{options.array} and {options.restarts}",
-            "--restarts, or --array where jobs may not be queued again",
+            "--restarts, or --array if the cluster does not queue jobs again",
         )
     ]
 
@@ -347,7 +347,7 @@ def _container_problems(options: Options, args: argparse.Namespace) -> Iterator[
 
 
 def _sized(options: Options, config: RunConfig) -> Options:
-    """With as many nodes and ranks on each as the layout needs, where that was left open."""
+    """Set the number of nodes and of ranks on each to what the layout needs, if they are open."""
     world = config.parallel.world_size
     per_node = options.gpus_per_node
     if not per_node:
@@ -368,7 +368,7 @@ def _size_problems(options: Options, config: RunConfig) -> Iterator[Problem]:
         )  # fmt: skip
     if nodes * per_node != world:
         yield Problem(
-            what="the job has not a GPU for each rank of the layout, or has too many",
+            what="the job's number of GPUs is not the layout's number of ranks",
             where="--nodes x --gpus-per-node",
             got=f"{nodes} x {per_node} = {nodes * per_node}",
             expected=f"parallel.world_size, which is {world}",

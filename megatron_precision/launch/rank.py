@@ -1,4 +1,8 @@
-"""One rank of a job: it ends with its parent, records what broke it, and never lingers."""
+"""Runs one rank of a job.
+
+A rank ends when its parent ends. If its work fails, it records the reason in the run's folder and
+exits at once, without waiting for peers that may hang in a collective.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +20,33 @@ from typing import NoReturn
 from megatron_precision.checkpoint import folders
 from megatron_precision.config.errors import STOPPED, Problem, Stopped, UserError
 from megatron_precision.config.schema import RunConfig
+from megatron_precision.launch.jobs import environment, torchrun_arguments
 from megatron_precision.platform import process
 
-# Longer than rank 0 needs to print, shorter than anybody waits.
+# Long enough for rank 0 to print, short enough that nobody notices.
 USER_ERROR_WAIT_S = 3.0
-# What gloo and NCCL say of a peer that is gone.
+# The words of gloo and NCCL when a peer is gone.
 _BY_A_PEER = re.compile(r"Connection (closed|reset) by peer|ncclRemoteError")
 _LOST_A_PEER = "lost a peer, which left no reason (torchrun's summary names one that was killed):"
 _guards: list[process.Guard] = []
 
 
 def number() -> int:
-    """This process's global rank; 0 outside torchrun."""
+    """Return this process's global rank; 0 outside torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def require_world(config: RunConfig, line: str) -> None:
-    """Make sure that torchrun started as many processes as the layout has.
+    """Check that torchrun started as many processes as the layout has ranks.
 
-    A world of one needs no torchrun; its environment is filled in.
+    A world of one needs no torchrun; this function sets its environment.
 
     Args:
         config: the resolved configuration.
-        line: what to type instead.
+        line: the command that the error suggests.
 
     Raises:
-        UserError: when the number of processes is another.
+        UserError: for another number of processes, or an engine on more than one machine.
     """
     wanted = config.parallel.world_size
     found = int(os.environ.get("WORLD_SIZE", "1"))
@@ -72,7 +77,7 @@ def require_world(config: RunConfig, line: str) -> None:
 
 
 def become_world_of_one() -> None:
-    """Fill the environment in as torchrun would for a single process."""
+    """Set the environment variables that torchrun would set for a single process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,37 +90,34 @@ def become_world_of_one() -> None:
 def become_launcher(
     ranks: int, words: Sequence[str], module: str = "megatron_precision"
 ) -> NoReturn:
-    """Start a world on this machine: torchrun takes this process's place.
+    """Start a world on this machine: torchrun replaces this process.
 
     Args:
         words: the command line of every rank, after `python -m MODULE`.
-        module: what every rank runs.
+        module: the Python module that every rank runs.
     """
-    from megatron_precision.launch import environment
-
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
     sys.stdout.flush()
-    os.execve(sys.executable, torchrun_line(ranks, words, module), os.environ | environment(ranks))
-
-
-def torchrun_line(
-    ranks: int, words: Sequence[str], module: str = "megatron_precision"
-) -> list[str]:
-    """A world on this machine; arguments as `become_launcher`'s."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return [*line, str(ranks), "-m", module, *words]
+    os.execve(
+        sys.executable,
+        [*torchrun, *torchrun_arguments(ranks, words, module)],
+        os.environ | environment(ranks),
+    )
 
 
 def run(work: Callable[[], None], out: Path) -> int:
-    """Do a rank's work.
+    """Run the work of a rank.
+
+    If it fails, the process exits at once: a rank whose peers wait in a collective can hang while
+    the interpreter shuts down. Exit code 2 is a user error, 75 a run that a signal stopped, and 1
+    any other failure.
 
     Args:
-        work: the work; it imports the engines.
-        out: where `errors/rank<k>.txt` is written when the work fails.
+        work: a function that imports the engines and does the work.
+        out: the folder in which a failure writes `errors/rank<k>.txt`.
 
     Returns:
-        0. A failure does not return: a rank whose peers wait in a collective can hang while the
-        interpreter shuts down, so the process ends at once, with exit code 2 for a user error,
-        75 where a signal stopped the run, and 1 for any other failure.
+        0, if the work succeeded.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         process.die_with_parent()
@@ -124,12 +126,12 @@ def run(work: Callable[[], None], out: Path) -> int:
     _local_defaults()
     is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
     if is_first_here and not launched:
-        # By hand there is no launcher that removes the job's shared memory. The guard is kept
-        # until the process ends: closed before, it would end the resource trackers, which Python
-        # still needs to remove the segments of its own.
+        # No launcher removes the job's shared memory if torchrun was started by hand. The guard
+        # stays open until the process ends: closing it would end the resource trackers, which
+        # Python still needs to remove its own segments.
         _guards.append(process.Guard(job))
-        if number() == 0:  # a later machine must not remove what a rank has recorded already
-            shutil.rmtree(out / "errors", ignore_errors=True)  # of an earlier attempt
+        if number() == 0:  # a later machine must not remove what a rank has already recorded
+            shutil.rmtree(out / "errors", ignore_errors=True)  # from an earlier attempt
     if not launched:
         _quieten_libraries()
     try:
@@ -146,10 +148,12 @@ def run(work: Callable[[], None], out: Path) -> int:
 
 
 def end(out: Path, error: Exception) -> NoReturn:
-    """Record what broke this rank, show it, and end the process at once; from any thread.
+    """Record and show the error that broke this rank, and end the process at once.
+
+    Any thread may call it.
 
     Args:
-        out: where `errors/rank<k>.txt` is written.
+        out: the folder in which `errors/rank<k>.txt` is written.
     """
     process.record_failure(out, number(), error)
     _show_failure(error, out, process.is_launchers(process.adopt_job()))
@@ -159,7 +163,7 @@ def end(out: Path, error: Exception) -> NoReturn:
 
 
 def show_user_error(error: UserError) -> None:
-    """Print a user error once a job; every rank finds the same one."""
+    """Print a user error on rank 0 alone: every rank finds the same one."""
     if number() == 0:
         print(error, file=sys.stderr, flush=True)
     else:
@@ -167,8 +171,6 @@ def show_user_error(error: UserError) -> None:
 
 
 def _local_defaults() -> None:
-    from megatron_precision.launch import environment
-
     ranks_here = int(os.environ["LOCAL_WORLD_SIZE"])
     nodes = int(os.environ["WORLD_SIZE"]) // ranks_here
     for name, value in environment(ranks_here, nodes).items():
@@ -176,10 +178,11 @@ def _local_defaults() -> None:
 
 
 def _quieten_libraries() -> None:
-    """Keep the libraries' warnings off the console, where no launcher puts them into a file.
+    """Silence the libraries' warnings if no launcher redirects them to a file.
 
-    Some 100 lines a run: what is not installed, what is deprecated, and weights that vLLM's
-    reload calls failed, which every sync reads back. What the user has set stays.
+    They are some 100 lines a run: packages that are not installed, deprecations, and weights that
+    vLLM's reload reports as failed although every sync reads them back. Variables that the user
+    set are kept.
     """
     for name, value in (
         ("VLLM_LOGGING_LEVEL", "ERROR"),
@@ -195,12 +198,12 @@ def _show_failure(error: Exception, out: Path, launched: bool) -> None:
     if isinstance(error, UserError):
         show_user_error(error)
         return
-    if launched:  # the launcher shows the first failure of all
+    if launched:  # the launcher shows the earliest failure
         print(f"rank {number()} failed: {type(error).__name__}", file=sys.stderr)
         return
     first = process.first_failure(out)
     assert first is not None, "this rank has just recorded its own"
-    # A rank that is killed records nothing, and the first to record is one that it left alone.
+    # A rank that is killed records nothing; the first to record is a peer that lost it.
     what = _LOST_A_PEER if _BY_A_PEER.search(first.text) else "failed first:"
     print(f"rank {first.rank} {what}\n{first.text}", file=sys.stderr)
     if first.rank != number():

@@ -1,4 +1,4 @@
-"""A site's defaults: one TOML file that says once what every launch of a cluster has in common.
+"""Reads a site's defaults: one TOML file with the options that all launches on a cluster share.
 
     partition = "batch"
     container_image = "registry.example/megatron-precision:1.0"
@@ -8,7 +8,7 @@
     [slurm]
     sbatch = { qos = "normal" }       # further #SBATCH lines
 
-A file that is not there has no defaults. Nothing in it is a secret.
+Without the file there are no defaults. Secrets do not belong in it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _TEXT, _COUNT, _FLAG, _TEXTS, _TABLE = (
     "a string", "a whole number", "true or false", "a list of strings",
     "a table of strings, numbers and true or false",
 )  # fmt: skip
-# What `--account` and so on say; an option, and then the environment, go before it.
+# Defaults of the options of the same names.
 DEFAULTS = {
     "account": _TEXT,
     "partition": _TEXT,
@@ -40,7 +40,7 @@ DEFAULTS = {
     "env": _TEXTS,
     "srun_args": _TEXTS,
 }
-# What one executor needs and no option says.
+# Settings of one executor that have no option.
 SECTIONS = {
     "slurm": {"sbatch": _TABLE, "request_gpus": _FLAG, "exclusive": _FLAG},
     "docker": {"runtime": _TEXT, "shm_size": _TEXT},
@@ -57,9 +57,9 @@ class Site:
     """The defaults of a site.
 
     Attributes:
-        path: the file, for messages.
-        defaults: by the keys of `DEFAULTS`.
-        sections: by executor, by the keys of `SECTIONS`.
+        path: the file, for error messages.
+        defaults: option → value, for the names in `DEFAULTS`.
+        sections: executor → setting → value, for the names in `SECTIONS`.
     """
 
     path: Path
@@ -67,21 +67,24 @@ class Site:
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def section(self, executor: str) -> Mapping[str, Any]:
-        """What the file says of one executor."""
+        """Return the settings of one executor."""
         return self.sections.get(executor, {})
 
 
 def usual_path() -> Path:
-    """Where the file lies unless `--site` says otherwise."""
+    """Return the path of the file that is read without `--site`."""
     home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(home).expanduser() / "megatron_precision" / "site.toml"
 
 
 def read(chosen: str | None) -> tuple[Site, list[Problem]]:
-    """The site's defaults, and everything that is wrong with the file.
+    """Read a site's file.
 
     Args:
-        chosen: the file of `--site`, which must be there; the usual one need not.
+        chosen: the file of `--site`, which must exist; None for the usual file, which need not.
+
+    Returns:
+        The site's defaults, which are empty if the file has problems; the problems.
     """
     path = usual_path() if chosen is None else Path(chosen)
     if chosen is None and not path.is_file():

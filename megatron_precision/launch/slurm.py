@@ -1,9 +1,9 @@
-"""A job on a Slurm cluster, by nemo-run's Slurm executor: what is rendered, and its submission.
+"""Renders jobs as sbatch scripts with nemo-run's Slurm executor, and submits them.
 
-The script asks for one `torchrun` a node. The resolved configuration is a file in the run's
-folder, which all nodes see, so that nothing of it passes through a shell. Variables are handed
-over by name (`--export`, `--container-env`): a value that launch.py did not make itself is
-written into no file. Watching the job is `slurm_watch.py`'s.
+The script starts one `torchrun` on each node. Every node reads the resolved configuration from a
+file in the run's folder, so that it does not pass through a shell. The user's variables are passed
+by name (`--export`, `--container-env`), and their values are not written to any file.
+`slurm_watch.py` follows a submitted job.
 """
 
 from __future__ import annotations
@@ -22,32 +22,37 @@ from pathlib import Path
 from typing import Any
 
 from megatron_precision.config.errors import Problem, UserError
-from megatron_precision.config.schema import RunConfig
-from megatron_precision.launch import jobs as experiments
 from megatron_precision.launch import mounts
-from megatron_precision.launch.jobs import CHECKOUT, Job, folders, python_path
+from megatron_precision.launch.jobs import (
+    CHECKOUT,
+    HOME_IS_CHOSEN,
+    Job,
+    load,
+    open_experiment,
+    python_path,
+)
 from megatron_precision.launch.options import Options
 
-# Slurm signals the ranks so long before the time limit; what they save must be written by then.
+# Slurm signals the ranks this long before the time limit, so that they can write a checkpoint.
 LEAD_S = 300
 _EXPORTED = ("PATH", "HOME", "USER", "LANG", "LD_LIBRARY_PATH")
 # Below the ports that the kernel gives to outgoing connections.
 _PORTS = range(20000, 30000)
 _TORCHRUN = re.compile(r"\btorchrun --.*")
-# Slurm's words for a node that nothing can be started on; those that do not answer have a star.
+# Slurm's states of a node that cannot start jobs; a node that does not answer has a star after it.
 _GONE = ("down", "error", "fail", "unknown", "powered_down")
 _SETUP = Path(__file__).with_name("slurm_setup.sh")
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A job that Slurm has taken.
+    """A job that Slurm has accepted.
 
     Attributes:
-        job: what was submitted.
-        number: Slurm's own id of it.
-        logs: the folder of `log-*_<number>_<restart>.out` and `.err`; a task of an array has a
-            number of its own.
+        job: the job as it was described.
+        number: Slurm's job id.
+        logs: the folder of `log-*_<number>_<restart>.out` and `.err`; each task of an array has
+            its own number.
     """
 
     job: Job
@@ -55,12 +60,12 @@ class Submitted:
     logs: Path
 
     def outputs(self) -> list[Path]:
-        """What torchrun of every start printed, in their order."""
+        """Return the files that torchrun printed to, one for each start, the oldest first."""
         return sorted(self.logs.glob("log-*_*_*.out"), key=lambda path: path.stat().st_mtime_ns)
 
 
 def slurm_problems(out: Path, options: Options) -> list[Problem]:
-    """Folders that the rendered script cannot name."""
+    """Return a problem for each folder whose name the rendered script cannot carry."""
     folders = {"--out": out.resolve(), "the working directory": Path.cwd()}
     folders |= {"the checkout": CHECKOUT}
     if not options.container_image:
@@ -69,7 +74,7 @@ def slurm_problems(out: Path, options: Options) -> list[Problem]:
     for where, folder in folders.items():
         if mounts.has_odd_character(str(folder)) or shlex.quote(str(folder)) != str(folder):
             found.append(mounts.odd_path("a folder", where, str(folder)))
-        # Without a container, nemo-run replaces this text wherever the script has it.
+        # Without a container, nemo-run replaces this text everywhere in the script.
         elif not options.container_image and "/nemo_run" in str(folder):
             found.append(
                 Problem("a folder that nemo-run would rename in its script", where, str(folder),
@@ -78,32 +83,32 @@ def slurm_problems(out: Path, options: Options) -> list[Problem]:
     return found
 
 
-def render(jobs: Sequence[Job], config: RunConfig, options: Options) -> tuple[list[str], list[str]]:
-    """What would be submitted, worked out with no Slurm at hand; nothing is left behind.
+def render(jobs: Sequence[Job], options: Options) -> tuple[list[str], list[str]]:
+    """Render jobs without submitting them; it needs no Slurm and leaves no files.
 
     Returns:
         The sbatch script of each job, and the torchrun line of each.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        experiment = _experiment(jobs, config, options, Path(scratch))
+        experiment = _experiment(jobs, options, Path(scratch))
         with experiment:
-            _add(experiment, jobs, config, options)
+            _add(experiment, jobs, options)
             experiment.dryrun(log=False, delete_exp_dir=False)
             scripts = [task._dryrun_info.request.materialize() for task in experiment.jobs]
     return scripts, [_TORCHRUN.findall(script)[-1] for script in scripts]
 
 
-def submit(jobs: Sequence[Job], config: RunConfig, options: Options) -> list[Submitted]:
-    """Hand jobs to Slurm, each to be started when the one before it has succeeded.
+def submit(jobs: Sequence[Job], options: Options) -> list[Submitted]:
+    """Submit jobs to Slurm; each one starts when the one before it has succeeded.
 
     Raises:
-        UserError: where Slurm refuses; what it has taken is cancelled.
+        UserError: if Slurm refuses a job; the jobs that it accepted are cancelled.
     """
-    experiment = _experiment(jobs, config, options, _home(jobs[-1]))
+    experiment = _experiment(jobs, options, _home(jobs[-1]))
     from invoke.exceptions import UnexpectedExit
 
     with experiment:
-        _add(experiment, jobs, config, options)
+        _add(experiment, jobs, options)
         try:
             experiment.run(detach=True)
         except UnexpectedExit as refused:
@@ -126,7 +131,7 @@ def submit(jobs: Sequence[Job], config: RunConfig, options: Options) -> list[Sub
 
 
 def require_slurm(options: Options) -> list[Problem]:
-    """What is missing on this machine to submit, and on the cluster to start the job."""
+    """Return the problems that keep a job from being submitted here or started on the cluster."""
     if shutil.which("sbatch"):
         return _unreachable(options)
     return [
@@ -138,15 +143,16 @@ def require_slurm(options: Options) -> list[Problem]:
 
 
 def _unreachable(options: Options) -> list[Problem]:
-    """Nodes that are down or do not answer, where too few are left: the job would wait for ever.
+    """Return a problem if too few nodes are up, in which case the job would wait for ever.
 
-    What Slurm itself says of a partition or a controller that is not there comes with `sbatch`.
+    An unknown partition and a controller that does not answer are left to `sbatch`, which reports
+    them itself.
     """
     words = ["sinfo", "--noheader", "--Node", "--format", "%P %N %T"]
     words += [f"--partition={options.partition}"] if options.partition else []
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     lines = [line.split() for line in done.stdout.splitlines()]
-    # The partition that a job gets which names none has a star.
+    # The default partition has a star after its name.
     states = {
         node: state
         for partition, node, state in lines
@@ -166,7 +172,7 @@ def _unreachable(options: Options) -> list[Problem]:
 
 
 def rank_logs(job: Job) -> Path:
-    """Where torchrun keeps what every rank prints."""
+    """Return the folder in which torchrun keeps the output of every rank."""
     return _home(job) / "ranks"
 
 
@@ -174,18 +180,18 @@ def _home(job: Job) -> Path:
     return job.folder.resolve() / "launcher"
 
 
-def _experiment(jobs: Sequence[Job], config: RunConfig, options: Options, home: Path) -> Any:
-    nemo_run = experiments.load(home)
-    first = _executor(nemo_run, jobs[0], config, options, _home(jobs[-1]))
-    return experiments.open_experiment(nemo_run, options.experiment_name, first, home)
+def _experiment(jobs: Sequence[Job], options: Options, home: Path) -> Any:
+    nemo_run = load(home)
+    first = _executor(nemo_run, jobs[0], options, _home(jobs[-1]))
+    return open_experiment(nemo_run, options.experiment_name, first, home)
 
 
-def _add(experiment: Any, jobs: Sequence[Job], config: RunConfig, options: Options) -> None:
-    nemo_run = experiments.load(_home(jobs[-1]))
+def _add(experiment: Any, jobs: Sequence[Job], options: Options) -> None:
+    nemo_run = load(_home(jobs[-1]))
     before: list[str] = []
     for job in jobs:
-        executor = _executor(nemo_run, job, config, options, _home(jobs[-1]), bool(before))
-        if options.array and job is jobs[-1]:  # a start is made once
+        executor = _executor(nemo_run, job, options, _home(jobs[-1]), bool(before))
+        if options.array and job is jobs[-1]:  # only training: a start is made once
             executor.array = f"1-{options.array}%1"
         script = nemo_run.Script(
             path=job.module, args=job.command_line, entrypoint="python", m=True
@@ -196,23 +202,16 @@ def _add(experiment: Any, jobs: Sequence[Job], config: RunConfig, options: Optio
         task.executor.stderr_to_stdout = False  # nemo-run's constructor does not take it
 
 
-def _executor(
-    nemo_run: Any,
-    job: Job,
-    config: RunConfig,
-    options: Options,
-    home: Path,
-    waits: bool = False,
-) -> Any:
+def _executor(nemo_run: Any, job: Job, options: Options, home: Path, waits: bool = False) -> Any:
     section = options.site.section("slurm")
     exclusive = section.get("exclusive", True)
     sbatch = dict(section.get("sbatch", {}))
-    if waits:  # else it would wait for ever where the job before it has failed
+    if waits:  # otherwise it would wait for ever if the job before it failed
         sbatch["kill-on-invalid-dep"] = "yes"
     sbatch["export"] = ",".join(dict.fromkeys([*_EXPORTED, *options.env]))
     image = options.container_image
-    seen = mounts.covering(folders(config, job), options.mounts) if image else []
-    base = os.environ["NEMORUN_HOME"] if experiments.HOME_IS_CHOSEN else str(home)
+    seen = mounts.covering(job.container_folders, options.mounts) if image else []
+    base = os.environ["NEMORUN_HOME"] if HOME_IS_CHOSEN else str(home)
     return nemo_run.SlurmExecutor(
         account=options.account,
         partition=options.partition,
@@ -221,14 +220,14 @@ def _executor(
         ntasks_per_node=1,
         torchrun_nproc_per_node=options.gpus_per_node,
         gpus_per_node=options.gpus_per_node if section.get("request_gpus", True) else None,
-        # One task a node that starts the ranks: all of the node's cores and memory are theirs.
+        # One task on each node starts its ranks, which share all of the node's cores and memory.
         exclusive=exclusive or None,
         mem="0" if exclusive else None,
         signal=f"TERM@{_lead_s(options)}",
         container_image=image,
         container_mounts=[str(mount) for mount in seen],
         container_env=list(options.env) if image and options.env else None,
-        # sbatch's list of names would otherwise hold for srun too, and drop what the script sets.
+        # Otherwise sbatch's list of names applies to srun too, and drops what the script sets.
         srun_args=["--export=ALL", *options.srun_args],
         retries=options.retries + options.restarts,
         env_vars=_environment(job, options),
@@ -239,7 +238,7 @@ def _executor(
             rdzv_port=secrets.choice(_PORTS), rdzv_id=secrets.randbelow(10**9)
         ),
         tunnel=nemo_run.LocalTunnel(job_dir=f"{base}/experiments"),
-        # The job works where the user does: relative paths mean the same in both.
+        # The job runs in the user's working directory, so that relative paths mean the same.
         packager=nemo_run.PatternPackager(
             include_pattern="", relative_path="", symlink_from_remote_dir=str(Path.cwd())
         ),
@@ -248,21 +247,21 @@ def _executor(
 
 
 def _lead_s(options: Options) -> int:
-    """Seconds before the time limit at which the ranks are told; short limits have short leads."""
+    """Return how many seconds before the time limit Slurm signals the ranks."""
     return min(LEAD_S, options.time_s // 5)
 
 
 def _environment(job: Job, options: Options) -> dict[str, str]:
-    """What the script exports; nemo-run writes values as they are, so they are quoted here."""
+    """Return the variables that the script exports, quoted, because nemo-run does not quote."""
     values = {
-        # What the user has here is not in a container.
+        # The user's own entries are not in a container.
         "PYTHONPATH": shlex.quote(str(CHECKOUT) if options.container_image else python_path()),
         "LOGLEVEL": "WARNING",
         "COLUMNS": "120",
-        # torchrun: a node's first rank in the log, every rank in a file.
+        # torchrun prints a node's first rank to the log and writes every rank to a file.
         "PET_LOCAL_RANKS_FILTER": "0",
         "PET_LOG_DIR": shlex.quote(str(rank_logs(job))),
-        # A rank that has been told to stop may take so long to save.
+        # The time that a rank may take to save after it is told to stop.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(max(10, _lead_s(options) * 9 // 10)),
     }
     if not options.container_image:

@@ -1,7 +1,7 @@
-"""A Slurm job from its submission to its end: its state, its lines, its exit code.
+"""Follows a Slurm job to its end: prints its state and rank 0's lines, and returns its exit code.
 
-nemo-run asks `sacct`, which a cluster without accounting has not, and knows no exit code. The
-controller (`scontrol`) is asked here, and `sacct` once the controller has forgotten the job.
+nemo-run asks only `sacct`, which needs a cluster with accounting, and reads no exit code. This
+module asks the controller (`scontrol`), and `sacct` after the controller has forgotten the job.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_precision.launch.slurm import Submitted, rank_logs
 from megatron_precision.platform import process
 
 POLL_S = 2.0
-# A job that has just ended badly may be about to be queued again.
+# Slurm may queue a failed job again within this time.
 SETTLE_S = 4.0
 _ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -32,13 +32,13 @@ _NO_TASK = 2**32 - 2
 
 @dataclass(frozen=True)
 class State:
-    """What Slurm says of a job, or of the task of an array that tells how the array does.
+    """The state of a Slurm job; of an array, the state of the task that `telling` chooses.
 
     Attributes:
-        name: Slurm's word.
-        exit_code: of the batch script.
-        restarts: how often it was queued again, and which tasks were before this one.
-        reason: why it waits.
+        name: Slurm's name of the state.
+        exit_code: the batch script's exit code.
+        restarts: how often the job was queued again, plus the number of earlier tasks of its array.
+        reason: why the job waits.
     """
 
     name: str
@@ -48,12 +48,12 @@ class State:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more happens to it."""
+        """Whether the job has ended or Slurm has forgotten it."""
         return self.name in _ENDED or self.name == _FORGOTTEN
 
 
 def state(number: str) -> State:
-    """Ask Slurm for a job."""
+    """Ask Slurm for the state of a job."""
     done = subprocess.run(
         ["scontrol", "-o", "show", "job", number], capture_output=True, text=True, check=False
     )
@@ -65,20 +65,20 @@ def state(number: str) -> State:
 
 
 def of_record(record: str) -> State:
-    """Read a line of `scontrol -o show job`."""
+    """Parse a line of `scontrol -o show job`."""
     found = _fields(record)
     code = int(found["ExitCode"].partition(":")[0])
-    # Tasks that wait are one record, with a range (2-3%1), and with no number once cancelled.
+    # Waiting tasks share one record with a range (2-3%1), which has no number once cancelled.
     task = int(re.match(r"\d+", found.get("ArrayTaskId", "1"))[0])  # type: ignore[index]
     before = task - 1 if task < _NO_TASK else 0
     return State(found["JobState"], code, before + int(found["Restarts"]), found["Reason"])
 
 
 def telling(records: Sequence[str]) -> str:
-    """The record, of an array's tasks, that says how the array does.
+    """Choose the record that describes the state of an array from the records of its tasks.
 
-    Tasks run one at a time. It is the one that runs, else one that waits; at the end the last that
-    ran, since those that were not needed are cancelled.
+    Tasks run one at a time. The choice is the running task, otherwise a waiting one, otherwise the
+    last task that ran: later tasks were not needed and are cancelled.
     """
 
     def order(record: str) -> tuple[bool, bool, bool, str]:
@@ -91,7 +91,7 @@ def telling(records: Sequence[str]) -> str:
 
 
 def _fields(record: str) -> dict[str, str]:
-    """What is read of a record; a field without a value is left out."""
+    """Return the fields of a record that this module uses; fields without a value are left out."""
     names = "JobState|ExitCode|Restarts|Reason|ArrayTaskId|NodeList|EndTime"
     return dict(re.findall(rf"\b({names})=(\S+)", record))
 
@@ -106,20 +106,20 @@ def _from_accounting(number: str) -> State:
         return State(_FORGOTTEN)
     found = [line.split("|") for line in done.stdout.splitlines()]
     states = [State(f[0].split()[0], int(f[1].partition(":")[0])) for f in found if len(f) == 2]
-    # Tasks of an array that were not needed are cancelled.
+    # Tasks of an array that were not needed are cancelled; they say nothing about the run.
     ran = [state for state in states if state.name != "CANCELLED"] or states
     completed = [state for state in ran if state.name == "COMPLETED"]
     return (completed or ran or [State(_FORGOTTEN)])[-1]
 
 
 def wait(jobs: Sequence[Submitted]) -> int:
-    """Stay until the last of a chain of jobs has ended, and show what its first rank prints.
+    """Wait for a chain of jobs to end, and print the lines of each job's first rank.
 
-    SIGINT and SIGTERM cancel the jobs; SIGHUP leaves them to run on.
+    SIGINT and SIGTERM cancel the jobs; SIGHUP lets them continue.
 
     Returns:
-        0 when all succeeded; of the first that did not: 2 for a user error, 143 when it was
-        cancelled, 1 otherwise; 128 + n when this process was told to stop by signal n.
+        0 if all jobs succeeded. For the first job that did not: 2 for a user error, 143 if it was
+        cancelled, otherwise 1. 128 + n if signal n stopped this process.
     """
     with _Stop(jobs) as stop:
         for submitted in jobs:
@@ -162,7 +162,7 @@ def _describe(number: str, now: State) -> str:
 
 
 def _explain(submitted: Submitted, end: State) -> int:
-    """Say why a job ended; returns this process's exit code."""
+    """Print why a job ended, and return this process's exit code."""
     job = submitted.job
     number = f"slurm job {submitted.number}"
     failure = process.first_failure(job.folder)
@@ -188,7 +188,7 @@ def _cancel(numbers: Sequence[str]) -> None:
 
 
 class _Stop:
-    """Turns SIGINT and SIGTERM into the cancelling of the jobs, and remembers which."""
+    """Cancels the jobs on SIGINT or SIGTERM, and remembers which signal came."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     PATIENCE_S = 90.0
@@ -216,7 +216,7 @@ class _Stop:
             _cancel(self._numbers)
 
     def is_impatient(self) -> bool:
-        """Whether the end of the jobs is not waited for any longer."""
+        """Whether to stop waiting for the jobs to end."""
         late = time.monotonic() - self._since_s > self.PATIENCE_S
         return self.number == signal.SIGHUP or (self.number != 0 and late)
 
@@ -229,5 +229,5 @@ class _Stop:
 
     @staticmethod
     def pause() -> None:
-        """Wait a little; a signal's handler runs meanwhile."""
+        """Sleep until the next look at the job; signal handlers run meanwhile."""
         time.sleep(POLL_S)

@@ -1,4 +1,4 @@
-"""Everything that a plan says of one configuration, as values."""
+"""Gathers all figures of a plan for one configuration, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_precision.preflight import estimate, memory, search, wire, work
 
 @dataclass(frozen=True)
 class Case:
-    """An iteration at some lengths."""
+    """The work and the time of an iteration whose sequences have certain lengths."""
 
     lengths: work.Lengths
     work: work.Work
@@ -24,16 +24,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Preflight:
-    """A valid configuration, and what follows from it.
+    """All figures of a plan for a valid configuration.
 
     Attributes:
-        verdict: whether it fits.
-        ranks_per_node: of a full node.
-        stages: memory by pipeline stage.
-        moved: by one sync.
-        rates: of the estimate.
-        sampled_per_kept: groups sampled for one that is trained on.
-        cases: by name, `mean` and `limit`.
+        verdict: whether the configuration fits.
+        ranks_per_node: number of ranks on a full node.
+        stages: memory of a rank of each pipeline stage.
+        moved: bytes that one weight sync moves.
+        rates: the rates that the estimate assumes.
+        sampled_per_kept: groups sampled for each group that is trained on.
+        cases: the estimates, by the names `mean` and `limit`.
     """
 
     verdict: search.Verdict
@@ -46,21 +46,21 @@ class Preflight:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration."""
+        """The configuration that the plan is for."""
         return self.verdict.config
 
     @property
     def fullest(self) -> int:
-        """The stage whose ranks hold most."""
+        """The pipeline stage whose ranks need most memory."""
         return max(range(len(self.stages)), key=lambda stage: self.stages[stage].total)
 
     @property
     def nodes(self) -> int:
-        """Of the job."""
+        """The number of nodes of the job."""
         return -(-self.config.parallel.world_size // self.ranks_per_node)
 
     def values(self) -> dict[str, Any]:
-        """All of it as JSON has it; bytes, seconds and operations."""
+        """Return all figures as values for JSON, in bytes, seconds and operations."""
         config, found = self.config, self.verdict.found
         return {
             **figures(self.verdict),
@@ -96,7 +96,11 @@ def of_run(
     lengths: dict[str, work.Lengths],
     sampled_per_kept: float,
 ) -> Preflight:
-    """Work everything out for a valid configuration."""
+    """Compute all figures of a plan for a valid configuration; arguments as in `Preflight`.
+
+    Args:
+        lengths: mean lengths of each case, by its name.
+    """
     config = verdict.config
     per_node = min(ranks_per_node, config.parallel.world_size)
     moved = wire.of_run(config, per_node)
@@ -110,7 +114,7 @@ def of_run(
 
 
 def figures(verdict: search.Verdict) -> dict[str, Any]:
-    """Memory and verdict as JSON has them."""
+    """Return memory and verdict as values for JSON."""
     config, found = verdict.config, verdict.found
     return {
         "recipe": config.recipe,
@@ -125,7 +129,7 @@ def figures(verdict: search.Verdict) -> dict[str, Any]:
 
 
 def vocabulary_rows(config: RunConfig) -> dict[str, int]:
-    """Rows of the vocabulary, and with the padding of either side."""
+    """Return the rows of the vocabulary: the model's, and padded by the trainer and the engines."""
     rows = config.model.vocab_size
     return {
         "model": rows,
@@ -135,7 +139,7 @@ def vocabulary_rows(config: RunConfig) -> dict[str, int]:
 
 
 def notes(config: RunConfig, ranks_per_node: int) -> Iterator[str]:
-    """What runs, and not as well as it could."""
+    """Yield a note for everything in a valid layout that costs speed."""
     layout, train = config.parallel, config.train
     for name, size in (
         ("the trainer's TP", layout.tp_size),
@@ -157,7 +161,7 @@ def notes(config: RunConfig, ranks_per_node: int) -> Iterator[str]:
 
 
 def short(layout: ParallelConfig) -> str:
-    """A layout in few words, sizes of 1 left out."""
+    """Describe a layout in a few words, without sizes of 1."""
     sizes = {"TP": layout.tp_size, "PP": layout.pp_size, "EP": layout.ep_size}
     sizes |= {"ETP": layout.etp_size, "DP": layout.dp_size}
     words = [f"{name} {size}" for name, size in sizes.items() if size > 1]

@@ -1,17 +1,18 @@
-"""How long an iteration takes at stated rates, and what a run costs. An estimate, never measured.
+"""Estimates how long an iteration takes at given rates, and what a run costs. Nothing is measured.
 
 Rollout
-    An engine's replica decodes B sequences at once: as many as `rollout.max_num_seqs`, its share
-    of the requests, and its KV cache at the mean length allow. A step reads the weights (of
-    experts, those that some of B tokens are sent to: 1 - (1 - k / E)^B of them) and the keys and
-    values of the B sequences, and computes; the slower of the two decides, and the host's time to
-    launch the kernels comes on top. No rollout is shorter than its longest response takes alone.
+    A replica of the engine decodes B sequences at once, limited by `rollout.max_num_seqs`, its
+    share of the requests, and its KV cache at the mean length. A step reads the weights and the
+    keys and values of the B sequences, and computes; it takes the slower of the two, plus the
+    host's time to launch the kernels. Of E experts with k a token, it reads the share
+    1 - (1 - k / E)^B, those that at least one token is routed to. A rollout takes at least as long
+    as its longest response alone.
 Training
-    Operations at a share of the peak rate, and the pipeline's bubble, (p - 1 + m) / m for m
+    Operations at a share of the peak rate, times the pipeline's bubble, (p - 1 + m) / m for m
     micro-batches (arXiv 2104.04473, section 2.2.1). Then gradients are reduced and parameters
-    gathered over data parallelism, over the slower link that a group spans; nothing overlaps.
+    gathered over data parallelism, on the slowest link that a group spans, without overlap.
 Sync
-    The larger share of a rank's NVLink and of its NIC, one after the other; no rank waits.
+    The busiest rank's NVLink traffic and NIC traffic, one after the other, without waiting.
 
 This module imports no torch.
 """
@@ -22,7 +23,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from megatron_precision.checks import layout as layout_checks
+from megatron_precision.checks.layout import kv_token_bytes
 from megatron_precision.config.schema import RunConfig
 from megatron_precision.layouts.vllm import padded_vocab_rows
 from megatron_precision.precision.policy import BYTES_PER_ELEMENT
@@ -32,15 +33,16 @@ from megatron_precision.preflight.wire import SyncBytes
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one GPU, in units of 1 and a second.
+    """Rates of one GPU, in units of 1 and seconds.
 
     Attributes:
-        flops: peak of dense products in the trainer's dtype.
-        mfu: share of it that passes and prefills reach, recomputation counted as work.
-        hbm: bytes read.
-        hbm_share: of it that decoding reaches.
-        layer_launch_s: of the host, for a layer of a decoding step; 0 where steps are replayed.
-        nvlink, nic: bytes, one way.
+        flops: peak operations a second of dense products in the trainer's dtype.
+        mfu: share of `flops` that training and prefill reach, with recomputation counted as work.
+        hbm: bytes read from memory a second.
+        hbm_share: share of `hbm` that decoding reaches.
+        layer_launch_s: seconds in which the host launches one layer of a decoding step; 0 if CUDA
+            graphs replay steps.
+        nvlink, nic: bytes a second in one direction.
     """
 
     flops: float
@@ -54,17 +56,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One iteration.
+    """The estimated time of one iteration.
 
     Attributes:
         decoding: sequences that a replica decodes at once.
-        decoding_limit: what bounds them.
-        decode_step_s: of one step.
-        rollout_s, old_logprobs_s, training_s, exchange_s, sync_s: the phases; `exchange_s` is
-            of gradients and parameters over data parallelism, all steps.
-        longest_alone: the rollout lasts as long as one response of the full length.
-        rollout_tokens_per_s: of the whole job.
-        gpu_hours: of the iteration.
+        decoding_limit: the setting or resource that limits `decoding`.
+        decode_step_s: seconds of one decoding step.
+        rollout_s, old_logprobs_s, training_s, exchange_s, sync_s: seconds of the phases;
+            `exchange_s` is gradients and parameters over data parallelism, in all steps.
+        longest_alone: whether the rollout takes as long as one response of the full length.
+        rollout_tokens_per_s: tokens that the whole job samples a second.
+        gpu_hours: GPU hours of the iteration.
     """
 
     decoding: int
@@ -81,7 +83,7 @@ class Estimate:
 
     @property
     def iteration_s(self) -> float:
-        """All phases, one after the other."""
+        """The seconds of all phases, one after the other."""
         trainer = self.old_logprobs_s + self.training_s + self.exchange_s
         return self.rollout_s + trainer + self.sync_s
 
@@ -94,11 +96,11 @@ def of_iteration(
     rates: Rates,
     ranks_per_node: int,
 ) -> Estimate:
-    """The time of an iteration of a valid configuration.
+    """Estimate the time of an iteration of a valid configuration.
 
     Args:
         done: the iteration's work at these lengths.
-        moved: by one sync.
+        moved: bytes that one weight sync moves.
     """
     layout = config.parallel
     decoding, limit = _decoding(config, lengths, done)
@@ -127,10 +129,11 @@ def of_iteration(
 
 
 def decode_step_s(config: RunConfig, sequences: int, keys: float, rates: Rates) -> float:
-    """One token of each of so many sequences, on one replica.
+    """Estimate the seconds of a decoding step: one token for each sequence of a replica.
 
     Args:
-        keys: tokens before it, on average.
+        sequences: number of sequences that the replica decodes at once.
+        keys: mean number of tokens before the new one.
     """
     model, tp = config.model, config.parallel.rollout_tp_size
     element = BYTES_PER_ELEMENT[config.policy.rollout_params]
@@ -142,7 +145,7 @@ def decode_step_s(config: RunConfig, sequences: int, keys: float, rates: Rates) 
         experts = model.num_hidden_layers * model.num_experts * 3 * model.hidden_size * inner
         idle = (1 - model.num_experts_per_tok / model.num_experts) ** sequences
         read -= round(experts * idle)
-    cache = sequences * keys * layout_checks.kv_token_bytes(config)
+    cache = sequences * keys * kv_token_bytes(config)
     flops = 2 * work.active_weights(model) + work.attention_flops(model, keys)
     reading = (read * element + cache) / (rates.hbm * rates.hbm_share)
     computing = sequences * flops / (tp * rates.flops * rates.mfu)
@@ -150,10 +153,10 @@ def decode_step_s(config: RunConfig, sequences: int, keys: float, rates: Rates) 
 
 
 def _decoding(config: RunConfig, lengths: work.Lengths, done: work.Work) -> tuple[int, str]:
-    """Sequences that the fullest replica decodes at once, and what bounds them."""
+    """Return how many sequences the fullest replica decodes at once, and what limits them."""
     rollouts, replicas = config.train.rollouts_per_prompt, config.parallel.rollout_replicas
     prompts = math.ceil(done.sampled_sequences / rollouts / replicas)  # dealt by prompt
-    tokens = config.rollout.kv_cache_mib * 2**20 / layout_checks.kv_token_bytes(config)
+    tokens = config.rollout.kv_cache_mib * 2**20 / kv_token_bytes(config)
     bounds = {
         "rollout.max_num_seqs": config.rollout.max_num_seqs,
         "the requests": prompts * rollouts,
@@ -164,7 +167,7 @@ def _decoding(config: RunConfig, lengths: work.Lengths, done: work.Work) -> tupl
 
 
 def micro_batches(config: RunConfig, lengths: work.Lengths) -> int:
-    """Of one rank in one optimizer step, at the mean length."""
+    """Return the number of micro-batches of a rank in an optimizer step, at the mean length."""
     train = config.train
     sequences = train.prompts_per_mini_batch * train.rollouts_per_prompt / config.parallel.dp_size
     if train.micro_batch_tokens and train.packed_sequences:
@@ -175,13 +178,16 @@ def micro_batches(config: RunConfig, lengths: work.Lengths) -> int:
 
 
 def _bubble(config: RunConfig, lengths: work.Lengths) -> float:
-    """How much longer a pipeline takes than its work."""
+    """Return the factor by which the pipeline's bubble lengthens the work."""
     count = micro_batches(config, lengths)
     return (config.parallel.pp_size - 1 + count) / count
 
 
 def _exchange_s(config: RunConfig, rates: Rates, ranks_per_node: int) -> float:
-    """Gradients reduced and parameters gathered in one optimizer step, on the slowest stage."""
+    """Estimate the seconds in which a step reduces gradients and gathers parameters.
+
+    The slowest pipeline stage counts.
+    """
     layout = config.parallel
     element = memory.MAIN_GRAD_BYTES + BYTES_PER_ELEMENT[config.policy.params]
     expert_dp = layout.world_size // (layout.etp_size * layout.ep_size * layout.pp_size)

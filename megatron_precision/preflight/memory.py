@@ -1,23 +1,20 @@
-"""Memory of one rank, worked out from the configuration alone.
+"""Computes the memory of one rank from the configuration, by part and by phase of an iteration.
 
-Trainer and engine live in one process, so that their memory adds up. Parameters are counted from
-the tables that the weight sync reads (`weights/megatron_layout.py`, `weights/vllm_layout.py`), and
-not by a formula. What a run allocates on top is a formula each, with its source beside it; the
-docs say which were measured (docs/preflight.md).
+Trainer and engine run in one process, so their memory adds up. Parameters are counted from the
+same tables that the weight sync reads (`layouts/megatron.py`, `layouts/vllm.py`). Everything else
+is a formula with its source beside it; docs/preflight.md says which ones were measured.
 
-Bytes throughout; a GB of a GPU is 1e9 bytes, as on its data sheet. This module imports no torch.
+An iteration is training → sync → rollout (`train/session.py`). By default trainer, engine and KV
+cache stay on the GPU in all three phases. They share one caching allocator, which keeps memory
+that a phase frees, possibly in pieces too small for the next phase. So all parts have to fit
+together.
 
-Which part of a rank's memory is where in which phase of an iteration.
+With `memory.engine_sleep` the engine releases its KV cache and weights while the trainer works: the
+weights are back for the sync, the KV cache for the rollout. With `memory.offload_trainer`
+parameters and optimizer are on the host and gradients are released while the engine samples. The
+allocator gives this memory back to the device, so only the largest phase has to fit.
 
-An iteration goes training → sync → rollout (`train/hand_over.py`). By default nothing sleeps and
-nothing is moved to host memory: trainer, engine and KV cache stay where they are, and only what a
-pass needs comes and goes. Trainer and engine share one caching allocator, which keeps what a
-phase frees and may have it in pieces that the next phase cannot use. So all parts at once count.
-
-With `memory.engine_sleep` the engine gives its KV cache and weights back while the trainer works:
-the weights are awake for the sync, the KV cache for the rollout alone. With
-`memory.offload_trainer` parameters and optimizer are on the host, and gradients nowhere, while the
-engine samples. Memory that is handed over has left the allocator: the largest phase counts.
+All sizes are bytes; a GB of a GPU is 1e9 bytes, as on its data sheet. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -38,28 +35,28 @@ from megatron_precision.platform.choice import Platform
 from megatron_precision.precision.policy import BYTES_PER_ELEMENT
 
 MAIN_GRAD_BYTES = 4  # gradients accumulate in FP32 in every policy
-MOMENTS_BYTES = 8  # Adam's two, in FP32
-MAIN_COPY_BYTES = 4  # FP32, where the parameters are not
-# What `actor/logprobs.py` holds of one logit at its peak, above the logit's own bytes: FP32
-# values, shifted values, their exponentials, and the softmax that the backward pass needs. On a
-# GPU its kernels hold none of these.
+MOMENTS_BYTES = 8  # Adam's two moments, in FP32
+MAIN_COPY_BYTES = 4  # an FP32 main copy, if the parameters are not FP32
+# Bytes that `actor/logprobs.py` needs for one logit at its peak, beside the logit itself: FP32
+# values, shifted values, their exponentials, and the softmax for the backward pass. Its kernels on
+# a GPU need none of these.
 LOGPROB_BYTES = {"cpu": 16, "cuda": 0}
-# Tokens that the fullest expert-parallel rank gets, over the mean: nothing balances the router
-# here (no auxiliary loss), and a step dies with its worst micro-batch. An estimate. A rank that
-# has all experts gets all tokens.
+# Tokens of the fullest expert-parallel rank, divided by the mean. An estimate: no auxiliary loss
+# balances the router here, and the worst micro-batch decides whether a step fits. A rank that has
+# all experts gets all tokens.
 EXPERT_IMBALANCE = 2.0
-# CUDA contexts and kernels of two engines, NCCL's buffers, and memory that allocators cut up: an
-# estimate, since none of it follows from the configuration.
+# An estimate of what does not follow from the configuration: CUDA contexts and kernels of trainer
+# and engine, NCCL's buffers, and fragmented memory.
 RESERVE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class Elements:
-    """Parameters of one trainer's rank.
+    """Number of parameters on one rank of the trainer.
 
     Attributes:
         dense: attention, norms, router, embeddings, dense MLP; reduced over data parallelism.
-        expert: of its experts; reduced over expert data parallelism.
+        expert: experts; reduced over expert data parallelism.
     """
 
     dense: int
@@ -68,16 +65,16 @@ class Elements:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank, by what they are for.
+    """Bytes on one rank, by their use.
 
     Attributes:
-        parameters, gradients, optimizer: the trainer's; the optimizer's are this rank's share of
-            what is not on the host (`memory.optimizer_offload`).
-        activations: of the micro-batches under way, recomputation counted.
-        logits: LM head and log-probs of one micro-batch; a last pipeline stage has them.
-        engine_weights, kv_cache, engine_workspace: the engine's.
-        sync_buffers: messages of the weight sync under way.
-        reserve: what does not follow from the configuration.
+        parameters, gradients, optimizer: the trainer's state; the optimizer is this rank's share,
+            without the part on the host (`memory.optimizer_offload`).
+        activations: kept by the micro-batches in flight, with recomputation taken into account.
+        logits: LM head and log-probs of one micro-batch; only the last pipeline stage has them.
+        engine_weights, kv_cache, engine_workspace: the engine's memory.
+        sync_buffers: messages of the weight sync in flight.
+        reserve: an estimate of everything that does not follow from the configuration.
     """
 
     parameters: int
@@ -93,34 +90,34 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it at once: nothing is moved away while the other side works."""
+        """The sum of all parts: the peak if neither side is moved away while the other works."""
         return sum(getattr(self, part.name) for part in dataclasses.fields(self))
 
 
 def of_run(config: RunConfig, platform: Platform = "cuda") -> Memory:
-    """Memory of the fullest rank of a valid configuration.
+    """Compute the memory of the fullest rank of a valid configuration.
 
-    No stage between the first and the last has more than the first: it has as many layers, no
-    embedding, and fewer micro-batches under way.
+    Only the first and the last pipeline stage are compared: a stage between them has as many layers
+    as the first, no embedding, and fewer micro-batches in flight.
     """
     ends = {0, config.parallel.pp_size - 1}
     return max((of_stage(config, stage, platform) for stage in ends), key=lambda m: m.total)
 
 
 def of_trainer(config: RunConfig) -> int:
-    """Bytes of a trainer alone on a GPU, in its fullest moment; one rank."""
+    """Compute the peak bytes of one rank of a trainer that has the GPU to itself."""
     parts = of_run(config)
     state = parts.parameters + parts.gradients + parts.optimizer
     return state + parts.activations + parts.logits
 
 
 def of_stage(config: RunConfig, stage: int, platform: Platform = "cuda") -> Memory:
-    """Memory of a rank of one pipeline stage; the ranks of a stage differ in nothing.
+    """Compute the memory of a rank of one pipeline stage; all ranks of a stage are alike.
 
     Args:
         config: a valid configuration.
         stage: counted from 0.
-        platform: whose kernels compute.
+        platform: the platform whose kernels run.
     """
     layout, policy = config.parallel, config.policy
     held = trainer_elements(config, stage)
@@ -143,20 +140,20 @@ def of_stage(config: RunConfig, stage: int, platform: Platform = "cuda") -> Memo
 
 
 def trainer_elements(config: RunConfig, stage: int) -> Elements:
-    """Parameters of a trainer's rank, the padded rows of its vocabulary included."""
+    """Count the parameters of a rank of the trainer, with the padded rows of its vocabulary."""
     model, layout = config.model, config.parallel
     first, last = stage == 0, stage == layout.pp_size - 1
     parts = _trainer_parts(model, layout.tp_size, layout.etp_size)
     layers = model.num_hidden_layers // layout.pp_size
     dense = parts.layer * layers + parts.embedding * first + parts.head * last
     if model.tie_word_embeddings and last and not first:
-        dense += parts.embedding  # the last stage has a copy of its own
+        dense += parts.embedding  # the last stage has its own copy
     return Elements(dense, parts.experts * layers // layout.ep_size)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parameters of one tensor-parallel rank: a layer's, all its experts', and both ends."""
+    """Parameters of one tensor-parallel rank: one layer, all experts of a layer, and both ends."""
 
     layer: int
     experts: int
@@ -183,7 +180,7 @@ def _trainer_parts(model: ModelConfig, tp_size: int, etp_size: int) -> _Parts:
 
 
 def engine_elements(config: RunConfig) -> int:
-    """Parameters of an engine's rank, the padded rows of its vocabulary included."""
+    """Count the parameters of a rank of the engine, with the padded rows of its vocabulary."""
     return _engine_parts(config.model, config.parallel.rollout_tp_size)
 
 
@@ -197,26 +194,26 @@ def _engine_parts(model: ModelConfig, tp: int) -> int:
 
 
 def micro_batch_tokens(config: RunConfig) -> int:
-    """Tokens of the longest micro-batch that a rank may be given, padding included."""
+    """Return the number of tokens, padding included, of the longest micro-batch a rank can get."""
     longest = round_up(config.max_sequence_tokens, config.width_multiple)
     return config.train.micro_batch_tokens or config.train.micro_batch_size * longest
 
 
 def kv_sequences(config: RunConfig) -> float:
-    """How many sequences of the full length the KV cache of a replica holds."""
+    """Return how many sequences of the full length fit into the KV cache of a replica."""
     return (
         config.rollout.kv_cache_mib * 2**20 / (kv_token_bytes(config) * config.max_sequence_tokens)
     )
 
 
 def layer_activations(config: RunConfig, platform: Platform = "cuda") -> int:
-    """What the backward pass of one layer needs from its forward pass, for one micro-batch.
+    """Compute the bytes that one layer keeps for its backward pass, for one micro-batch.
 
-    Counted tensor by tensor as Korthikanti et al. count (arXiv 2205.05198, section 4), for the
-    modules that `actor/models.py` builds: RMSNorms, grouped-query attention, a gated MLP, no
-    biases. T tokens, h hidden, q and v the widths of queries and of values, d a head's, I the
-    MLP's, t TP, s = t with sequence parallelism and 1 without, e bytes of an element. By
-    Megatron's own modules, with our RMSNorm in FP32:
+    They are counted tensor by tensor as in Korthikanti et al. (arXiv 2205.05198, section 4), for
+    the modules that `actor/models.py` builds: RMSNorms, grouped-query attention, a gated MLP, no
+    biases. T is the number of tokens, h the hidden size, q and v the widths of queries and values,
+    d the width of a head, I the width of the MLP, t TP, s = t with sequence parallelism and 1
+    without, and e the bytes of an element. Megatron's own modules, with our RMSNorm in FP32, keep:
 
         two norms    T 2 (8 + e) h / s        wide, scaled, and rounded
         head norms   T 8 (q + v) / t          wide and scaled
@@ -225,22 +222,22 @@ def layer_activations(config: RunConfig, platform: Platform = "cuda") -> int:
         residual     T 2 h / s                masks of two dropouts, of one byte
         MLP          e T 4 I / t              gate | up, SiLU of the gate, the product
 
-    By Transformer Engine's, whose norms keep no FP32:
+    Transformer Engine's modules, whose norms keep no FP32, keep:
 
-        two norms    e T 4 h / s              what goes in, and what comes out
+        two norms    e T 4 h / s              inputs and outputs
         attention    e T (3q + 3v) / t        the fused projection, rotated q and k, the result
         MLP          e T 3 I / t              gate | up, the product
                      e T 2 I / t              SiLU of the gate, and `up` again (Megatron adds 0
                                               to it): without `kernels.fused_activation`
 
-    By both:
+    Both keep:
 
         rotation     e T 4 d                  cosines and sines, for q and for k
-        experts      e T (2h + n I / etp) k etp / s, n of the MLP's and an expert's width: tokens
-                     and results, k a token, where EP > 1 for the rank that gets most; and
-                     T 12 experts / s of FP32 router probabilities
-        scores       T 8 heads L / t          where they are written: FP32 softmax, rounded
-                                              probabilities, mask; L the longest sequence
+        experts      e T (2h + n I / etp) k etp / s, with k experts a token, I the width of an
+                     expert and n the MLP's factor from above: tokens and results, for the rank
+                     that gets most if EP > 1; and T 12 experts / s: FP32 router probabilities
+        scores       T 8 heads L / t          FP32 softmax, rounded probabilities and mask, if
+                                              attention writes its scores; L the longest sequence
     """
     model, layout = config.model, config.parallel
     element, tokens = BYTES_PER_ELEMENT[config.policy.params], micro_batch_tokens(config)
@@ -271,27 +268,28 @@ def layer_activations(config: RunConfig, platform: Platform = "cuda") -> int:
 
 
 def _by_transformer_engine(config: RunConfig, platform: Platform) -> bool:
-    """Whether the trainer's modules are Transformer Engine's (`actor/models.py`)."""
+    """Whether the trainer uses Transformer Engine's modules (`actor/models.py`)."""
     if config.kernels.trainer == "auto":
         return platform == "cuda" and config.policy.params != "fp32"
     return config.kernels.trainer == "transformer_engine"
 
 
 def _activations(config: RunConfig, stage: int, platform: Platform) -> int:
-    """Full recomputation keeps a layer's input alone, and one layer whole while it is run again.
+    """Compute the bytes of a stage's activations, for its micro-batches in flight.
 
-    A stage has as many micro-batches under way as there are stages from it on (1F1B). The layer
-    that is in its backward pass holds gradients beside what it kept: at most as much again.
+    A stage has as many micro-batches in flight as there are stages from it to the last (1F1B). Full
+    recomputation keeps the input of every layer, and all of the one layer that runs again. The
+    layer in its backward pass also has gradients: at most as much as it kept.
     """
     layout = config.parallel
     layers = config.model.num_hidden_layers // layout.pp_size
     sequences = config.train.prompts_per_mini_batch * config.train.rollouts_per_prompt
-    # Under a budget of tokens, the sequences may all be so long that each is alone.
+    # Under a budget of tokens, every sequence may be so long that it is a micro-batch by itself.
     together = 1 if config.train.micro_batch_tokens else config.train.micro_batch_size
     micro_batches = -(-sequences // (layout.dp_size * together))
     under_way = min(layout.pp_size - stage, micro_batches)
     one = layer_activations(config, platform)
-    if config.memory.recompute != "full":  # of a selective one nothing is taken off
+    if config.memory.recompute != "full":  # selective recomputation is counted as none
         return under_way * layers * one + one
     shards = layout.tp_size if layout.sequence_parallel else 1
     element = BYTES_PER_ELEMENT[config.policy.params]
@@ -300,29 +298,32 @@ def _activations(config: RunConfig, stage: int, platform: Platform) -> int:
 
 
 def _logits(config: RunConfig, platform: Platform) -> int:
-    """Logits of a micro-batch, and what their log-probs take: on the CPU the responses' part and
-    FP32 tensors, on a GPU their gradient."""
+    """Compute the bytes of a micro-batch's logits and of their log-probs.
+
+    On the CPU the log-probs need the responses' part of the logits and FP32 tensors; on a GPU the
+    logits' gradient.
+    """
     tp = config.parallel.tp_size
     columns = padded_vocab_size(config.model.vocab_size, tp) // tp
     element = BYTES_PER_ELEMENT[config.policy.lm_head]
     train = config.train
     alone = train.micro_batch_size == 1 and not train.micro_batch_tokens
-    # Batch first: a copy for more than one row.
+    # More than one row is copied to put the batch first.
     copies = 2 if alone or train.packed_sequences else 3
     held = micro_batch_tokens(config) * columns * (copies * element + LOGPROB_BYTES[platform])
     if config.policy.lm_head != config.policy.params:
         hidden, divided = config.model.hidden_size, config.parallel.sequence_parallel
-        held += 2 * element * columns * hidden  # its weight, and the gradient
-        # Hidden states as it has them, their gradient, and the gathered ones.
+        held += 2 * element * columns * hidden  # the LM head's weight and its gradient
+        # Hidden states in the LM head's dtype, their gradient, and the gathered hidden states.
         copies_of_shards = (1 / tp + 2) if divided else 2
         held += int(element * micro_batch_tokens(config) * hidden * copies_of_shards)
     return held
 
 
 def _engine_workspace(config: RunConfig) -> int:
-    """One engine step: activations of its tokens in one layer, FP32 logits of its sequences.
+    """Estimate the bytes of an engine step: activations of one layer, and FP32 logits.
 
-    An estimate; vLLM measures its own by a dummy run where it is not given the cache's size.
+    vLLM itself measures them with a dummy run, unless it is given the size of the KV cache.
     """
     model, rollout, tp = config.model, config.rollout, config.parallel.rollout_tp_size
     element = BYTES_PER_ELEMENT[config.policy.rollout_params]
@@ -336,14 +337,14 @@ def _engine_workspace(config: RunConfig) -> int:
 
 Phase = Literal["training", "sync", "rollout"]
 PHASES: tuple[Phase, ...] = ("training", "sync", "rollout")
-# used: the phase works with it. kept: it stays and is not worked with. freed: its allocator has
-# it, for whoever asks next. host: it is in the host's memory. gone: given back to the device.
+# used: the phase uses it. kept: it stays on the GPU unused. freed: the allocator keeps its memory
+# for later. host: it is in host memory. gone: its memory is given back to the device.
 State = Literal["used", "kept", "freed", "host", "gone"]
 _AWAY = ("freed", "host", "gone")
 
 
 def states(config: RunConfig) -> dict[str, dict[Phase, State]]:
-    """Part of `Memory` → its state in each phase."""
+    """Return the state of each part of `Memory` in each phase."""
     return {part: dict(zip(PHASES, row, strict=True)) for part, row in _states(config).items()}
 
 
@@ -368,7 +369,7 @@ def _states(config: RunConfig) -> dict[str, tuple[State, State, State]]:
 
 
 def totals(config: RunConfig, found: Memory) -> dict[Phase, int]:
-    """Bytes that are allocated in each phase at most, what the allocator keeps left out."""
+    """Return the peak bytes in each phase, without memory that only the allocator keeps."""
     rows = states(config)
     return {
         phase: sum(
@@ -381,7 +382,7 @@ def totals(config: RunConfig, found: Memory) -> dict[Phase, int]:
 
 
 def needed(config: RunConfig, found: Memory) -> int:
-    """Bytes that a GPU must have for a rank: of the largest phase where parts are handed over."""
+    """Return the bytes that a rank needs: the largest phase if parts are moved away, else all."""
     return max(totals(config, found).values()) if _hands_over(config) else found.total
 
 
@@ -390,7 +391,7 @@ def _hands_over(config: RunConfig) -> bool:
 
 
 def says(config: RunConfig) -> str:
-    """What the states mean for what has to fit."""
+    """Explain in words which parts have to fit together."""
     if _hands_over(config):
         return (
             "The largest phase has to fit: what a phase frees is given back before the other side "
@@ -405,7 +406,7 @@ def says(config: RunConfig) -> str:
 
 
 def host_bytes(config: RunConfig, stage: int) -> int:
-    """Host memory of a rank for what lives or waits there, at most; it is pinned."""
+    """Return the peak bytes of pinned host memory that a rank needs for offloaded parts."""
     all_here = dataclasses.replace(config.memory, optimizer_offload=0.0)
     whole = of_stage(dataclasses.replace(config, memory=all_here), stage).optimizer
     found, rows = of_stage(config, stage), states(config)
@@ -417,10 +418,10 @@ def host_bytes(config: RunConfig, stage: int) -> int:
 
 
 def dump_copy_bytes(config: RunConfig, found: Memory, weights: int) -> int:
-    """Host memory of a rank for the weights of a dump (`train.dump_weights_gib`).
+    """Return the bytes of host memory that a rank needs for a dump's weights.
 
     Args:
-        weights: bytes of the whole model.
+        weights: bytes of the whole model; above `train.dump_weights_gib` they are not dumped.
     """
     train = config.train
     dumps = train.dump_every > 0 or (train.dump_jump_factor > 0 and train.dump_jumps_at_most > 0)

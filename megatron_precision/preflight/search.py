@@ -1,7 +1,7 @@
-"""The nearest layout that fits: what a refusal names.
+"""Judges whether a configuration fits its GPUs, and searches for the nearest layout that fits.
 
-All layouts that `layout_checks.py` accepts are tried: trainer TP, PP, EP and ETP, and the engine's
-TP. Nearest is the one that changes the fewest sizes, then the one with the smallest changes.
+The search tries all layouts that `checks/layout.py` accepts: the trainer's TP, PP, EP and ETP, and
+the engine's TP. The nearest layout changes the fewest sizes, and among those, by the least.
 """
 
 from __future__ import annotations
@@ -12,27 +12,26 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_precision.checks import layout as layout_checks
+from megatron_precision.checks.layout import kv_token_bytes, layout_problems
 from megatron_precision.config.errors import Problem
 from megatron_precision.config.schema import ParallelConfig, RunConfig
 from megatron_precision.preflight import memory
 
 GB = 10**9
-# A cache of fewer sequences of the full length decodes too few at once to be worth suggesting.
+# A KV cache for fewer sequences of the full length is too slow to be worth suggesting.
 CACHED_SEQUENCES = 4
-# Where a job does not fit, larger ones are tried in this order: (GPUs times, GB each).
+# If a job does not fit, GPUs with more memory (GB each) are tried, then this many times the GPUs.
 _LARGER_CARDS = (141,)
 _MORE_GPUS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a configuration fits GPUs of a size.
+    """Whether a configuration fits GPUs with a given memory.
 
     Attributes:
-        config: the configuration.
-        gpu_gb: of each GPU, 1e9 bytes.
-        found: memory of its fullest rank.
+        gpu_gb: memory of each GPU in 1e9 bytes.
+        found: memory of the configuration's fullest rank.
     """
 
     config: RunConfig
@@ -41,7 +40,7 @@ class Verdict:
 
     @property
     def needed(self) -> int:
-        """Bytes that the fullest rank needs, the reserve included."""
+        """The bytes that the fullest rank needs, including the reserve."""
         return memory.needed(self.config, self.found)
 
     @property
@@ -51,19 +50,19 @@ class Verdict:
 
 
 def judge(config: RunConfig, gpu_gb: int) -> Verdict:
-    """The verdict on a valid configuration."""
+    """Judge whether a valid configuration fits GPUs of `gpu_gb` · 1e9 bytes."""
     return Verdict(config, gpu_gb, memory.of_run(config))
 
 
 def nearest(config: RunConfig, gpu_gb: int, gpus: int | None = None) -> Verdict | None:
-    """The fitting layout that is most like the configuration's.
+    """Find the layout that fits and is most like the configuration's.
 
     Args:
-        config: a configuration that is valid but for its layout.
-        gpus: of the job; by default the configuration's.
+        config: a configuration that is valid except for its layout.
+        gpus: number of GPUs; by default the configuration's.
 
     Returns:
-        None where no layout of so many GPUs fits.
+        None if no layout for this number of GPUs fits.
     """
     verdicts = (
         _with_room_for_cache(judge(candidate, gpu_gb))
@@ -78,7 +77,7 @@ def nearest(config: RunConfig, gpu_gb: int, gpus: int | None = None) -> Verdict 
 
 
 def refusal(verdict: Verdict) -> Problem:
-    """Why a configuration does not fit, and the nearest thing that does."""
+    """Describe why a configuration does not fit, and suggest the nearest one that does."""
     config, gpu_gb = verdict.config, verdict.gpu_gb
     gpus = config.parallel.world_size
     return Problem(
@@ -91,14 +90,14 @@ def refusal(verdict: Verdict) -> Problem:
 
 
 def describe(layout: ParallelConfig) -> str:
-    """A layout in the words of `--set`, sizes of 1 left out."""
+    """Write a layout as words for `--set`, without sizes of 1."""
     names = ("tp_size", "pp_size", "ep_size", "etp_size", "rollout_tp_size")
     sizes = [(n, getattr(layout, n)) for n in names]
     return " ".join(f"parallel.{n}={s}" for n, s in sizes if s > 1 or n == "rollout_tp_size")
 
 
 def other_sizes(config: RunConfig, gpu_gb: int) -> str:
-    """The powers of two next to a job's size that have a layout, each with the nearest."""
+    """Name the powers of two next to the job's size that have a layout, each with its nearest."""
     below = 1 << (config.parallel.world_size.bit_length() - 1)
     found = (nearest(config, gpu_gb, gpus) for gpus in (below, 2 * below))
     return "; ".join(
@@ -133,7 +132,7 @@ def _remedy(verdict: Verdict) -> str:
 
 
 def _handed_over(config: RunConfig, gpu_gb: int) -> str:
-    """Whether handing memory over would do, or the optimizer on the host besides."""
+    """Say whether offloading trainer and engine would fit, or the optimizer on the host as well."""
     words = ["memory.engine_sleep=drop_weights"]
     trainer = config.policy.params != "fp32"
     words += ["memory.offload_trainer=true"] if trainer else []
@@ -156,10 +155,11 @@ def _handed_over(config: RunConfig, gpu_gb: int) -> str:
 
 
 def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
-    """Every valid layout of so many ranks; what only costs memory is set to cost least.
+    """Yield the configuration with every valid layout of `gpus` ranks.
 
-    Sizes that divide nothing they must are left out before a configuration is made: of 161,051
-    combinations on 1,024 ranks some hundreds are left.
+    Settings that trade memory for speed are set to save memory. Sizes that do not divide what they
+    must are left out before a configuration is made: of 161,051 combinations on 1,024 ranks some
+    hundreds are left.
     """
     memory_saved = dataclasses.replace(config.memory, recompute="full", attention="fused")
     model, ranks = config.model, _divisors(gpus)
@@ -179,7 +179,7 @@ def _candidates(config: RunConfig, gpus: int) -> Iterator[RunConfig]:
         for rollout_tp in rollout_tps:
             layout = ParallelConfig(gpus, tp, pp, ep, etp, tp > 1, rollout_tp)
             candidate = dataclasses.replace(config, parallel=layout, memory=memory_saved)
-            if not layout_checks.layout_problems(candidate):
+            if not layout_problems(candidate):
                 yield candidate
 
 
@@ -188,13 +188,11 @@ def _divisors(number: int) -> list[int]:
 
 
 def _with_room_for_cache(verdict: Verdict) -> Verdict:
-    """The same layout with the KV cache that it has room for, where that is worth running."""
+    """Shrink the KV cache of a layout that does not fit until it does, if enough cache is left."""
     config = verdict.config
     without = dataclasses.replace(verdict.found, kv_cache=0)
     room = verdict.gpu_gb * GB - memory.needed(config, without)
-    worthwhile = (
-        CACHED_SEQUENCES * layout_checks.kv_token_bytes(config) * config.max_sequence_tokens
-    )
+    worthwhile = CACHED_SEQUENCES * kv_token_bytes(config) * config.max_sequence_tokens
     if verdict.fits or room < worthwhile:
         return verdict
     rollout = dataclasses.replace(config.rollout, kv_cache_mib=room // 2**30 * 1024)
@@ -203,7 +201,7 @@ def _with_room_for_cache(verdict: Verdict) -> Verdict:
 
 
 def _distance(one: RunConfig, other: RunConfig) -> tuple[int, float]:
-    """(sizes that differ, how far apart they are in factors of two)."""
+    """Return how many sizes and settings differ, and the sizes' distance in factors of two."""
     names = ("tp_size", "pp_size", "ep_size", "etp_size", "rollout_tp_size")
     factors = [
         abs(math.log2(getattr(one.parallel, name) / getattr(other.parallel, name)))
@@ -215,7 +213,7 @@ def _distance(one: RunConfig, other: RunConfig) -> tuple[int, float]:
 
 
 def changes(to: RunConfig, config: RunConfig) -> str:
-    """What makes one configuration of another, in the words of `--set`."""
+    """Write the settings that turn `config` into `to`, as words for `--set`."""
     found = []
     for section in ("parallel", "memory", "rollout"):
         for part in dataclasses.fields(getattr(to, section)):

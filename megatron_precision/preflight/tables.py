@@ -1,4 +1,4 @@
-"""A plan as a terminal of 100 columns shows it, and the table of sizes as Markdown."""
+"""Prints a plan for a terminal of 100 columns, and the table of all sizes as Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLUMNS = (
 
 
 def lines(found: Preflight) -> Iterator[str]:
-    """All that is printed of a configuration, but the verdict."""
+    """Yield the lines of a plan, without the verdict."""
     yield from _layout(found)
     yield ""
     yield from _memory(found)
@@ -205,10 +205,10 @@ def _time(seconds: float) -> str:
 
 
 def sizes(verdicts: list[tuple[str, Verdict | None, str]]) -> Iterator[str]:
-    """A row a size, as Markdown, then why sizes are refused.
+    """Yield a Markdown table with a row for each size, and then why sizes are refused.
 
     Args:
-        verdicts: (size, verdict, refusal): no verdict where the recipe has no layout.
+        verdicts: size, verdict and refusal; the verdict is None if the recipe has no layout.
     """
     titles = [name.replace("_", " ") for name in _COLUMNS]
     yield "| GPUs | layout | " + " | ".join(titles) + " | total, GB a rank | |"

@@ -1,10 +1,10 @@
-"""Bytes of a weight sync between a run's two layouts, for jobs of any size in milliseconds.
+"""Computes the bytes of a run's weight sync from its two layouts, in milliseconds for any job size.
 
-A plan (`weights/plan.py`) brings a rank what its engine needs and its trainer has not, once, and a
-node what its ranks need and none of them has, once. So what is received follows from the boxes of
-both sides alone; tests compare it with plans that are counted message by message
-(`weights/traffic.py`, and `sync-bench` for who sends). All layers of a stage and all experts of a
-rank are divided alike: each family is looked at once for a rank's place, and not once a tensor.
+A plan (`sync/plan.py`) sends each rank once what its engine needs and its trainer does not have,
+and each node once what its ranks need and none of them has. So the received bytes follow from the
+regions of both sides, without a plan; tests compare them with plans counted message by message
+(`sync/traffic.py`). All layers of a stage and all experts of a rank are divided alike, so each
+family of tensors is looked at once for a rank's position, not once for each tensor.
 """
 
 from __future__ import annotations
@@ -28,16 +28,17 @@ from megatron_precision.sync.families import (
 
 @dataclass(frozen=True)
 class SyncBytes:
-    """What one sync moves, in bytes on the wire.
+    """Bytes on the wire of one weight sync.
 
     Attributes:
-        weights: all weights of the model once.
-        copied: inside a rank, all ranks together.
-        received: in messages, all ranks together.
-        network: of these, over the network; a byte that several ranks of a node need, once.
-        rank_received: by the rank that receives most.
-        node_network: entering the node that most enters.
-        exact: whether a plan moves exactly this; of main copies, this is the most that it could.
+        weights: all weights of the model, once.
+        copied: copied inside ranks, summed over all ranks.
+        received: received in messages, summed over all ranks.
+        network: the part of `received` that crosses the network; a byte that several ranks of a
+            node need is counted once.
+        rank_received: received by the rank that receives most.
+        node_network: entering the node that receives most over the network.
+        exact: whether a plan moves exactly these bytes; for main copies they are an upper bound.
     """
 
     weights: int
@@ -50,7 +51,7 @@ class SyncBytes:
 
 
 def of_run(config: RunConfig, ranks_per_node: int) -> SyncBytes:
-    """The bytes of a sync of a valid configuration."""
+    """Compute the bytes of a weight sync of a valid configuration."""
     layout, model = config.parallel, config.model
     trainer = TrainerLayout(
         layout.world_size, layout.tp_size, layout.pp_size, layout.ep_size, layout.etp_size
@@ -79,18 +80,23 @@ def of_run(config: RunConfig, ranks_per_node: int) -> SyncBytes:
 
 @dataclass(frozen=True)
 class _Balance:
-    """Elements that some ranks' engines need: those that their trainers have, and the others."""
+    """Elements that the engines of some ranks need.
+
+    Attributes:
+        there: elements that the trainers of the same ranks have.
+        missing: all other elements.
+    """
 
     there: int
     missing: int
 
 
-# Where a rank stands: (position in its engine, TP, expert TP, expert parallel, stage).
+# A rank's position: (in its engine, in TP, in expert TP, in expert parallelism, pipeline stage).
 _Place = tuple[int, int, int, int, int]
 
 
 class _Sides:
-    """Both layouts of a run."""
+    """Compares the regions that both layouts of a run give to its ranks."""
 
     def __init__(self, config: RunConfig, trainer: TrainerLayout, rollout: RolloutLayout) -> None:
         self._config, self._trainer, self._rollout = config, trainer, rollout
@@ -101,7 +107,7 @@ class _Sides:
         self._overlaps: dict[tuple[str, frozenset[int], frozenset[int]], int] = {}
 
     def balance(self, ranks: Iterable[int]) -> _Balance:
-        """Of the ranks together; those of equal places are worked out once."""
+        """Return the balance of some ranks together; equal positions are computed once."""
         places = tuple(sorted({self._place(rank) for rank in ranks}))
         if places not in self._balances:
             self._balances[places] = self._of_places(places)
@@ -119,7 +125,7 @@ class _Sides:
             boxes = [s for s in self._need[family.template] if positions.intersection(s.positions)]
             needed += _count(family, self._config) * sum(_size(shard) for shard in boxes)
             if self._config.policy.wire_source == "main_copies":
-                continue  # which range of a main copy a rank has is Megatron's to say
+                continue  # Megatron decides which range of a main copy a rank has
             for count, holders in self._holders(family, places):
                 there += count * self._shared(family.template, positions, holders)
         return _Balance(there, needed - there)
@@ -127,7 +133,7 @@ class _Sides:
     def _holders(
         self, family: Family, places: tuple[_Place, ...]
     ) -> Iterator[tuple[int, frozenset[int]]]:
-        """(tensors of the family that are held alike, positions of the places that hold them)."""
+        """Yield how many tensors of the family are divided alike, and the positions with a part."""
         t, model = self._trainer, self._config.model
         layers = model.num_hidden_layers // t.pp
         groups: dict[tuple[int, int], set[int]] = {}
@@ -147,7 +153,7 @@ class _Sides:
             yield count, frozenset(holders)
 
     def _shared(self, template: str, needers: frozenset[int], holders: frozenset[int]) -> int:
-        """Elements of one tensor in boxes of both sides' positions."""
+        """Count the elements of one tensor that needers and holders share."""
         key = (template, needers, holders)
         if key not in self._overlaps:
             self._overlaps[key] = self._shared_boxes(template, needers, holders)
@@ -169,6 +175,6 @@ def _size(shard: Shard) -> int:
 
 
 def _count(family: Family, config: RunConfig) -> int:
-    """Tensors of a family."""
+    """Return the number of tensors in a family."""
     layers = config.model.num_hidden_layers if "{layer}" in family.template else 1
     return layers * (config.model.num_experts if "{expert}" in family.template else 1)

@@ -1,4 +1,4 @@
-"""Tokens and floating-point operations of an iteration, from the configuration and mean lengths.
+"""Computes an iteration's tokens and operations from the configuration and mean lengths.
 
 With N the weights that a token is multiplied with, L layers, H heads of d, and T the tokens of a
 sequence, a forward pass takes of each token
@@ -28,30 +28,30 @@ from megatron_precision.rl.algorithms import algorithm
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a prompt and of a response, on average."""
+    """Mean number of tokens of a prompt and of a response."""
 
     prompt: float
     response: float
 
     @property
     def sequence(self) -> float:
-        """Of both."""
+        """The tokens of prompt and response together."""
         return self.prompt + self.response
 
 
 @dataclass(frozen=True)
 class Work:
-    """One iteration of the whole job.
+    """The work of one iteration of the whole job.
 
     Attributes:
-        sampled_sequences: that the engines are asked for.
-        trained_sequences: of these, those of the batch.
-        sampled_tokens: of responses.
-        trained_tokens: of prompts and responses, padding left out.
-        prefill_flops, decode_flops: of the engines.
-        old_logprobs_flops: of the forward-only pass, on average over the iterations.
-        training_flops: forward and backward.
-        recomputed_flops: of layers that are run again.
+        sampled_sequences: sequences that the engines sample.
+        trained_sequences: sequences of the batch, a part of the sampled ones.
+        sampled_tokens: tokens of sampled responses.
+        trained_tokens: tokens of prompts and responses in the batch, without padding.
+        prefill_flops, decode_flops: operations of the engines.
+        old_logprobs_flops: operations of the forward-only pass, averaged over iterations.
+        training_flops: operations of the forward and backward passes.
+        recomputed_flops: operations of layers that run again.
     """
 
     sampled_sequences: int
@@ -66,13 +66,13 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """All operations of the iteration."""
         trainer = self.old_logprobs_flops + self.training_flops + self.recomputed_flops
         return self.prefill_flops + self.decode_flops + trainer
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Weights of the layers' matrices that one token is multiplied with."""
+    """Count the weights in the layers' matrices that one token is multiplied with."""
     hidden = model.hidden_size
     heads = model.num_attention_heads + model.num_key_value_heads
     layer = 2 * hidden * heads * model.head_dim
@@ -85,30 +85,33 @@ def layer_weights(model: ModelConfig) -> int:
 
 
 def active_weights(model: ModelConfig) -> int:
-    """N: the layers' and the LM head's. An embedding is looked up, and norms are no products."""
+    """Count N, the weights of the layers and the LM head that one token is multiplied with.
+
+    An embedding is looked up, and norms are not matrix products.
+    """
     return layer_weights(model) + model.vocab_size * model.hidden_size
 
 
 def attention_flops(model: ModelConfig, keys: float) -> float:
-    """Operations of one token, forward, with so many keys and as many values, in all layers."""
+    """Count the forward operations of one token's attention to `keys` keys, in all layers."""
     return 4 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * keys
 
 
 def training_flops(model: ModelConfig, tokens: float, *, masked: bool = True) -> float:
-    """Forward and backward of one token in a sequence, without recomputation.
+    """Count the forward and backward operations of one token, without recomputation.
 
     Args:
-        tokens: of the sequence.
-        masked: what the causal mask hides is not computed.
+        tokens: length of the token's sequence.
+        masked: whether the kernel skips what the causal mask hides.
     """
     return 6 * active_weights(model) + 3 * attention_flops(model, tokens / (1 + masked))
 
 
 def of_iteration(config: RunConfig, lengths: Lengths, sampled_per_kept: float) -> Work:
-    """The work of one iteration in which every sequence has the mean length.
+    """Compute the work of an iteration in which every sequence has the mean length.
 
     Args:
-        sampled_per_kept: groups that are sampled for one of the batch; 1 without dynamic sampling.
+        sampled_per_kept: groups sampled for each group of the batch; 1 without dynamic sampling.
     """
     model, train = config.model, config.train
     kept = train.prompts_per_iteration * train.rollouts_per_prompt
@@ -138,7 +141,7 @@ def of_iteration(config: RunConfig, lengths: Lengths, sampled_per_kept: float) -
 
 
 def _share_scored_before(config: RunConfig) -> float:
-    """Share of the sequences that the forward-only pass sees: all mini-batches but the first."""
+    """Return the share of sequences in the forward-only pass: all mini-batches but the first."""
     steps, every = config.train.steps_per_iteration, config.train.mismatch_every
     often = 1.0 if algorithm(config.algo.name).needs_old_logprobs else 1 / every if every else 0.0
     return often * (steps - 1) / steps

@@ -8,8 +8,6 @@ Log-probs are natural logarithms; a side is one of
     fp32      the trainer's own code in FP32, on the same weights
 
 and d = log p_a(y_t) - log p_b(y_t) at the response tokens of both.
-
-A trainer's layout as `--layout` takes it and as a replay names it.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_precision.config.errors import Problem, UserError
-from megatron_precision.config.schema import ParallelConfig, RunConfig
+from megatron_precision.config.schema import ParallelConfig
 
 Floats = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -263,45 +260,6 @@ def parts_first(own: Sequence[PointError]) -> PointError | None:
             return point
     largest = max(own, key=lambda point: point.mean, default=None)
     return largest if largest is not None and largest.mean > 0 else None
-
-
-SIZES = ("tp", "pp", "ep", "etp", "dp", "sp")
-
-
-def layout_of(text: str, config: RunConfig) -> ParallelConfig:
-    """A trainer's layout as a user writes it; sizes that are not named are 1.
-
-    `sp` is sequence parallelism, 0 or 1. Where it is not named, it is that of the run, and on
-    where Megatron asks for it: experts with tensor parallelism.
-
-    Raises:
-        UserError: lists what is no size.
-    """
-    sizes: dict[str, int] = {}
-    problems = []
-    for word in text.split(","):
-        name, _, value = word.strip().partition("=")
-        # bool("²".isdigit()) is true; int() refuses it.
-        if name not in SIZES or name in sizes or not (value.isascii() and value.isdecimal()):
-            expected = f"{', '.join(SIZES)}, each once, with commas between: tp=2,pp=1"
-            problems.append(Problem("no part of a layout", "--layout", word, expected))
-            continue
-        sizes[name] = int(value)
-        if not (sizes[name] > 0 or name == "sp") or (name == "sp" and sizes[name] > 1):
-            expected = "0 or 1" if name == "sp" else "1 or more"
-            problems.append(Problem("a size out of range", "--layout", word, expected))
-    if problems:
-        raise UserError(problems)
-    tp, pp, dp = (sizes.get(name, 1) for name in ("tp", "pp", "dp"))
-    asked = tp > 1 and (config.parallel.sequence_parallel or config.model.num_experts > 0)
-    return ParallelConfig(
-        world_size=tp * pp * dp,
-        tp_size=tp,
-        pp_size=pp,
-        ep_size=sizes.get("ep", 1),
-        etp_size=sizes.get("etp", 1),
-        sequence_parallel=bool(sizes.get("sp", asked)),
-    )
 
 
 def layout_words(parallel: ParallelConfig) -> str:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import run as bench_gpu
+from benchmarks.gpu import experiments, run
 from benchmarks.gpu.experiments import TESTS, WORK, Command, Experiment, agenda, read_results
-from megatron_precision.launch import exclusive
+from megatron_precision.launch.local import exclusive
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,15 +41,15 @@ def pytest_on(file: Path) -> Experiment:
     return Experiment("small", (Command(words, ok=(0, 1)),), ("tests.xml",))
 
 
-def run(item: Experiment, out: Path, budget_s: float = 60) -> tuple[int, dict[str, object]]:
+def run_one(item: Experiment, out: Path, budget_s: float = 60) -> tuple[int, dict[str, object]]:
     out.mkdir(exist_ok=True)
-    failed = bench_gpu.run_all([item], out, tiny=True, budget_s=budget_s)
+    failed = run.run_all([item], out, tiny=True, budget_s=budget_s)
     path = out / "small.json"
     return failed, json.loads(path.read_text()) if path.is_file() else {}
 
 
 def test_a_result_has_its_commands_and_what_is_kept(tmp_path: Path) -> None:
-    failed, found = run(experiment(FINISH), tmp_path)
+    failed, found = run_one(experiment(FINISH), tmp_path)
     assert failed == 0
     assert found["answer"] == 42
     assert len(found["seconds"]) == len(found["commands"]) == 2  # type: ignore[arg-type]
@@ -58,11 +58,11 @@ def test_a_result_has_its_commands_and_what_is_kept(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_behind_the_last_command_that_ended(tmp_path: Path) -> None:
-    failed, found = run(experiment("import sys; print('no luck'); sys.exit(3)"), tmp_path)
+    failed, found = run_one(experiment("import sys; print('no luck'); sys.exit(3)"), tmp_path)
     assert failed == 1
     assert "exit code 3, no luck" in str(found["error"])
     assert "no luck" in (tmp_path / "small.log").read_text()
-    failed, found = run(experiment(FINISH), tmp_path)
+    failed, found = run_one(experiment(FINISH), tmp_path)
     assert (failed, found.get("error")) == (0, None)
     assert (tmp_path / "small.txt").read_text() == "x"  # once
 
@@ -70,21 +70,21 @@ def test_it_goes_on_behind_the_last_command_that_ended(tmp_path: Path) -> None:
 def test_what_has_a_result_is_not_done_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(experiment(FINISH), tmp_path)
-    assert run(experiment("raise SystemExit(1)"), tmp_path)[0] == 0
+    run_one(experiment(FINISH), tmp_path)
+    assert run_one(experiment("raise SystemExit(1)"), tmp_path)[0] == 0
     assert "there already" in capsys.readouterr().out
 
 
 def test_a_budget_ends_what_is_under_way(tmp_path: Path) -> None:
     begin = time.monotonic()
-    failed, found = run(experiment("import time; time.sleep(60)"), tmp_path, budget_s=3)
+    failed, found = run_one(experiment("import time; time.sleep(60)"), tmp_path, budget_s=3)
     assert time.monotonic() - begin < 30
     assert failed == 1
     assert "exit code -15" in str(found["error"])
 
 
 def test_no_budget_begins_nothing(tmp_path: Path) -> None:
-    assert run(experiment(FINISH), tmp_path, budget_s=0) == (0, {})
+    assert run_one(experiment(FINISH), tmp_path, budget_s=0) == (0, {})
 
 
 def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
     )
     item = pytest_on(tmp_path / "test_three.py")
     for _ in range(2):  # the second time its result is there
-        failed, found = run(item, tmp_path / "out")
+        failed, found = run_one(item, tmp_path / "out")
         assert failed == 1
     assert [found[key] for key in ("passed", "failed", "skipped")] == [1, 2, 1]
     outcomes = {test["test"]: test["outcome"] for test in found["tests"]}  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def test_tests_that_fail_are_a_result_and_no_success(tmp_path: Path) -> None:
 def test_tests_that_are_all_skipped_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "test_one.py").write_text("import pytest\ndef test_a(): pytest.skip('no GPU')\n")
     item = pytest_on(tmp_path / "test_one.py")
-    failed, found = run(item, tmp_path / "out")
+    failed, found = run_one(item, tmp_path / "out")
     assert failed == 1
     assert "all 1 tests were skipped" in str(found["error"])
 
@@ -115,29 +115,29 @@ def test_tests_that_are_all_skipped_are_no_result(tmp_path: Path) -> None:
 def test_cuda_without_a_driver_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench_gpu, "DRIVER", tmp_path / "nowhere")
+    monkeypatch.setattr(run, "DRIVER", tmp_path / "nowhere")
     monkeypatch.setenv("MEGATRON_PRECISION_PLATFORM", "cuda")
     monkeypatch.setattr(sys, "argv", ["bench_gpu.py", "--out", str(tmp_path / "out")])
-    assert bench_gpu.main() == 2
+    assert run.main() == 2
     assert "no GPU here to measure" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--tables"])
-    assert bench_gpu.main() == 2
+    assert run.main() == 2
     assert "no results" in capsys.readouterr().err
 
 
 def test_tests_that_cannot_be_collected_are_no_result(tmp_path: Path) -> None:
     (tmp_path / "test_broken.py").write_text("import nothing_of_that_name\n")
     item = pytest_on(tmp_path / "test_broken.py")
-    failed, found = run(item, tmp_path / "out")
+    failed, found = run_one(item, tmp_path / "out")
     assert failed == 1
     assert "exit code 2" in str(found["error"])
 
 
 def test_a_result_that_is_not_whole_is_none_and_made_again(tmp_path: Path) -> None:
-    failed, found = run(experiment("import sys; open(sys.argv[1], 'w').write('{')"), tmp_path)
+    failed, found = run_one(experiment("import sys; open(sys.argv[1], 'w').write('{')"), tmp_path)
     assert failed == 1
     assert "no result" in str(found["error"])
-    failed, found = run(experiment(FINISH), tmp_path)
+    failed, found = run_one(experiment(FINISH), tmp_path)
     assert (failed, found.get("error")) == (0, None)
 
 
@@ -149,20 +149,20 @@ def test_a_file_that_is_not_whole_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_product_says_that_its_command_has_ended(tmp_path: Path) -> None:
     ends_badly = FINISH + "; sys.stdout.flush(); import os; os._exit(9)"
-    assert run(experiment(ends_badly, "result.json"), tmp_path)[0] == 1
-    failed, found = run(experiment("raise SystemExit('asked twice')", "result.json"), tmp_path)
+    assert run_one(experiment(ends_badly, "result.json"), tmp_path)[0] == 1
+    failed, found = run_one(experiment("raise SystemExit('asked twice')", "result.json"), tmp_path)
     assert (failed, found["answer"]) == (0, 42)
 
 
 def test_what_failed_comes_behind_what_was_never_begun(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(experiment("raise SystemExit(1)"), tmp_path)
+    run_one(experiment("raise SystemExit(1)"), tmp_path)
     (tmp_path / "large.json").write_text('{"left_out": "too large"}')
     names = ("large", "small", "fresh")
     items = [dataclasses.replace(experiment(FINISH), name=name) for name in names]
     capsys.readouterr()
-    assert bench_gpu.run_all(items, tmp_path, tiny=True, budget_s=60) == 0
+    assert run.run_all(items, tmp_path, tiny=True, budget_s=60) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "fresh", "small", "large"
     ]  # fmt: skip
@@ -263,13 +263,13 @@ def measure_stubs(
     takes_s: float = 1,
     budget_s: float = 60,
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    def command(self: object, item: bench_gpu.Case) -> list[str]:
+    def command(self: object, item: run.Case) -> list[str]:
         return [sys.executable, "-c", STUB, str(out), item.name, broken, str(takes_s)]
 
-    monkeypatch.setattr(bench_gpu.Measuring, "command", command)
+    monkeypatch.setattr(run.Measuring, "command", command)
     out.mkdir()
-    cases = [case for case in agenda(True) if isinstance(case, bench_gpu.Case)][:3]
-    failed = bench_gpu.run_all(cases, out, True, budget_s, ahead)
+    cases = [case for case in agenda(True) if isinstance(case, run.Case)][:3]
+    failed = run.run_all(cases, out, True, budget_s, ahead)
     return failed, {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
 
 
@@ -299,7 +299,7 @@ def test_one_that_waits_ends_with_the_budget(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(bench_gpu, "GRACE_S", 1.0)
+    monkeypatch.setattr(experiments, "GRACE_S", 1.0)
     failed, found = measure_stubs(monkeypatch, out, ahead=True, takes_s=60, budget_s=3)
     assert failed == 1
     assert len(found) == 1

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision import launch
 from megatron_precision.checkpoint import run_folder
 from megatron_precision.cli import sanity
 from megatron_precision.config.errors import UserError
 from megatron_precision.config.schema import RunConfig
+from megatron_precision.launch import local
+from megatron_precision.launch.jobs import Job
 from megatron_precision.rl.algorithms import ALGORITHMS
 
 
@@ -24,15 +25,15 @@ class Jobs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked: list[str] = []
         self.code_of = {"prepare": 0, "bf16": 0, "fp16": 0}
-        monkeypatch.setattr(launch, "ensure_start", self._ensure_start)
-        monkeypatch.setattr(launch, "run_job", self._run_job)
+        monkeypatch.setattr(local, "ensure_start", self._ensure_start)
+        monkeypatch.setattr(local, "run_job", self._run_job)
         monkeypatch.setattr(sanity, "report", self._report)
 
     def _ensure_start(self, config: RunConfig) -> int:
         self.asked.append("prepare")
         return self.code_of["prepare"]
 
-    def _run_job(self, job: launch.Job) -> int:
+    def _run_job(self, job: Job) -> int:
         values = json.loads((job.folder / run_folder.CONFIG).read_text(encoding="utf-8"))
         assert job.command_line[:3] == ["train", "--config", str(job.folder / "config.json")]
         self.asked.append(values["precision"])
@@ -94,7 +95,7 @@ def test_the_first_job_that_fails_ends_it_with_its_exit_code(
 def test_two_at_once_do_not_share_a_folder(jobs: Jobs, tmp_path: Path) -> None:
     out = tmp_path / "sanity-dense"
     with (
-        launch.exclusive(tmp_path / "sanity-dense.lock"),
+        local.exclusive(tmp_path / "sanity-dense.lock"),
         pytest.raises(UserError, match="another run"),
     ):
         sanity.run("dense", out)

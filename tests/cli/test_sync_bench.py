@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_precision.cli.main import main
-from megatron_precision.preflight.sync import model_of, planner_of, sized
+from megatron_precision.cli.sync_bench import model_of, planner_of
+from megatron_precision.preflight.sync import sized
 from megatron_precision.sync.traffic import traffic
 
 SHARED = ["sync-bench", "--model", "qwen3-14b"]

@@ -15,19 +15,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_precision import launch as launching
 from megatron_precision.config.errors import UserError
-from megatron_precision.launch import log as joblog
+from megatron_precision.launch import local
+from megatron_precision.launch.jobs import Job
+from megatron_precision.launch.log import Death, describe_failure, first_death
 from megatron_precision.platform import process
 
 TESTS = Path(__file__).resolve().parents[1]
 CODE = """
 import sys
 from pathlib import Path
-from megatron_precision import launch as launching
+from megatron_precision.launch.jobs import Job
+from megatron_precision.launch.local import run_job
 out = Path(sys.argv[2])
-job = launching.Job(sys.argv[1], ("--out", str(out)), 2, out, module="tiny_job")
-sys.exit(launching.run_job(job))
+job = Job(sys.argv[1], ("--out", str(out)), 2, out, module="tiny_job")
+sys.exit(run_job(job))
 """
 
 
@@ -136,21 +138,21 @@ def test_a_killed_launcher_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_the_launcher_would_garble_is_refused() -> None:
-    job = launching.Job("train", ("--out", "runs/my run"), 2, Path("runs/my run"))
+    job = Job("train", ("--out", "runs/my run"), 2, Path("runs/my run"))
     with pytest.raises(UserError, match="cannot carry") as caught:
-        launching.run_job(job)
+        local.run_job(job)
     assert "runs/my run" in str(caught.value)
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "x.lock"
     with (
-        launching.exclusive(path),
+        local.exclusive(path),
         pytest.raises(UserError, match="another run"),
-        launching.exclusive(path),
+        local.exclusive(path),
     ):
         pass
-    with launching.exclusive(path):
+    with local.exclusive(path):
         pass
 
 
@@ -164,8 +166,8 @@ def test_torchruns_summary_names_the_rank_that_was_killed(tmp_path: Path) -> Non
         "  exitcode  : -9 (pid: 4242)\n  error_file: <N/A>\n",
         encoding="utf-8",
     )
-    assert joblog.first_death(tmp_path) == joblog.Death(3, 1, -9)
-    assert "rank 3 was killed by SIGKILL" in joblog.describe_failure(tmp_path, tmp_path)
+    assert first_death(tmp_path) == Death(3, 1, -9)
+    assert "rank 3 was killed by SIGKILL" in describe_failure(tmp_path, tmp_path)
 
 
 def test_of_ranks_found_dead_together_the_killed_one_is_the_cause(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_of_ranks_found_dead_together_the_killed_one_is_the_cause(tmp_path: Path
             f"Root Cause (first observed failure):\n{failed(0, 1)}===\n",
             encoding="utf-8",
         )
-        assert joblog.first_death(tmp_path) == joblog.Death(killed, killed, code)
+        assert first_death(tmp_path) == Death(killed, killed, code)
 
 
 def test_a_rank_that_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
@@ -190,9 +192,7 @@ def test_a_rank_that_was_told_to_stop_is_no_failure(tmp_path: Path) -> None:
         "  exitcode  : 75 (pid: 4242)\n",
         encoding="utf-8",
     )
-    assert "rank 0 was told to stop; --resume goes on" in joblog.describe_failure(
-        tmp_path, tmp_path
-    )
+    assert "rank 0 was told to stop; --resume goes on" in describe_failure(tmp_path, tmp_path)
 
 
 def test_a_rank_that_died_before_it_could_record_is_shown_by_its_log(tmp_path: Path) -> None:
@@ -205,6 +205,6 @@ def test_a_rank_that_died_before_it_could_record_is_shown_by_its_log(tmp_path: P
     stderr = tmp_path / "x" / "attempt_0" / "1" / "stderr.log"
     stderr.parent.mkdir(parents=True)
     stderr.write_text("ImportError: no such engine\n", encoding="utf-8")
-    text = joblog.describe_failure(tmp_path, tmp_path)
+    text = describe_failure(tmp_path, tmp_path)
     assert "rank 1 ended with exit code 1" in text
     assert "ImportError: no such engine" in text

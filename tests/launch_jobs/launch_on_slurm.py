@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 import recipes
-from megatron_precision.cli import launch as command
-from megatron_precision.launch import Job, jobs, options, slurm, slurm_watch
+from megatron_precision.cli.launch import parse
+from megatron_precision.launch import jobs, options, slurm, slurm_watch
+from megatron_precision.launch.jobs import Job
 
 
 def main() -> None:
@@ -38,14 +39,14 @@ def launch(folder: Path, ending: str, words: list[str]) -> int:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     (folder / "pid").write_text(str(os.getpid()), encoding="ascii")
-    args, _ = command.parse([*words, "--executor", "slurm"])
+    args, _ = parse([*words, "--executor", "slurm"])
     config = recipes.build("sanity.tiny_dense", overrides=["parallel.rollout_tp_size=1"])
     chosen, problems = options.resolve(args, config)
     assert chosen is not None, problems
     out = folder / "out"
     out.mkdir()
     job = Job(ending, ("--out", str(out)), 2, out, module="tiny_job")
-    code = slurm_watch.wait(slurm.submit([job], config, chosen))
+    code = slurm_watch.wait(slurm.submit([job], chosen))
     sys.stdout.flush()
     (folder / "code").write_text(str(code), encoding="ascii")
     return code

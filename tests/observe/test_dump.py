@@ -12,6 +12,7 @@ import pytest
 
 import recipes
 from megatron_precision.cli import replay
+from megatron_precision.cli.layouts import replay_layout
 from megatron_precision.config.errors import UserError
 from megatron_precision.config.schema import ParallelConfig, RunConfig, to_dict
 from megatron_precision.observe import dump
@@ -115,18 +116,18 @@ def test_an_array_of_another_shape_or_dtype_is_refused() -> None:
 
 
 def test_a_layout_is_read_as_it_is_written() -> None:
-    assert findings.layout_of("tp=2,pp=2", DENSE) == ParallelConfig(4, 2, 2)
-    assert findings.layout_of("dp=2,ep=2", MOE) == ParallelConfig(2, 1, 1, 2)
-    assert findings.layout_of("tp=2", MOE).sequence_parallel  # Megatron asks for it
-    assert not findings.layout_of("tp=2,sp=0", MOE).sequence_parallel
+    assert replay_layout("tp=2,pp=2", DENSE) == ParallelConfig(4, 2, 2)
+    assert replay_layout("dp=2,ep=2", MOE) == ParallelConfig(2, 1, 1, 2)
+    assert replay_layout("tp=2", MOE).sequence_parallel  # Megatron asks for it
+    assert not replay_layout("tp=2,sp=0", MOE).sequence_parallel
     for text in ("tp=1", "tp=2,pp=2", "tp=2,ep=2,sp=1"):
-        assert findings.layout_words(findings.layout_of(text, DENSE)) == text
+        assert findings.layout_words(replay_layout(text, DENSE)) == text
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=²", "tp=0", "tp=2,tp=2", "cp=2", "sp=2", "", "tp=-1"])
 def test_what_is_no_layout_is_refused(text: str) -> None:
     with pytest.raises(UserError):
-        findings.layout_of(text, DENSE)
+        replay_layout(text, DENSE)
 
 
 def test_every_problem_of_a_replay_is_listed(tmp_path: Path) -> None:
