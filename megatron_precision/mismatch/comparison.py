@@ -3,8 +3,8 @@
     sample-<dtype>.npz              responses that the engine sampled in that dtype
     score-<dtype>-of-<dtype>.npz    the trainer's log-probs of an engine dtype's responses
 
-Each part is a job of its own, so that no process ever holds two dtypes. The files are NumPy archives
-without pickles. Each records the settings that it was made from, so that a stopped comparison
+Each part is a job of its own, so that no process ever holds two dtypes. The files are NumPy
+archives without pickles. Each records the settings that it was made from, so that a stopped comparison
 resumes, skips finished parts and never mixes settings. This module imports no torch.
 """
 

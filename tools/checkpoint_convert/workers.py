@@ -1,6 +1,7 @@
 """Runs the parts of a conversion in one process or several, and counts the bytes that they read.
 
-Within `stoppable`, Ctrl-C and SIGTERM raise `Stopped`; within `uninterrupted` they wait for its end.
+Within `stoppable`, Ctrl-C and SIGTERM raise `Stopped`; within `uninterrupted` they wait until it
+ends.
 """
 
 from __future__ import annotations
