@@ -4,8 +4,8 @@
     score-<dtype>-of-<dtype>.npz    the trainer's log-probs of an engine dtype's responses
 
 Each part is a job of its own, so that no process ever holds two dtypes. The files are NumPy
-archives without pickles. Each records the settings that it was made from, so that a stopped comparison
-resumes, skips finished parts and never mixes settings. This module imports no torch.
+archives without pickles. Each records the settings that it was made from, so that a stopped
+comparison resumes, skips finished parts and never mixes settings. This module imports no torch.
 """
 
 from __future__ import annotations
