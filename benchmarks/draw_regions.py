@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.sync.holdings import RankParameter, engine_holdings, trainer_holdings
+from benchmarks.sync.parameters import RankParameter, engine_parameters, trainer_parameters
 from megatron_precision.cli.sync_bench import model_of, planner_of
 from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.plan import Cell, Planner
@@ -56,51 +56,53 @@ def draw(ax: Axes, planner: Planner, trainer: str, engine: str) -> None:
     """Parameters of four trainers on the left, of one engine's two ranks on the right."""
     model = planner.model
     sources = [
-        _one(trainer_holdings(model, planner.trainer, rank), trainer)
+        _one(trainer_parameters(model, planner.trainer, rank), trainer)
         for rank in planner.trainer.world
     ]
-    targets = [_one(engine_holdings(model, planner.rollout, rank), engine) for rank in (0, 1)]
-    height = sum(holding.shape[0] for holding in targets)
+    targets = [_one(engine_parameters(model, planner.rollout, rank), engine) for rank in (0, 1)]
+    height = sum(parameter.shape[0] for parameter in targets)
     gap = height * 0.03
     top = 0.0
-    for rank, holding in enumerate(sources):
-        for piece in holding.pieces:
-            for begin, end in _runs(piece):
-                _bar(ax, 0.0, top + begin, end - begin, _colour(piece.hf_name, rank))
-        ax.text(-0.06, top + holding.shape[0] / 2, f"trainer\nrank {rank}", ha="right", va="center")
-        top += holding.shape[0] + gap
+    for rank, parameter in enumerate(sources):
+        for region in parameter.regions:
+            for begin, end in _runs(region):
+                _bar(ax, 0.0, top + begin, end - begin, _colour(region.hf_name, rank))
+        ax.text(
+            -0.06, top + parameter.shape[0] / 2, f"trainer\nrank {rank}", ha="right", va="center"
+        )
+        top += parameter.shape[0] + gap
     top = gap
-    for rank, holding in enumerate(targets):
+    for rank, parameter in enumerate(targets):
         plan = planner.rank_plan(rank)
         owners = dict.fromkeys(plan.copies, rank)
         for peer, cells in plan.direct.receives.items():
             owners |= dict.fromkeys(cells, peer)
-        for piece in holding.pieces:
+        for region in parameter.regions:
             for cell, owner in owners.items():
-                if cell.hf_name == piece.hf_name and piece.holds(cell.start, cell.shape):
-                    _cell(ax, top, piece, cell, owner, copied=owner == rank)
-        middle = top + holding.shape[0] / 2
+                if cell.hf_name == region.hf_name and region.holds(cell.start, cell.shape):
+                    _cell(ax, top, region, cell, owner, copied=owner == rank)
+        middle = top + parameter.shape[0] / 2
         ax.text(2.06, middle, f"engine\nrank {rank}", ha="left", va="center")
-        top += holding.shape[0] + gap
+        top += parameter.shape[0] + gap
     ax.set_xlim(-0.5, 2.5)
     ax.set_ylim(height + 4 * gap, -gap)
     ax.axis("off")
 
 
-def _cell(ax: Axes, top: float, piece: Region, cell: Cell, owner: int, *, copied: bool) -> None:
-    begin = piece.index[0][0] + cell.start[0] - piece.start[0]
+def _cell(ax: Axes, top: float, region: Region, cell: Cell, owner: int, *, copied: bool) -> None:
+    begin = region.index[0][0] + cell.start[0] - region.start[0]
     _bar(ax, 1.4, top + begin, cell.shape[0], _colour(cell.hf_name, owner))
     if cell.shape[0] > 200:
         text = f"copy of {owner}" if copied else f"from {owner}"
         ax.text(1.7, top + begin + cell.shape[0] / 2, text, ha="center", va="center", fontsize=7)
 
 
-def _runs(piece: Region) -> list[tuple[int, int]]:
-    """The rows of a Megatron parameter that a piece takes, run by run."""
-    if len(piece.view) == 2:
-        return [piece.index[0]]
-    (_, groups), (first, last), _, _ = piece.index
-    rows, per_group = piece.view[2], piece.view[1] * piece.view[2]
+def _runs(region: Region) -> list[tuple[int, int]]:
+    """The rows of a Megatron parameter that a region takes, run by run."""
+    if len(region.view) == 2:
+        return [region.index[0]]
+    (_, groups), (first, last), _, _ = region.index
+    rows, per_group = region.view[2], region.view[1] * region.view[2]
     return [(g * per_group + first * rows, g * per_group + last * rows) for g in range(groups)]
 
 
@@ -113,8 +115,8 @@ def _colour(hf_name: str, rank: int) -> object:
     return plt.get_cmap(hue)(0.3 + 0.17 * rank)
 
 
-def _one(holdings: object, name: str) -> RankParameter:
-    return next(holding for holding in holdings if holding.name.endswith(name))  # type: ignore[attr-defined]
+def _one(parameters: object, name: str) -> RankParameter:
+    return next(parameter for parameter in parameters if parameter.name.endswith(name))  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

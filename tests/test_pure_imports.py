@@ -39,7 +39,7 @@ TORCH_FREE = [
             "rl.algorithms", "sync.families", "sync.flat_ranges", "sync.plan", "sync.traffic",
         )
     ),
-    "benchmarks.sync.holdings",
+    "benchmarks.sync.parameters",
     "recipes",
 ]  # fmt: skip
 # These need torch, and no engine.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from benchmarks.sync.holdings import RankParameter, trainer_holdings
+from benchmarks.sync.parameters import RankParameter, trainer_parameters
 from megatron_precision.layouts.regions import Box, Region, overlap
 from megatron_precision.sync.families import TrainerLayout
 from megatron_precision.sync.plan import Cell, Planner, common_slabs
@@ -48,7 +48,7 @@ class FullGather:
 
     Args:
         weights: this rank's trainer, by parameter.
-        targets: the engine's pieces on this rank.
+        targets: the engine's regions on this rank.
         wire: dtype of what is gathered.
 
     Attributes:
@@ -66,8 +66,8 @@ class FullGather:
     ) -> None:
         self._planner, self._rank, self._wire = planner, dist.get_rank(), wire
         self._targets: dict[str, list[tuple[Region, torch.Tensor]]] = {}
-        for piece, tensor in targets:
-            self._targets.setdefault(piece.hf_name, []).append((piece, tensor))
+        for region, tensor in targets:
+            self._targets.setdefault(region.hf_name, []).append((region, tensor))
         self._groups = {ranks: dist.new_group(list(ranks)) for ranks in _all_groups(planner)}
         layout = planner.trainer
         shards = [(s, found) for s in range(layout.pp) for found in _sharded(planner, s)]
@@ -117,24 +117,24 @@ class FullGather:
             relays.append((to_engines[0], to_engines))
         cuts = [
             cut
-            for holding, shard in zip(shards, gathered, strict=True)
-            for piece in holding.pieces
-            for cut in self._cuts(piece, shard.view(holding.shape))
+            for parameter, shard in zip(shards, gathered, strict=True)
+            for region in parameter.regions
+            for cut in self._cuts(region, shard.view(parameter.shape))
         ]
         return _Parameter(own, gathered, members, relays, cuts)
 
     def _cuts(
-        self, piece: Region, shard: torch.Tensor
+        self, region: Region, shard: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for needed, tensor in self._targets.get(piece.hf_name, ()):
-            shared = overlap(Box(piece.start, piece.shape), Box(needed.start, needed.shape))
+        for needed, tensor in self._targets.get(region.hf_name, ()):
+            shared = overlap(Box(region.start, region.shape), Box(needed.start, needed.shape))
             if shared is None:
                 continue
             begin = shared.start[0]
-            for a, b in common_slabs(piece, needed, begin, begin + shared.shape[0]):
+            for a, b in common_slabs(region, needed, begin, begin + shared.shape[0]):
                 start, shape = (a, *shared.start[1:]), (b - a, *shared.shape[1:])
-                cell = Cell(piece.hf_name, start, shape)
-                view = view_of(cell, piece, shard)
+                cell = Cell(region.hf_name, start, shape)
+                view = view_of(cell, region, shard)
                 yield view, view_of(cell, needed, tensor).view(view.shape)
 
     def _received(self, parameter: _Parameter) -> int:
@@ -151,7 +151,8 @@ def _sharded(planner: Planner, stage: int) -> Iterator[list[RankParameter]]:
     # Ranks follow one another in both grids: a parameter's shards are those of the first ones.
     most = max(layout.tp, layout.etp * layout.ep)
     held = [
-        {h.name: h for h in trainer_holdings(planner.model, layout, first + n)} for n in range(most)
+        {h.name: h for h in trainer_parameters(planner.model, layout, first + n)}
+        for n in range(most)
     ]
     for name in held[0]:
         count = layout.etp * layout.ep if ".experts." in name else layout.tp

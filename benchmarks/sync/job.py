@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from benchmarks.sync.holdings import engine_holdings, trainer_holdings
+from benchmarks.sync.parameters import engine_parameters, trainer_parameters
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.launch import rank
 from megatron_precision.precision.policy import DType
@@ -90,12 +90,12 @@ def _require_memory(bench: Bench) -> None:
         return
     planner, itemsize = bench.planner, 4 if bench.wire == "fp32" else 2
     model = planner.model
-    trainers = (trainer_holdings(model, planner.trainer, r) for r in planner.trainer.world)
-    engines = (engine_holdings(model, planner.rollout, r) for r in planner.rollout.world)
-    held = [holding for rank_held in (*trainers, *engines) for holding in rank_held]
-    weights = itemsize * sum(math.prod(holding.shape) for holding in held)
+    trainers = (trainer_parameters(model, planner.trainer, r) for r in planner.trainer.world)
+    engines = (engine_parameters(model, planner.rollout, r) for r in planner.rollout.world)
+    held = [parameter for rank_held in (*trainers, *engines) for parameter in rank_held]
+    weights = itemsize * sum(math.prod(parameter.shape) for parameter in held)
     # A gathered parameter, the source of the plain copy and both messages, on each rank.
-    largest = itemsize * max(math.prod(holding.shape) for holding in held)
+    largest = itemsize * max(math.prod(parameter.shape) for parameter in held)
     gathered = largest * planner.trainer.tp
     wanted = weights + bench.ranks * (gathered + largest + 2 * bench.batch_bytes + _PROCESS_BYTES)
     there = psutil.virtual_memory().available

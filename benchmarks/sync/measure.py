@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.sync.full_gather import FullGather
-from benchmarks.sync.holdings import engine_coordinates, engine_holdings, trainer_holdings
+from benchmarks.sync.parameters import engine_coordinates, engine_parameters, trainer_parameters
 from megatron_precision.layouts.megatron import ShardCoordinates
 from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.plan import Planner, rank_groups
@@ -132,9 +132,9 @@ def run(
     for tensor in tensors.values():
         tensor.zero_()
     targets = [
-        (piece, tensors[holding.name])
-        for holding in (engine_holdings(planner.model, planner.rollout, rank) if engine else ())
-        for piece in holding.pieces
+        (region, tensors[parameter.name])
+        for parameter in (engine_parameters(planner.model, planner.rollout, rank) if engine else ())
+        for region in parameter.regions
     ]
     with _memory_rise(device) as gather_rise:
         gather = FullGather(planner, weights, targets, wire=wire, device=device)
@@ -179,19 +179,19 @@ def _rounds(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, 
 def _trainer(
     planner: Planner, rank: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[tuple[Region, torch.Tensor]], dict[str, torch.Tensor]]:
-    """A rank's pieces and parameters; a box has the same numbers wherever it is held."""
+    """A rank's regions and parameters; a box has the same numbers wherever it is held."""
     if rank not in planner.trainer.world:
         return [], {}
-    pieces, weights = [], {}
-    for holding in trainer_holdings(planner.model, planner.trainer, rank):
-        tensor = torch.zeros(holding.shape, dtype=dtype, device=device)
-        for piece in holding.pieces:
-            seed = zlib.crc32(f"{piece.hf_name} {piece.start}".encode())
+    regions, weights = [], {}
+    for parameter in trainer_parameters(planner.model, planner.trainer, rank):
+        tensor = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        for region in parameter.regions:
+            seed = zlib.crc32(f"{region.hf_name} {region.start}".encode())
             generator = torch.Generator(device).manual_seed(seed)
-            tensor.view(piece.view)[piece.spans].uniform_(-1, 1, generator=generator)
-            pieces.append((piece, tensor))
-        weights[holding.name] = tensor
-    return pieces, weights
+            tensor.view(region.view)[region.spans].uniform_(-1, 1, generator=generator)
+            regions.append((region, tensor))
+        weights[parameter.name] = tensor
+    return regions, weights
 
 
 def _engine(
@@ -202,8 +202,8 @@ def _engine(
     return _Engine(
         [
             # Ones, and not empty: memory that is not there yet would count as the sync's.
-            _Parameter(holding.name, torch.ones(holding.shape, dtype=dtype, device=device))
-            for holding in engine_holdings(planner.model, planner.rollout, rank)
+            _Parameter(parameter.name, torch.ones(parameter.shape, dtype=dtype, device=device))
+            for parameter in engine_parameters(planner.model, planner.rollout, rank)
         ]
     )
 

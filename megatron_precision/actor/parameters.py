@@ -2,7 +2,7 @@
 
 The FP32 main copies as the distributed optimizer divides them: a range of each parameter.
 
-Full Hugging Face tensors from a trainer's pieces: for a checkpoint, and as an oracle of tests.
+Full Hugging Face tensors from a trainer's regions: for a checkpoint, and as an oracle of tests.
 
 Every rank ends up with the whole model, so this is for small models alone; the weight sync does
 not use it.
@@ -23,7 +23,7 @@ from megatron_precision.actor.parallel import coordinates
 from megatron_precision.config.errors import Problem, UserError
 from megatron_precision.config.schema import ModelConfig, RunConfig
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.megatron import megatron_pieces
+from megatron_precision.layouts.megatron import megatron_regions
 from megatron_precision.layouts.regions import Region, uncovered
 from megatron_precision.sync.flat_ranges import FlatRange
 from megatron_precision.sync.plan import PlanError
@@ -34,7 +34,7 @@ class MainCopies:
     """What a rank holds of the FP32 main copies.
 
     Attributes:
-        held: every piece, with the range of its parameter's main copy, or the parameter.
+        held: every region, with the range of its parameter's main copy, or the parameter.
         firsts: by parameter of which `held` has a range, its first element.
         ranges: the same, for the plans of other ranks.
     """
@@ -58,15 +58,15 @@ class MainCopies:
             RuntimeError: where the optimizer keeps its copies to itself.
         """
         found = cls()
-        for name, parameter, pieces in parameters:
+        for name, parameter, regions in parameters:
             copy = optimizer.main_copy(parameter)
             if copy is None:
-                found.held += [(piece, parameter.data) for piece in pieces]
+                found.held += [(region, parameter.data) for region in regions]
                 continue
             found.firsts[name] = copy.begin
-            found.held += [(piece, copy.values) for piece in pieces]
+            found.held += [(region, copy.values) for region in regions]
             end = copy.begin + copy.values.numel()
-            found.ranges += [FlatRange(p.hf_name, p.start, copy.begin, end) for p in pieces]
+            found.ranges += [FlatRange(p.hf_name, p.start, copy.begin, end) for p in regions]
         return found
 
 
@@ -86,41 +86,41 @@ class HeldWeights:
         self._config, self._policy = config.model, config.policy
 
     def live(self) -> list[tuple[Region, torch.Tensor]]:
-        """Every piece of the model on this rank, with the live parameter that holds it."""
-        return [(piece, live.data) for _, live, pieces in self.parameters() for piece in pieces]
+        """Every region of the model on this rank, with the live parameter that holds it."""
+        return [(region, live.data) for _, live, regions in self.parameters() for region in regions]
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Region]]]:
         """Every parameter of this rank, with its name and what it holds."""
         at = coordinates(self._config.num_experts, self._config.num_hidden_layers)
         for name, parameter in self._module.named_parameters():
-            pieces = megatron_pieces(name, tuple(parameter.shape), self._config, at)
-            yield name, parameter, pieces
+            regions = megatron_regions(name, tuple(parameter.shape), self._config, at)
+            yield name, parameter, regions
 
     def main_copies(self) -> MainCopies:
         """The FP32 main copies on this rank."""
         return MainCopies.of(self.parameters(), self._optimizer)
 
     def views(self) -> list[tuple[Region, torch.Tensor]]:
-        """Every piece of the model on this rank, with its strided view of the live parameter."""
-        return [(piece, live.view(piece.view)[piece.spans]) for piece, live in self.live()]
+        """Every region of the model on this rank, with its strided view of the live parameter."""
+        return [(region, live.view(region.view)[region.spans]) for region, live in self.live()]
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Region, torch.Tensor], torch.Tensor]) -> Iterator[None]:
         """Hold changed weights for a while, then the true ones again; no step may be taken.
 
         Args:
-            change: (piece, its values) to new values of the same shape.
+            change: (region, its values) to new values of the same shape.
         """
-        pieces = self.views()
-        held = [view for _, view in pieces]
+        regions = self.views()
+        held = [view for _, view in regions]
         with_main_copies = self._policy.wire_source == "main_copies"
         if with_main_copies:
             held += [values for _, values in self.main_copies().held]
         true = [view.clone() for view in held]
         try:
             with torch.no_grad():
-                for piece, view in pieces:
-                    view.copy_(change(piece, view))
+                for region, view in regions:
+                    view.copy_(change(region, view))
             if with_main_copies:
                 self._optimizer.reload_main_params()
             yield
@@ -146,10 +146,10 @@ class HeldWeights:
             if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                 parameter.zero_()
         beyond = []
-        for piece, view in self.views():
-            view.copy_(tensors[piece.hf_name][piece.box].reshape(view.shape))
+        for region, view in self.views():
+            view.copy_(tensors[region.hf_name][region.box].reshape(view.shape))
             if self._policy.params == "fp16" and not torch.isfinite(view).all():
-                beyond.append(piece.hf_name)
+                beyond.append(region.hf_name)
         if beyond:
             raise UserError(
                 Problem(
@@ -165,31 +165,33 @@ class HeldWeights:
 def gathered(
     held: list[tuple[Region, torch.Tensor]], model: ModelConfig
 ) -> dict[str, torch.Tensor]:
-    """The model that the ranks' pieces make; every rank calls it.
+    """The model that the ranks' regions make; every rank calls it.
 
     Args:
-        held: this rank's pieces with their values, all of one dtype.
+        held: this rank's regions with their values, all of one dtype.
 
     Raises:
-        PlanError: where the ranks' pieces do not cover the model.
+        PlanError: where the ranks' regions do not cover the model.
     """
     shapes = hf_shapes(model)
     everyone: list[list[Region]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, [piece for piece, _ in held])
-    if problems := uncovered((piece for pieces in everyone for piece in pieces), shapes):
-        raise PlanError("the trainer's pieces do not make the model:\n  " + "\n  ".join(problems))
+    dist.all_gather_object(everyone, [region for region, _ in held])
+    if problems := uncovered((region for regions in everyone for region in regions), shapes):
+        raise PlanError("the trainer's regions do not make the model:\n  " + "\n  ".join(problems))
     dtype = held[0][1].dtype
     tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
     seen: set[tuple[str, tuple[int, ...]]] = set()
-    for rank, pieces in enumerate(everyone):
+    for rank, regions in enumerate(everyone):
         # Of replicas, the lowest rank's.
-        owned = [n for n, piece in enumerate(pieces) if (piece.hf_name, piece.start) not in seen]
-        seen.update((piece.hf_name, piece.start) for piece in pieces)
-        packed = torch.empty(sum(pieces[n].numel for n in owned), dtype=dtype)
+        owned = [
+            n for n, region in enumerate(regions) if (region.hf_name, region.start) not in seen
+        ]
+        seen.update((region.hf_name, region.start) for region in regions)
+        packed = torch.empty(sum(regions[n].numel for n in owned), dtype=dtype)
         if rank == dist.get_rank() and owned:
             packed.copy_(torch.cat([held[n][1].flatten() for n in owned]))
         dist.broadcast(packed, rank)
-        for n, part in zip(owned, packed.split([pieces[n].numel for n in owned]), strict=True):
-            piece = pieces[n]
-            tensors[piece.hf_name][piece.box] = part.view(piece.shape)
+        for n, part in zip(owned, packed.split([regions[n].numel for n in owned]), strict=True):
+            region = regions[n]
+            tensors[region.hf_name][region.box] = part.view(region.shape)
     return tensors

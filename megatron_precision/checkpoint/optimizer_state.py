@@ -40,7 +40,7 @@ class _Held:
         number: of the parameter.
         shape: of the parameter.
         state: the range.
-        parts: (piece, its part, whether this rank writes it).
+        parts: (region, its part, whether this rank writes it).
     """
 
     number: int
@@ -61,9 +61,9 @@ class OptimizerBoxes:
         parameters = list(actor.weights.parameters())
         states = [actor.optimizer.flat_state(parameter) for _, parameter, _ in parameters]
         mine = tuple(
-            FlatRange(piece.hf_name, piece.start, state.begin, state.end)
-            for (_, _, pieces), state in zip(parameters, states, strict=True)
-            for piece in pieces
+            FlatRange(region.hf_name, region.start, state.begin, state.end)
+            for (_, _, regions), state in zip(parameters, states, strict=True)
+            for region in regions
         )
         everyone: list[tuple[FlatRange, ...]] = [()] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
@@ -74,15 +74,15 @@ class OptimizerBoxes:
                 where.setdefault((part.hf_name, part.start), []).append(rank)
         me = dist.get_rank()
         self._held = []
-        for (_, parameter, pieces), state in zip(parameters, states, strict=True):
+        for (_, parameter, regions), state in zip(parameters, states, strict=True):
             parts = [
-                (piece, box, ranks[0] == me)
-                for piece in pieces
+                (region, box, ranks[0] == me)
+                for region in regions
                 for box, ranks in ranges.parts(
-                    piece.hf_name,
-                    Box(piece.start, piece.shape),
-                    piece,
-                    where[piece.hf_name, piece.start],
+                    region.hf_name,
+                    Box(region.start, region.shape),
+                    region,
+                    where[region.hf_name, region.start],
                 )
                 if me in ranks
             ]
@@ -106,11 +106,11 @@ class OptimizerBoxes:
         names = (MAIN, *MOMENTS) if moments else (MAIN,)
         return {
             held.key(name, number): self._sharded(
-                name, piece, box, torch.empty(box.shape, dtype=torch.float32)
+                name, region, box, torch.empty(box.shape, dtype=torch.float32)
             )
             for held in self._held
             for name in names
-            for number, (piece, box, _) in enumerate(held.parts)
+            for number, (region, box, _) in enumerate(held.parts)
         }
 
     def restore(self, loaded: dict[str, torch.Tensor], moments: bool) -> None:
@@ -119,13 +119,13 @@ class OptimizerBoxes:
         for held in self._held:
             for name in names if held.state.tensors else ():
                 whole = torch.zeros(held.shape)  # padded rows of a vocabulary are zero
-                for piece in dict.fromkeys(piece for piece, _, _ in held.parts):
-                    values = torch.zeros(piece.shape)
+                for region in dict.fromkeys(region for region, _, _ in held.parts):
+                    values = torch.zeros(region.shape)
                     for number, (of, box, _) in enumerate(held.parts):
-                        if of is piece:
+                        if of is region:
                             found = loaded[held.key(name, number)]
-                            values[_within(piece, box)] = found.reshape(box.shape)
-                    target = whole.view(piece.view)[piece.spans]
+                            values[_within(region, box)] = found.reshape(box.shape)
+                    target = whole.view(region.view)[region.spans]
                     target.copy_(values.view(target.shape))
                 flat = whole.view(-1)[held.state.begin : held.state.end]
                 held.state.tensors[name].copy_(flat.view(held.state.tensors[name].shape))
@@ -136,31 +136,31 @@ class OptimizerBoxes:
         whole = torch.zeros(held.shape, dtype=flat.dtype)
         whole.view(-1)[held.state.begin : held.state.end] = flat.detach().view(-1).cpu()
         values = {
-            piece: whole.view(piece.view)[piece.spans].reshape(piece.shape)
-            for piece in dict.fromkeys(piece for piece, _, _ in held.parts)
+            region: whole.view(region.view)[region.spans].reshape(region.shape)
+            for region in dict.fromkeys(region for region, _, _ in held.parts)
         }
-        for number, (piece, box, writes) in enumerate(held.parts):
+        for number, (region, box, writes) in enumerate(held.parts):
             if writes:
-                data = values[piece][_within(piece, box)].clone(
+                data = values[region][_within(region, box)].clone(
                     memory_format=torch.contiguous_format
                 )
-                yield held.key(name, number), self._sharded(name, piece, box, data)
+                yield held.key(name, number), self._sharded(name, region, box, data)
 
-    def _sharded(self, name: str, piece: Region, box: Box, data: torch.Tensor) -> ShardedTensor:
+    def _sharded(self, name: str, region: Region, box: Box, data: torch.Tensor) -> ShardedTensor:
         return ShardedTensor(
-            key=f"optimizer.{name}.{piece.hf_name}",
+            key=f"optimizer.{name}.{region.hf_name}",
             data=data,
             dtype=data.dtype,
             local_shape=tuple(box.shape),
-            global_shape=self._shapes[piece.hf_name],
+            global_shape=self._shapes[region.hf_name],
             global_offset=tuple(box.start),
             axis_fragmentations=None,  # no grid: boxes of any size
         )
 
 
-def _within(piece: Region, box: Box) -> tuple[slice, ...]:
-    """Indexes the piece at a part of it."""
+def _within(region: Region, box: Box) -> tuple[slice, ...]:
+    """Indexes the region at a part of it."""
     return tuple(
         slice(begin - first, begin - first + size)
-        for first, begin, size in zip(piece.start, box.start, box.shape, strict=True)
+        for first, begin, size in zip(region.start, box.start, box.shape, strict=True)
     )

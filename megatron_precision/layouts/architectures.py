@@ -1,10 +1,11 @@
-"""Architectures by Hugging Face's `model_type`: what each has, and which tensors make it.
+"""Describes each supported architecture by its `model_type`, and lists the tensors of a model.
 
-One row of `ARCHITECTURES` says what an architecture has. The actor's model, the weight sync and
-the checkpoint converter all read it here; no other table of tensors exists. `hf_config.py` reads
-a checkpoint's own `config.json` into a `ModelConfig`, and refuses what these rows do not say.
+One row of `ARCHITECTURES` describes an architecture. The actor's model, the weight sync and the
+checkpoint converter all read this table; there is no other. `hf_config.py` reads a checkpoint's
+`config.json` into a `ModelConfig` and refuses what no row describes.
 
-Shapes of models that plans are made for by name; a run reads its own model's `config.json`.
+`KNOWN_MODELS` gives the sizes of models that a plan may name; a run reads its own model's
+`config.json`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_precision.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """What sets a decoder apart from the others.
+    """How a decoder differs from the others.
 
     All of them have RMSNorm before attention and MLP, rotary embeddings, grouped-query attention
     and a gated SiLU MLP without biases.
@@ -64,12 +65,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def architecture(model: ModelConfig) -> Architecture:
-    """The row of a model."""
+    """Return the model's row of `ARCHITECTURES`."""
     return ARCHITECTURES[model.model_type]
 
 
 def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the Hugging Face checkpoint, with its shape."""
+    """Return the shape of every tensor of the model's Hugging Face checkpoint, by name."""
     hidden, d, has = model.hidden_size, model.head_dim, architecture(model)
     q, kv = model.num_attention_heads * d, model.num_key_value_heads * d
     shapes: dict[str, tuple[int, ...]] = {

@@ -57,7 +57,7 @@ _MEGATRON_WHOLE = {
 }
 
 
-def megatron_pieces(
+def megatron_regions(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
     """What a Megatron parameter of this rank holds.
@@ -152,7 +152,7 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 def vocabulary_rows(
     hf_name: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """Rows of the real vocabulary; a rank that holds padding alone holds no piece."""
+    """Rows of the real vocabulary; a rank that holds padding alone holds no region."""
     first = at.tp_rank * shape[0]
     count = min(shape[0], model.vocab_size - first)
     return [rows(hf_name, parameter, shape, (0, count), first)] if count > 0 else []
@@ -177,7 +177,7 @@ def _interleaved_qkv(
     inner = shape[1:]  # hidden of the weight; a bias has none
     first = at.tp_rank * groups
 
-    def piece(name: str, span: tuple[int, int], heads_per_group: int) -> Region:
+    def region(name: str, span: tuple[int, int], heads_per_group: int) -> Region:
         return Region(
             hf_name=f"{prefix}.{name}.{kind}",
             start=(first * heads_per_group * d, *(0 for _ in inner)),
@@ -188,9 +188,9 @@ def _interleaved_qkv(
         )
 
     return [
-        piece("q_proj", (0, per_group), per_group),
-        piece("k_proj", (per_group, per_group + 1), 1),
-        piece("v_proj", (per_group + 1, per_group + 2), 1),
+        region("q_proj", (0, per_group), per_group),
+        region("k_proj", (per_group, per_group + 1), 1),
+        region("v_proj", (per_group + 1, per_group + 2), 1),
     ]
 
 

@@ -22,7 +22,7 @@ from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.megatron import (
     ShardCoordinates,
     megatron_parameters,
-    megatron_pieces,
+    megatron_regions,
 )
 from megatron_precision.layouts.regions import Region
 
@@ -46,14 +46,14 @@ class Slot:
         index: its place along the stacked axes: (), (layer,) or (layer, expert).
         shape: of the part, without the stacked axes.
         stack: sizes of the stacked axes.
-        pieces: what it holds, of Hugging Face tensors.
+        regions: what it holds, of Hugging Face tensors.
     """
 
     key: str
     index: tuple[int, ...]
     shape: tuple[int, ...]
     stack: tuple[int, ...]
-    pieces: tuple[Region, ...]
+    regions: tuple[Region, ...]
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -100,17 +100,17 @@ class RowRun:
         return RowRun(first, self.slot_row + first - self.hf_row, last - first)
 
 
-def row_runs(slot: Slot, piece: Region) -> list[RowRun]:
-    """Where the rows of a slot's piece lie, in their order: one run, or one for each KV group."""
-    leading = len(piece.row_sizes)
-    if piece.shape[1:] != slot.shape[1:]:
-        raise ValueError(f"{piece.hf_name}: rows of {piece.shape[1:]}, not of {slot.shape[1:]}")
-    *outer, (begin, end) = piece.index[:leading]
+def row_runs(slot: Slot, region: Region) -> list[RowRun]:
+    """Where the rows of a slot's region lie, in their order: one run, or one for each KV group."""
+    leading = len(region.row_sizes)
+    if region.shape[1:] != slot.shape[1:]:
+        raise ValueError(f"{region.hf_name}: rows of {region.shape[1:]}, not of {slot.shape[1:]}")
+    *outer, (begin, end) = region.index[:leading]
     found: list[RowRun] = []
     row = 0
     for at in itertools.product(*(range(*span) for span in outer)):
         first = 0
-        for place, size in zip((*at, begin), piece.view[:leading], strict=True):
+        for place, size in zip((*at, begin), region.view[:leading], strict=True):
             first = first * size + place
         last = found[-1] if found else None
         if last is not None and last.slot_row + last.rows == first:
@@ -129,13 +129,13 @@ def slots(model: ModelConfig) -> list[Slot]:
 
 
 def _slot(name: str, shape: tuple[int, ...], model: ModelConfig) -> Slot:
-    pieces = tuple(megatron_pieces(name, shape, model, ShardCoordinates()))
+    regions = tuple(megatron_regions(name, shape, model, ShardCoordinates()))
     layer = _STACKED.fullmatch(name)
     if layer is None:
-        return Slot(name, (), shape, (), pieces)
+        return Slot(name, (), shape, (), regions)
     if expert := _EXPERT.fullmatch(layer[2]):
         key = f"decoder.layers.mlp.experts.experts.{expert[1]}.weight"
         index = (int(layer[1]), int(expert[2]))
-        return Slot(key, index, shape, (model.num_hidden_layers, model.num_experts), pieces)
+        return Slot(key, index, shape, (model.num_hidden_layers, model.num_experts), regions)
     key = f"decoder.layers.{layer[2]}"
-    return Slot(key, (int(layer[1]),), shape, (model.num_hidden_layers,), pieces)
+    return Slot(key, (int(layer[1]),), shape, (model.num_hidden_layers,), regions)

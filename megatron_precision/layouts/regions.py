@@ -1,14 +1,13 @@
-"""Regions: which box of which Hugging Face tensor a piece of a local parameter is.
+"""Says which box of a Hugging Face tensor each part of a local parameter is.
 
-A Hugging Face checkpoint is the common language of trainer and engine. Each of its tensors is a
-box; a rank's parameter holds one or more sub-boxes of such tensors, each as a strided view of
-the parameter. A `Region` is that statement, as plain integers: it needs neither torch nor an
-engine, so that plans can be made and tested for any layout anywhere.
+A Hugging Face checkpoint is the common language of trainer and engine. A rank's parameter contains
+one or more boxes of such tensors, each as a strided view of the parameter. A `Region` states this
+in plain integers and needs neither torch nor an engine, so plans can be made and tested for any
+layout on any machine. `Box` is a box alone: `overlap` intersects two, and `not_once` checks that
+some boxes tile another.
 
-Shape legend: a piece's `start` and `shape` are in the coordinates of the Hugging Face tensor;
-`view` and `index` say where the piece lies in the parameter.
-
-Boxes of a tensor: what two share, and whether some make another one.
+A region's `start` and `shape` are coordinates in the Hugging Face tensor; `view` and `index` say
+where the region is in the parameter.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Region:
-    """One sub-box of one Hugging Face tensor inside one local parameter.
+    """One box of one Hugging Face tensor, as a strided view of one local parameter.
 
     Attributes:
         hf_name: the Hugging Face tensor.
@@ -51,7 +50,7 @@ class Region:
 
     @property
     def numel(self) -> int:
-        """Elements in the piece."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -66,12 +65,12 @@ class Region:
 
     @property
     def row_sizes(self) -> tuple[int, ...]:
-        """Sizes of the spanned view's leading dimensions, which together are the box's rows."""
+        """Sizes of the leading dimensions of the spanned view; their product is the box's rows."""
         leading = len(self.view) - (len(self.shape) - 1)
         return tuple(end - begin for begin, end in self.index[:leading])
 
     def position(self, number: int) -> int:
-        """Where in the parameter an element of the box is, both counted in row-major order."""
+        """Convert an element's position in the box to its position in the parameter, row-major."""
         found, inner = 0, 1
         for size, (begin, end) in zip(reversed(self.view), reversed(self.index), strict=True):
             number, at = divmod(number, end - begin)
@@ -80,7 +79,7 @@ class Region:
         return found
 
     def elements_before(self, position: int) -> int:
-        """How many elements of the box come before a place in the parameter."""
+        """Count the elements of the box before a row-major position in the parameter."""
         found, inner, boxed = 0, math.prod(self.view), self.numel
         for size, (begin, end) in zip(self.view, self.index, strict=True):
             inner, boxed = inner // size, boxed // (end - begin)
@@ -91,18 +90,18 @@ class Region:
         return found
 
     def holds(self, start: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        """Whether a box of the Hugging Face tensor lies in the piece."""
+        """Return whether the region contains this box of the Hugging Face tensor."""
         ends = zip(self.start, self.shape, start, shape, strict=True)
         return all(a <= b and b + m <= a + n for a, n, b, m in ends)
 
     def within(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-        """Indexes `view` at a smaller box of the piece, whose rows are one of its `slabs`.
+        """Return the index into `view` of a smaller box whose rows are one of the `slabs`.
 
         Args:
-            start, shape: in the coordinates of the Hugging Face tensor.
+            start, shape: the box, in coordinates of the Hugging Face tensor.
 
         Raises:
-            ValueError: for a box that leaves the piece, or whose rows are no slab.
+            ValueError: if the box is not inside the region, or its rows are not one slab.
         """
         low = tuple(a - b for a, b in zip(start, self.start, strict=True))
         if not self.holds(start, shape):
@@ -119,12 +118,12 @@ class Region:
 
 
 def round_up(count: int, multiple: int) -> int:
-    """The smallest multiple that is no smaller than `count`."""
+    """Round `count` up to a multiple of `multiple`."""
     return -(-count // multiple) * multiple
 
 
 def slabs(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
-    """Cut rows `[begin, end)` of dimensions `sizes`, flattened, into as few boxes as can be.
+    """Cut the flattened rows `[begin, end)` of dimensions `sizes` into the fewest boxes.
 
     >>> slabs((4, 3), 2, 11)
     [(2, 3), (3, 9), (9, 11)]
@@ -147,10 +146,10 @@ def slabs(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
 
 
 def _slab_spans(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
-    """The box of `sizes` that rows `[begin, end)` are.
+    """Return the spans in `sizes` of the one box that rows `[begin, end)` make.
 
     Raises:
-        ValueError: where they are more than one.
+        ValueError: if the rows make more than one box.
     """
     if len(slabs(sizes, begin, end)) != 1:
         raise ValueError(f"rows {begin} to {end} of {sizes} are not one box")
@@ -166,15 +165,15 @@ def _slab_spans(sizes: tuple[int, ...], begin: int, end: int) -> list[Span]:
 
 
 def whole(hf_name: str, parameter: str, shape: tuple[int, ...]) -> Region:
-    """A parameter that is one whole Hugging Face tensor (norms, the router)."""
+    """Return the region of a parameter that is one whole Hugging Face tensor (norms, router)."""
     return Region(hf_name, (0,) * len(shape), shape, parameter, shape, tuple((0, n) for n in shape))
 
 
 def split(hf_name: str, parameter: str, shape: tuple[int, ...], dim: int, rank: int) -> Region:
-    """A parameter that is the `rank`-th equal slice of a Hugging Face tensor along `dim`.
+    """Return the region of a parameter that is the `rank`-th equal slice along `dim`.
 
     Args:
-        shape: of the local parameter.
+        shape: shape of the local parameter.
     """
     start = tuple(rank * shape[dim] if d == dim else 0 for d in range(len(shape)))
     return Region(hf_name, start, shape, parameter, shape, tuple((0, n) for n in shape))
@@ -187,9 +186,9 @@ def rows(
     local: Span,
     hf_start: int,
 ) -> Region:
-    """Rows `local` of a parameter are rows of a Hugging Face tensor, from row `hf_start` on.
+    """Return the region of rows `local` of a parameter, which start at the tensor's row `hf_start`.
 
-    Rows have any number of dimensions; those of a bias have none.
+    A row may have any number of dimensions; a row of a bias has none.
     """
     inner = shape[1:]
     return Region(
@@ -202,15 +201,15 @@ def rows(
     )
 
 
-def uncovered(pieces: Iterable[Region], hf_shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Names what the pieces of all ranks leave uncovered or cover with a tensor that is not there.
+def uncovered(regions: Iterable[Region], hf_shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """List the tensors that the regions of all ranks do not cover, or that the model lacks.
 
-    Counts elements per tensor over distinct boxes: enough where every box of a tensor is of the
-    same grid, as tensor, pipeline and expert parallelism make them.
+    Counts elements over distinct boxes per tensor. That suffices if all boxes of a tensor come
+    from one grid, as with tensor, pipeline and expert parallelism.
     """
     boxes: dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
-    for piece in pieces:
-        boxes.setdefault(piece.hf_name, set()).add((piece.start, piece.shape))
+    for region in regions:
+        boxes.setdefault(region.hf_name, set()).add((region.start, region.shape))
     problems = [f"{name}: not a tensor of this model" for name in boxes if name not in hf_shapes]
     for name, shape in hf_shapes.items():
         covered = sum(math.prod(box) for _, box in boxes.get(name, set()))
@@ -228,7 +227,7 @@ class Box:
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """The box that two boxes share, if any."""
+    """Return the intersection of two boxes, or None if it is empty."""
     start = tuple(map(max, a.start, b.start))
     end = tuple(
         min(x + n, y + m) for x, n, y, m in zip(a.start, a.shape, b.start, b.shape, strict=True)
@@ -239,7 +238,7 @@ def overlap(a: Box, b: Box) -> Box | None:
 
 
 def not_once(whole: Box, parts: Sequence[Box]) -> str:
-    """How much of a box is covered, unless its parts cover each element once: then nothing."""
+    """Say how much of a box its parts cover; return "" if they cover each element exactly once."""
     inside = [part for part in (overlap(whole, p) for p in parts) if part is not None]
     covered = sum(math.prod(part.shape) for part in parts)
     twice, open_parts = 0, list[Box]()

@@ -74,7 +74,7 @@ def vllm_parameters(
         yield "lm_head.weight", (vocab_rows, hidden)
 
 
-def vllm_pieces(
+def vllm_regions(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
     """What a vLLM parameter of this rank holds, in the layout of its loader.
@@ -126,11 +126,11 @@ def _stacked_experts(
     # The stack is `…experts.routed_experts.w13_weight` in newer vLLM, `…experts.w13_weight` before.
     prefix = prefix.removesuffix(".routed_experts")
     count, first, second = shape
-    pieces = []
+    regions = []
     for local in range(count):
         expert = f"{prefix}.{at.first_expert + local}"
         if which == "w2_weight":
-            pieces.append(
+            regions.append(
                 Region(
                     f"{expert}.down_proj.weight",
                     (0, at.etp_rank * second),
@@ -143,7 +143,7 @@ def _stacked_experts(
             continue
         inner = first // 2
         for name, begin in (("gate_proj", 0), ("up_proj", inner)):
-            pieces.append(
+            regions.append(
                 Region(
                     f"{expert}.{name}.weight",
                     (at.etp_rank * inner, 0),
@@ -153,4 +153,4 @@ def _stacked_experts(
                     ((local, local + 1), (begin, begin + inner), (0, second)),
                 )
             )
-    return pieces
+    return regions

@@ -1,15 +1,11 @@
-"""What a comparison is made of: parts that each hold one dtype on one side, and their files.
+"""Defines a mismatch comparison: its parts, one dtype on one side each, and the files between them.
 
-    sample-<dtype>.npz              responses of the engine in that dtype
-    score-<dtype>-of-<dtype>.npz    the trainer's log-probs, of responses of an engine's dtype
+    sample-<dtype>.npz              responses that the engine sampled in that dtype
+    score-<dtype>-of-<dtype>.npz    the trainer's log-probs of an engine dtype's responses
 
-A part is a job of its own: no process ever holds two dtypes, and one that was made is not made
-again. This module imports no torch.
-
-Files between the parts of a comparison: sampled responses, and log-probs of their tokens.
-
-Both are NumPy archives without pickles; each names what it was made from, so that a comparison
-that was stopped goes on where it was and never mixes settings.
+Each part is a job of its own, so that no process ever holds two dtypes. The files are NumPy
+archives without pickles. Each records the settings that it was made from, so that a stopped
+comparison resumes, skips finished parts and never mixes settings. This module imports no torch.
 """
 
 from __future__ import annotations

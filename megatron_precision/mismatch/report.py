@@ -1,24 +1,20 @@
-"""The report of a comparison: a self-contained HTML page, its PNGs and its numbers as JSON."""
+"""Writes the report of a mismatch comparison: an HTML page, its PNGs and its numbers as JSON."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from matplotlib.figure import Figure
 
 from megatron_precision.config.schema import to_dict
 from megatron_precision.mismatch import plots
 from megatron_precision.mismatch.analysis import Cell, cell
 from megatron_precision.mismatch.comparison import Comparison, Samples, read_samples, read_scores
 from megatron_precision.mismatch.plots import NAMES, Tokens
+from megatron_precision.report.html import save_image, write_page
 
-CSS = Path(__file__).resolve().parents[1] / "report" / "report.css"
+_DPI = 160
 # (figure, its name, what it is); the first is the paper's headline.
 FIGURES: tuple[tuple[str, str, str], ...] = (
     ("statistics.k3_kl", "k3 KL", "nats a token, of KL(μ‖π)"),
@@ -27,9 +23,7 @@ FIGURES: tuple[tuple[str, str, str], ...] = (
     ("statistics.seq_log_ratio_std", "spread of log π/μ of a response", "nats"),
     ("slope_per_1k", "log π/μ that 1,000 tokens add", "nats, least squares through the origin"),
 )
-
-
-# Of an MoE model, besides.
+# Further figures of an MoE model.
 ROUTED: tuple[tuple[str, str, str], ...] = (
     ("router.flip_share", "routed otherwise", "share of (token, layer) at other experts"),
     ("replayed.k3_kl", "k3 KL, the engine's experts replayed", "nats a token; R3"),
@@ -39,7 +33,7 @@ ROUTED: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Found:
-    """A finished comparison."""
+    """A finished comparison, read from its files."""
 
     comparison: Comparison
     samples: dict[str, Samples]
@@ -49,17 +43,19 @@ class Found:
 
     @property
     def figures(self) -> tuple[tuple[str, str, str], ...]:
-        """What the matrices show."""
+        """The figures that get a matrix: (path in a cell, name, unit)."""
         routed = all(cell.router is not None for cell in self.cells.values())
         return (*FIGURES, *ROUTED) if routed else FIGURES
 
 
 def read(comparison: Comparison) -> Found:
-    """Read the parts' files and work out every cell."""
+    """Read the files of all parts and compute every cell."""
     samples: dict[str, Samples] = {
         r: read_samples(comparison.sample_file(r)) for r in comparison.rollout
     }
-    tokens, cells, facts = {}, {}, {}
+    tokens: dict[tuple[str, str], Tokens] = {}
+    cells: dict[tuple[str, str], Cell] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
     for train in comparison.train:
         for rollout in comparison.rollout:
             at = (train, rollout)
@@ -68,7 +64,7 @@ def read(comparison: Comparison) -> Found:
             facts[at] = {k: v for k, v in scores.facts.items() if k != "router"}  # in the cell
             tokens[at] = Tokens(scores.train_logprobs, engine.rollout_logprobs, engine.lengths)
             cells[at] = cell(train, rollout, scores, engine.rollout_logprobs, engine.lengths)
-    return Found(comparison, samples, dict(tokens), cells, facts)
+    return Found(comparison, samples, tokens, cells, facts)
 
 
 def write(comparison: Comparison) -> str:
@@ -88,15 +84,15 @@ def write(comparison: Comparison) -> str:
         if routed:
             pictures["routing"] = plots.routing(routed)
     images = {
-        name: _image(figure, comparison.out / f"{name}.png") for name, figure in pictures.items()
+        name: save_image(figure, comparison.out / f"{name}.png", _DPI)
+        for name, figure in pictures.items()
     }
     (comparison.out / "report.json").write_text(
         json.dumps(as_json(found), indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    text = Path(__file__).with_name("report.html.j2").read_text(encoding="utf-8")
-    page = environment.from_string(text).render(
-        css=CSS.read_text(encoding="utf-8"),
+    write_page(
+        comparison.out / "report.html",
+        Path(__file__).with_name("report.html.j2"),
         title=f"Mismatch of {Path(comparison.config.start.checkpoint).name}",
         headlines=_headlines(found),
         matrices=[_matrix(found, *figure) for figure in found.figures],
@@ -106,19 +102,18 @@ def write(comparison: Comparison) -> str:
         flips=_flip_rows(found),
         facts=_facts(found),
     )
-    (comparison.out / "report.html").write_text(page, encoding="utf-8")
     return text_matrices(found)
 
 
 def value(of: Cell, path: str) -> float:
-    """A figure of a cell by its path."""
+    """Return a figure of a cell by its dotted path."""
     first, _, rest = path.partition(".")
     found = getattr(of, first)
     return float(found[rest] if rest else found)
 
 
 def text_matrices(found: Found) -> str:
-    """The matrices as plain text: a row a trainer's dtype, a column an engine's."""
+    """Format the matrices as text: a row per trainer dtype, a column per engine dtype."""
     lines = []
     for path, name, unit in found.figures:
         rollouts = found.comparison.rollout
@@ -131,7 +126,7 @@ def text_matrices(found: Found) -> str:
 
 
 def as_json(found: Found) -> dict[str, Any]:
-    """The raw figures, with what they were made from."""
+    """Return the raw figures and the settings that they were computed with."""
     comparison = found.comparison
     config = to_dict(comparison.config)
     checkpoint = Path(comparison.config.start.checkpoint).name
@@ -176,7 +171,7 @@ def _matrix(found: Found, path: str, name: str, unit: str) -> dict[str, Any]:
 
 
 def _headlines(found: Found) -> list[tuple[str, str]]:
-    """BF16 over FP16, each on both sides."""
+    """Divide BF16's figures by FP16's, where both sides have the same dtype."""
     pair = [found.cells.get((d, d)) for d in ("bf16", "fp16")]
     if pair[0] is None or pair[1] is None:
         return []
@@ -189,8 +184,8 @@ def _headlines(found: Found) -> list[tuple[str, str]]:
 
 
 def _flip_rows(found: Found) -> list[tuple[str, ...]]:
-    """Tokens of an MoE model, both sides in one dtype, by the layers that route them otherwise."""
-    rows = []
+    """Build the table of tokens by the number of layers that route them otherwise (MoE models)."""
+    rows: list[tuple[str, ...]] = []
     for dtype in found.comparison.train:
         cell_ = found.cells.get((dtype, dtype))
         if cell_ is None:
@@ -245,10 +240,3 @@ def _facts(found: Found) -> list[tuple[str, str]]:
              f"{int(s.truncated.sum())} truncated, {s.facts['tokens_per_s']:.0f} tokens/s")
         )  # fmt: skip
     return rows
-
-
-def _image(figure: Figure, path: Path) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    path.write_bytes(buffer.getvalue())
-    return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Where two sides part, in NumPy: by token, by position, by probability, by layer.
+"""Measures where two sides' log-probs differ: by token, position, probability and layer, in NumPy.
 
 Log-probs are natural logarithms; a side is one of
 
@@ -7,7 +7,7 @@ Log-probs are natural logarithms; a side is one of
     replay    the trainer again, in the dtype and layout of the replay
     fp32      the trainer's own code in FP32, on the same weights
 
-and d = log p_a(y_t) - log p_b(y_t) at the response tokens of both.
+and d = log p_a(y_t) - log p_b(y_t) at response tokens that both scored.
 """
 
 from __future__ import annotations

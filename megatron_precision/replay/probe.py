@@ -139,13 +139,13 @@ class Comparer:
         return [
             PointError(
                 name=name,
-                mean=sums.error / sums.tokens if sums.tokens else 0.0,
-                largest=sums.largest,
-                router_mean=sums.router_error / sums.routed if sums.routed else None,
-                flipped_share=sums.flipped / sums.routed if sums.routed else None,
+                mean=total.error / total.tokens if total.tokens else 0.0,
+                largest=total.largest,
+                router_mean=total.router_error / total.routed if total.routed else None,
+                flipped_share=total.flipped / total.routed if total.routed else None,
             )
             for name in order
-            if (sums := merged.get(name)) is not None
+            if (total := merged.get(name)) is not None
         ]
 
     def _force(self, name: str) -> Any:

@@ -1,9 +1,4 @@
-"""What a replay found, for a person: a table in the terminal, a picture, and the raw figures.
-
-The files of a replay: figures, picture and log-probs.
-
-The picture of a replay: both sides' tokens, by position, by layer, and the router.
-"""
+"""Reports what a replay found: a table for the terminal, a picture, raw figures and log-probs."""
 
 from __future__ import annotations
 

@@ -1,22 +1,19 @@
-"""The report of one or more runs: a self-contained HTML page, its PNGs and its numbers as JSON.
+"""Writes the report of one or more runs: an HTML page, its PNGs and its numbers as JSON.
 
-Everything on the page is computed from metrics.jsonl; the page makes no claim of its own. This
-module imports matplotlib and jinja2, but neither torch nor an engine.
+Everything on the page is computed from metrics.jsonl. This module imports neither torch nor an
+engine.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from megatron_precision.observe.metrics import finite
 from megatron_precision.report import figures
 from megatron_precision.report.findings import findings
+from megatron_precision.report.html import save_image, write_page
 from megatron_precision.report.plots import PLOTS, STYLE, Plot, draw
 from megatron_precision.report.runs import (
     RunData,
@@ -30,10 +27,10 @@ _DPI = STYLE["savefig.dpi"]
 
 
 def write_report(run_dirs: list[Path], out: Path) -> Path:
-    """Write the report of some runs.
+    """Write the report of one or more runs.
 
     Args:
-        run_dirs: folders that hold a metrics.jsonl each; one, two or more, finished or not.
+        run_dirs: folders with a metrics.jsonl each, of finished or unfinished runs.
         out: the HTML file. Beside it come `<stem>.json` with the table's raw numbers and
             `<stem>_files/` with the plots as PNGs; the page needs neither.
 
@@ -41,16 +38,16 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        UserError: for a folder that does not exist, a damaged metrics file, or where no run has
-            any event.
+        UserError: if a folder does not exist, a metrics file is damaged, or no run has any event.
     """
     runs = load_runs(run_dirs)
     table = figures.final_figures(runs)
     sentences = findings(table)
     files = out.parent / f"{out.stem}_files"
     files.mkdir(parents=True, exist_ok=True)
-    page = _template().render(
-        css=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
+    write_page(
+        out,
+        Path(__file__).with_name("report.html.j2"),
         title=_title(runs),
         recipes=_recipes(runs),
         runs=runs,
@@ -65,14 +62,13 @@ def write_report(run_dirs: list[Path], out: Path) -> Path:
         ratio_label=figures.ratio_label(table),
         notes=_notes(runs),
     )
-    out.write_text(page, encoding="utf-8")
     content = json.dumps(finite(_as_json(table, sentences)), indent=2, allow_nan=False)
     out.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
     return out
 
 
 def final_table(run_dirs: list[Path]) -> str:
-    """The figures of some runs as a plain text table with its warnings, for the end of a job.
+    """Return the final figures of some runs as a text table with warnings, for the console.
 
     Raises:
         UserError: as `write_report` does.
@@ -80,13 +76,6 @@ def final_table(run_dirs: list[Path]) -> str:
     runs = load_runs(run_dirs)
     warnings = [f"warning: {warning}" for warning in _warnings(runs)]
     return "\n".join([figures.text_table(figures.final_figures(runs)), *warnings])
-
-
-def _template() -> jinja2.Template:
-    text = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["number"] = figures.number_text
-    return environment.from_string(text)
 
 
 def _title(runs: list[RunData]) -> str:
@@ -123,7 +112,7 @@ def _difference_rows(runs: list[RunData]) -> list[tuple[str, list[str]]]:
 
 
 def _headlines(table: figures.FinalTable) -> list[tuple[str, str]]:
-    """The few numbers at the top: (figure, what it is)."""
+    """Choose the few numbers at the top of the page: (number, its name)."""
     label = figures.ratio_label(table)
     found = [
         (figures.ratio_text(table.ratios[key]), f"{name}, {label}")
@@ -147,7 +136,7 @@ def _headlines(table: figures.FinalTable) -> list[tuple[str, str]]:
 
 
 def _facts(runs: list[RunData]) -> list[tuple[str, list[str]]]:
-    """What was run: one value where all runs agree, else one a run with its label."""
+    """List what was run: one value if all runs agree, else one per run with its label."""
     described = {run.label: _described(run) for run in runs if run.header}
     names = list(dict.fromkeys(name for facts in described.values() for name in facts))
     rows = []
@@ -229,7 +218,7 @@ def _text(value: Any) -> str:
 
 
 def _notes(runs: list[RunData]) -> list[str]:
-    """What the run events say of 16-bit matrix products, each text once."""
+    """Quote each distinct note of the runs on 16-bit matrix products, with the runs' labels."""
     found: dict[str, list[str]] = {}
     for run in runs:
         note = run.header.get("platform", {}).get("wide_products")
@@ -242,17 +231,14 @@ def _notes(runs: list[RunData]) -> list[str]:
 
 
 def _rendered(plot: Plot, runs: list[RunData], files: Path) -> dict[str, Any]:
-    """A plot as the template wants it; `image` is empty where no run has what it shows."""
+    """Draw a plot for the template; `image` is "" if no run has its data."""
     figure = draw(plot, runs)
     target = files / f"{plot.name}.png"
     image = ""
     if figure is None:
         target.unlink(missing_ok=True)  # a picture of an earlier report must not stay behind
     else:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=_DPI)
-        target.write_bytes(buffer.getvalue())
-        image = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        image = save_image(figure, target, _DPI)
     return {
         "name": plot.name,
         "title": plot.title,

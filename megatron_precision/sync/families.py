@@ -1,9 +1,9 @@
 """Layouts of both sides, in the large: which ranks of a cluster hold which box of a tensor.
 
 Tensors that differ in layer or expert alone are one *family*: they have one shape and are divided
-alike. A family's boxes are read from the tables of pieces once, for one layer and one expert; who
+alike. A family's boxes are read from the tables of regions once, for one layer and one expert; who
 holds them for a given layer and expert is arithmetic. So a plan for a thousand ranks looks at a
-few dozen boxes, and not at the pieces of a thousand ranks.
+few dozen boxes, and not at the regions of a thousand ranks.
 
 Plain integers throughout: neither torch nor an engine is needed.
 """
@@ -21,11 +21,11 @@ from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.megatron import (
     ShardCoordinates,
     megatron_parameters,
-    megatron_pieces,
+    megatron_regions,
     padded_vocab_size,
 )
 from megatron_precision.layouts.regions import Box, Region
-from megatron_precision.layouts.vllm import vllm_parameters, vllm_pieces
+from megatron_precision.layouts.vllm import vllm_parameters, vllm_regions
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ class Shard:
     """A box that some positions of a side's grid hold.
 
     Attributes:
-        piece: where it lies in a parameter of the first of them.
+        region: where it lies in a parameter of the first of them.
         positions: tensor-parallel ranks, or expert-tensor-parallel ones.
     """
 
-    piece: Region
+    region: Region
     positions: tuple[int, ...]
 
     @property
     def box(self) -> Box:
         """In the coordinates of the Hugging Face tensor."""
-        return Box(self.piece.start, self.piece.shape)
+        return Box(self.region.start, self.region.shape)
 
 
 Shards = dict[str, list[Shard]]
@@ -163,18 +163,18 @@ class TrainerLayout:
             at = ShardCoordinates(tp_rank=tp_rank, tp_size=self.tp)
             for name, shape in megatron_parameters(one, rows, self.tp, self.etp):
                 if ".experts." not in name:
-                    _add(found, megatron_pieces(name, shape, model, at), tp_rank)
+                    _add(found, megatron_regions(name, shape, model, at), tp_rank)
         for etp_rank in range(self.etp if model.num_experts else 0):
             at = ShardCoordinates(etp_rank=etp_rank, etp_size=self.etp)
             for name, shape in megatron_parameters(one, rows, self.tp, self.etp):
                 if ".experts." in name:
-                    _add(found, megatron_pieces(name, shape, model, at), etp_rank)
+                    _add(found, megatron_regions(name, shape, model, at), etp_rank)
         return _shards(found)
 
     def group(self, model: ModelConfig, at: Instance, shard: Shard) -> Group:
         """Which ranks hold a box of one tensor, by few numbers."""
         if at.layer is None:
-            stage = 0 if shard.piece.hf_name == "model.embed_tokens.weight" else self.pp - 1
+            stage = 0 if shard.region.hf_name == "model.embed_tokens.weight" else self.pp - 1
         else:
             stage = at.layer // (model.num_hidden_layers // self.pp)
         if at.expert is None:
@@ -223,7 +223,7 @@ class RolloutLayout:
             etp_rank, etp_size = (0, 1) if self.expert_parallel else (rank, self.tp)
             at = ShardCoordinates(rank, self.tp, etp_rank, etp_size)
             for name, shape in vllm_parameters(one, self.tp, at.etp_size):
-                _add(found, vllm_pieces(name, shape, model, at), rank)
+                _add(found, vllm_regions(name, shape, model, at), rank)
         return _shards(found)
 
     def group(self, model: ModelConfig, at: Instance, shard: Shard) -> Group:
@@ -242,17 +242,17 @@ class RolloutLayout:
 
 
 def _add(
-    found: dict[str, dict[Box, tuple[Region, list[int]]]], pieces: list[Region], position: int
+    found: dict[str, dict[Box, tuple[Region, list[int]]]], regions: list[Region], position: int
 ) -> None:
-    for piece in pieces:
-        if not _template(piece.hf_name):
+    for region in regions:
+        if not _template(region.hf_name):
             continue
-        boxes = found.setdefault(_template(piece.hf_name), {})
-        boxes.setdefault(Box(piece.start, piece.shape), (piece, []))[1].append(position)
+        boxes = found.setdefault(_template(region.hf_name), {})
+        boxes.setdefault(Box(region.start, region.shape), (region, []))[1].append(position)
 
 
 def _shards(found: dict[str, dict[Box, tuple[Region, list[int]]]]) -> Shards:
     return {
-        template: [Shard(piece, tuple(positions)) for piece, positions in boxes.values()]
+        template: [Shard(region, tuple(positions)) for region, positions in boxes.values()]
         for template, boxes in found.items()
     }

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 
 from megatron_precision.layouts.regions import Box, Region
 
-# Rows and columns `[begin, end)` of a piece, counted from its own first.
+# Rows and columns `[begin, end)` of a region, counted from its own first.
 _Part = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class FlatRange:
-    """What a rank holds of the parameter that a piece lies in.
+    """What a rank holds of the parameter that a region lies in.
 
     Attributes:
-        hf_name, start: name the piece.
+        hf_name, start: name the region.
         begin, end: elements of the parameter, in row-major order.
     """
 
@@ -38,7 +38,7 @@ class FlatRange:
 
 @dataclass(frozen=True)
 class FlatRanges:
-    """Every rank's ranges; a piece that is not listed is held whole.
+    """Every rank's ranges; a region that is not listed is held whole.
 
     Attributes:
         by_rank: from the world's first rank on; of a rank that is no trainer, none.
@@ -55,31 +55,31 @@ class FlatRanges:
         }
 
     def parts(
-        self, hf_name: str, box: Box, piece: Region, ranks: Sequence[int]
+        self, hf_name: str, box: Box, region: Region, ranks: Sequence[int]
     ) -> Iterator[tuple[Box, tuple[int, ...]]]:
-        """A box of a piece in parts, each with those of the ranks that hold it whole.
+        """A box of a region in parts, each with those of the ranks that hold it whole.
 
         Args:
-            hf_name: the tensor; the piece may be that of another layer.
+            hf_name: the tensor; the region may be that of another layer.
             box: in the coordinates of the tensor.
-            ranks: those whose parameters the piece is in.
+            ranks: those whose parameters the region is in.
         """
-        held = {rank: self._known.get((rank, hf_name, piece.start)) for rank in ranks}
-        columns = math.prod(piece.shape[1:])
-        row = box.start[0] - piece.start[0]
-        column = box.start[1] - piece.start[1] if len(box.start) > 1 else 0
+        held = {rank: self._known.get((rank, hf_name, region.start)) for rank in ranks}
+        columns = math.prod(region.shape[1:])
+        row = box.start[0] - region.start[0]
+        column = box.start[1] - region.start[1] if len(box.start) > 1 else 0
         parts: list[_Part] = [(row, row + box.shape[0], column, column + math.prod(box.shape[1:]))]
         for edge in sorted({edge for found in held.values() if found for edge in found}):
-            at = divmod(piece.elements_before(edge), columns)
+            at = divmod(region.elements_before(edge), columns)
             parts = [part for whole in parts for part in _cut(whole, *at)]
         for a, b, c, d in parts:
-            first = piece.position(a * columns + c)
+            first = region.position(a * columns + c)
             there = tuple(
                 rank for rank, found in held.items() if not found or found[0] <= first < found[1]
             )
-            start, shape = (piece.start[0] + a,), (b - a,)
+            start, shape = (region.start[0] + a,), (b - a,)
             if len(box.start) > 1:
-                start, shape = (*start, piece.start[1] + c), (*shape, d - c)  # type: ignore[assignment]
+                start, shape = (*start, region.start[1] + c), (*shape, d - c)  # type: ignore[assignment]
             yield Box(start, shape), there
 
 

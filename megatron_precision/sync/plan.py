@@ -1,7 +1,7 @@
-"""The plan of a weight sync: every byte once, from the nearest rank that has it.
+"""Plans a weight sync: each rank receives each byte once, from the nearest rank that has it.
 
-A pure function of both layouts. Every rank computes its own part alone, and the parts fit: who
-sends a cell to whom depends on the layouts and the cell's turn, and on nothing else.
+The plan is a pure function of both layouts. Each rank computes its own part alone, and the parts
+fit, because who sends a cell to whom depends only on the layouts and the cell's turn.
 
 Cells
     A tensor is cut where either side cuts it, and where a cut leaves a box that is no box in a
@@ -16,9 +16,8 @@ So a byte that several ranks of a node need crosses the network once, and no ran
 that it does not need, or receives one twice. Cells of one size follow each other in turns, so that
 replicas send as many bytes, but for what is left over where their number does not divide.
 
-Neither torch nor an engine is needed.
-
-How cells travel: in batches of messages; the same at both ends, and in what is predicted.
+`batches` packs cells into messages, in the same way for sender, receiver and the predicted traffic.
+The module needs neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def cell_elements_of(batch_bytes: int) -> int:
 
 
 class PlanError(ValueError):
-    """No plan leads from one layout to the other."""
+    """No plan leads from one layout to the other, or a plan does not fit the tensors."""
 
 
 @dataclass(frozen=True)
@@ -247,11 +246,11 @@ class Planner:
         begin, rows = shared.start[0], shared.shape[0]
         most = max(1, self.cell_elements // math.prod(shared.shape[1:]))
         step = -(-rows // -(-rows // most))
-        unit = max(n for n in _units(source.piece, target.piece) if n <= most)
+        unit = max(n for n in _units(source.region, target.region) if n <= most)
         step = min(round_up(step, unit), most - most % unit)
-        for a, b in common_slabs(source.piece, target.piece, begin, begin + rows):
+        for a, b in common_slabs(source.region, target.region, begin, begin + rows):
             for first in range(a, b, step):
-                for x, y in common_slabs(source.piece, target.piece, first, min(b, first + step)):
+                for x, y in common_slabs(source.region, target.region, first, min(b, first + step)):
                     yield Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
 
     def rank_plan(self, rank: int) -> RankPlan:
@@ -312,7 +311,7 @@ class Planner:
             yield cell.box, holders
             return
         ranks = [rank for members in holders.values() for rank in members]
-        for part, there in self.ranges.parts(name, cell.box, cell.source.piece, ranks):
+        for part, there in self.ranges.parts(name, cell.box, cell.source.region, ranks):
             if not there:
                 raise PlanError(f"no main copy holds {part.shape} of {name} from {part.start}")
             nodes = {
@@ -321,7 +320,7 @@ class Planner:
             }
             nodes = {node: members for node, members in nodes.items() if members}
             begin, end = part.start[0], part.start[0] + part.shape[0]
-            for a, b in common_slabs(cell.source.piece, cell.target.piece, begin, end):
+            for a, b in common_slabs(cell.source.region, cell.target.region, begin, end):
                 yield Box((a, *part.start[1:]), (b - a, *part.shape[1:])), nodes
 
 
@@ -381,19 +380,19 @@ class _Route:
 
 
 def common_slabs(first: Region, second: Region, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Rows `[begin, end)` of the tensor, cut so that each run is one box in either piece."""
+    """Rows `[begin, end)` of the tensor, cut so that each run is one box in either region."""
     for a, b in slabs(first.row_sizes, begin - first.start[0], end - first.start[0]):
         low, high = a + first.start[0] - second.start[0], b + first.start[0] - second.start[0]
         for c, d in slabs(second.row_sizes, low, high):
             yield c + second.start[0], d + second.start[0]
 
 
-def _units(*pieces: Region) -> Iterator[int]:
-    """Numbers of rows that leave few slabs where a piece is cut at their multiples."""
+def _units(*regions: Region) -> Iterator[int]:
+    """Numbers of rows that leave few slabs where a region is cut at their multiples."""
     yield 1
-    for piece in pieces:
-        for number in range(1, len(piece.row_sizes)):
-            yield math.prod(piece.row_sizes[number:])
+    for region in regions:
+        for number in range(1, len(region.row_sizes)):
+            yield math.prod(region.row_sizes[number:])
 
 
 @functools.lru_cache(maxsize=4)

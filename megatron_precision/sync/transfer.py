@@ -1,14 +1,11 @@
-"""One rank's part of every sync: the plan bound to live tensors, carried out, and proven.
+"""Binds one rank's part of the plan to live tensors, carries it out, and proves the result.
 
-Whichever side a rank is on, and whatever its engine is: what an engine has to offer is
-`EngineSide`. vLLM's is `rollout/engine_weights.py`, and `rollout/weight_transfer.py` makes this a
-backend of vLLM's weight transfer.
+`EngineSide` is what a rank's engine must offer. vLLM's is `rollout/engine_weights.py`, and
+`rollout/weight_transfer.py` makes this module a backend of vLLM's weight transfer.
 
-Whether a rank's plan fits the tensors that it is bound to: a layout may have changed.
-
-With a plan of another layout a part of an engine could stay as it was, and no checksum of what was
-sent would tell. So all of an engine's parameters are looked for in the plan, and all of the plan in
-the tensors, before anything is bound.
+Before anything is bound, `misfits` looks for all of an engine's parameters in the plan, and for all
+of the plan in the tensors. With the plan of another layout, a part of an engine could keep its old
+weights, and no checksum of what was sent would tell.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_precision.layouts.megatron import ShardCoordinates
 from megatron_precision.layouts.regions import Box, Region, not_once
-from megatron_precision.layouts.vllm import vllm_pieces
+from megatron_precision.layouts.vllm import vllm_regions
 from megatron_precision.sync.plan import (
     BATCH_BYTES,
     Cell,
@@ -33,34 +30,41 @@ from megatron_precision.sync.plan import (
     rank_groups,
     rank_plan,
 )
-from megatron_precision.sync.transport import Held, Transport, Views, view_of
+from megatron_precision.sync.transport import RegionTensors, Transport, Views, view_of
 from megatron_precision.sync.verify import RegionProof, checksum, columns_of
 
 Named = TypeVar("Named", Cell, Region)
 
 
-def misfits(groups: Sequence[RankPlan], sources: Held, targets: Held) -> list[str]:
+def misfits(
+    groups: Sequence[RankPlan], sources: RegionTensors, targets: RegionTensors
+) -> list[str]:
     """A line for each tensor of which this rank has other boxes than were planned for.
 
     Args:
         groups: the rank's plan, in parts.
-        sources: the trainer's pieces on this rank.
-        targets: the engine's.
+        sources: the trainer's regions on this rank.
+        targets: the engine's regions on this rank.
     """
     held = _by_name(cell for plan in groups for cell in plan.held)
     needed = _by_name(cell for plan in groups for cell in plan.needed)
-    there, here = _by_name(piece for piece, _ in sources), _by_name(piece for piece, _ in targets)
+    there, here = (
+        _by_name(region for region, _ in sources),
+        _by_name(region for region, _ in targets),
+    )
     lines = [
         f"{name}: the {side} has no {list(cells[0].shape)} from {list(cells[0].start)} on this rank"
-        for side, planned, pieces in (("trainer", held, there), ("engine", needed, here))
-        for name, cells in _lost(planned, pieces)
+        for side, planned, regions in (("trainer", held, there), ("engine", needed, here))
+        for name, cells in _lost(planned, regions)
     ]
-    for name, pieces in here.items():
-        for piece in pieces:
-            cells = (c for c in needed.get(name, ()) if piece.holds(c.start, c.shape))
-            box = Box(piece.start, piece.shape)
+    for name, regions in here.items():
+        for region in regions:
+            cells = (c for c in needed.get(name, ()) if region.holds(c.start, c.shape))
+            box = Box(region.start, region.shape)
             if wrong := not_once(box, [Box(cell.start, cell.shape) for cell in cells]):
-                lines.append(f"{name}: the plan covers {wrong} of what {piece.parameter} has of it")
+                lines.append(
+                    f"{name}: the plan covers {wrong} of what {region.parameter} has of it"
+                )
     return lines
 
 
@@ -72,74 +76,74 @@ def _by_name(found: Iterable[Named]) -> dict[str, list[Named]]:
 
 
 def _lost(
-    planned: dict[str, list[Cell]], pieces: dict[str, list[Region]]
+    planned: dict[str, list[Cell]], regions: dict[str, list[Region]]
 ) -> Iterator[tuple[str, list[Cell]]]:
-    """Tensors with the cells that no piece holds."""
+    """Yield each tensor with the planned cells that no region contains."""
     for name, cells in planned.items():
-        here = pieces.get(name, [])
-        lost = [c for c in cells if not any(piece.holds(c.start, c.shape) for piece in here)]
+        here = regions.get(name, [])
+        lost = [c for c in cells if not any(region.holds(c.start, c.shape) for region in here)]
         if lost:
             yield name, lost
 
 
-# Staged parameters begin at multiples of this, as the allocator would align them.
+# Staged parameters begin at multiples of this many elements, aligned as an allocator would.
 _ALIGNMENT = 64
-# Tensors that a message names.
+# An error message names at most this many tensors.
 _SHOWN = 10
 
 
 class Parameter(Protocol):
-    """One parameter of an engine's rank."""
+    """One parameter of a rank's engine."""
 
     @property
     def name(self) -> str:
-        """In the engine's model."""
+        """Its name in the engine's model."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """In the layout of the engine's loader."""
+        """Its shape in the layout of the engine's loader."""
         ...
 
     @property
     def staged(self) -> bool:
-        """Whether it is handed over whole, and not written in place."""
+        """Whether it is staged and loaded whole, because it cannot be written in place."""
         ...
 
     @property
     def live(self) -> torch.Tensor:
-        """What is written in place."""
+        """The tensor that is written in place."""
         ...
 
 
 class EngineSide(Protocol):
-    """A rank's engine."""
+    """What the sync needs of a rank's engine."""
 
     @property
     def parameters(self) -> Sequence[Parameter]:
-        """All of them; one that several layers share, once."""
+        """All parameters; one that several layers share appears once."""
         ...
 
     def load(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Take the staged parameters of whole layers."""
+        """Load the staged parameters of whole layers."""
         ...
 
     def refresh_tied_head(self) -> None:
-        """Follow an embedding that has just been written."""
+        """Update an output layer that is tied to the embedding, which was just written."""
         ...
 
     def reads(self, name: str) -> list[torch.Tensor]:
-        """What every kernel that uses a parameter reads, in the layout of the loader."""
+        """Return what each kernel that uses the parameter reads, in the loader's layout."""
         ...
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What a comparison of both sides found on this rank.
+    """The result of comparing both sides on this rank.
 
     Attributes:
-        regions: cells compared.
-        differing: a line for each that differs.
+        regions: number of cells compared.
+        differing: a line for each cell that differs.
     """
 
     regions: int
@@ -147,30 +151,31 @@ class Proof:
 
 
 class Transfer:
-    """One rank's part of every sync between two layouts.
+    """Runs and proves one rank's part of every sync between two layouts.
 
     Args:
         planner: both layouts.
-        sources: the trainer's pieces on this rank; none where it is no trainer.
-        engine: this rank's engine; None where it has none.
-        at: where this rank stands in its engine.
-        wire: dtype of what is sent.
-        dtype: of the engine's parameters.
-        batch_bytes: what is under way to a rank at once; two such buffers are held at most.
-        firsts: by parameter of which a range of elements is held, flat, its first element.
+        sources: the trainer's regions on this rank; empty if no trainer runs here.
+        engine: this rank's engine; None if it has none.
+        at: this rank's coordinates in its engine.
+        wire: dtype in which weights are sent.
+        dtype: dtype of the engine's parameters.
+        batch_bytes: most bytes on their way to a rank at once; at most two such buffers exist.
+        firsts: for a parameter of which this rank has only a flat range of elements: the
+            position of the range's first element, by the parameter's name.
 
     Attributes:
         proof: the trainers' part of the proof.
 
     Raises:
-        PlanError: names what either side has otherwise than planned, and both layouts.
-        EngineLayoutError: for a kernel whose layout is not known.
+        PlanError: if a side's tensors differ from the plan; names them and both layouts.
+        EngineLayoutError: if the layout of a kernel is not known.
     """
 
     def __init__(
         self,
         planner: Planner,
-        sources: Held,
+        sources: RegionTensors,
         engine: EngineSide | None,
         at: ShardCoordinates,
         *,
@@ -181,13 +186,15 @@ class Transfer:
     ) -> None:
         self._planner, self.engine = planner, engine
         parameters: Sequence[Parameter] = engine.parameters if engine else []
-        self._pieces = {p.name: vllm_pieces(p.name, p.shape, planner.model, at) for p in parameters}
+        self._regions = {
+            p.name: vllm_regions(p.name, p.shape, planner.model, at) for p in parameters
+        }
         self._staged = self._place(parameters, dtype)
         tensors = {p.name: p.live for p in parameters} | {
             name: tensor for staged in self._staged for name, tensor in staged.items()
         }
         targets = [
-            (piece, tensors[name]) for name, pieces in self._pieces.items() for piece in pieces
+            (region, tensors[name]) for name, regions in self._regions.items() for region in regions
         ]
         sources = list(sources)
         groups = rank_groups(planner, dist.get_rank())
@@ -215,11 +222,11 @@ class Transfer:
 
     @property
     def staging_bytes(self) -> int:
-        """What staging takes: the largest group's staged parameters."""
+        """Bytes of the staging buffer: the staged parameters of the largest group."""
         return self._stage.nbytes
 
     def run(self) -> None:
-        """Bring the engine up to date; every rank calls it."""
+        """Update the engine's weights; every rank must call this."""
         for group, staged in enumerate(self._staged):
             for tensor in staged.values():
                 tensor.zero_()  # padding stays zero; the buffer held another layer's numbers
@@ -232,7 +239,7 @@ class Transfer:
 
     @torch.no_grad()
     def prove(self) -> Proof:
-        """Compare what the trainers hold with what the kernels read; every rank calls it."""
+        """Compare the trainers' weights with what the kernels read; every rank must call this."""
         expected = self.proof.arrived(self.proof.held())
         lines = [
             f"{name}: {list(cell.shape)} of {cell.hf_name} from {list(cell.start)} differs"
@@ -244,12 +251,12 @@ class Transfer:
     def _differing(
         self, name: str, cells: list[tuple[Cell, Region]], expected: Mapping[Cell, int]
     ) -> list[Cell]:
-        """The cells of a parameter that some kernel reads otherwise."""
+        """Return the cells of a parameter that some kernel reads with other values."""
         assert self.engine is not None, "no cell is needed where there is no engine"
         wrong: dict[Cell, None] = {}
         for tensor in self.engine.reads(name):
             read = tensor.to(self._dtype)
-            views = [(cell, view_of(cell, piece, read)) for cell, piece in cells]
+            views = [(cell, view_of(cell, region, read)) for cell, region in cells]
             found = torch.stack([checksum(v, columns_of(cell.shape)) for cell, v in views]).tolist()
             pairs = zip(cells, found, strict=True)
             wrong |= {cell: None for (cell, _), value in pairs if value != expected[cell]}
@@ -258,7 +265,7 @@ class Transfer:
     def _place(
         self, parameters: Sequence[Parameter], dtype: torch.dtype
     ) -> list[dict[str, torch.Tensor]]:
-        """Room for the staged parameters of each group, in one buffer that all groups use."""
+        """Place the staged parameters of each group in one buffer that all groups reuse."""
         groups: list[list[Parameter]] = [[] for _ in range(self._planner.group_count)]
         for parameter in parameters:
             if parameter.staged:
@@ -282,9 +289,9 @@ class Transfer:
 
 
 def _by_parameter(cells: list[Cell], targets: Views) -> dict[str, list[tuple[Cell, Region]]]:
-    """The cells that an engine's parameters hold: each is read once, whatever it is made of."""
+    """Group cells by the engine's parameter, so that each parameter is read once."""
     found: dict[str, list[tuple[Cell, Region]]] = {}
     for cell in cells:
-        piece, _ = targets.holder(cell)
-        found.setdefault(piece.parameter, []).append((cell, piece))
+        region, _ = targets.holder(cell)
+        found.setdefault(region.parameter, []).append((cell, region))
     return found

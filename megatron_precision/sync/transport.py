@@ -25,7 +25,8 @@ import torch.distributed as dist
 from megatron_precision.layouts.regions import Region
 from megatron_precision.sync.plan import BATCH_BYTES, Cell, Exchange, PlanError, RankPlan, batches
 
-Held = Iterable[tuple[Region, torch.Tensor]]
+# Regions on this rank, each with the tensor of its parameter.
+RegionTensors = Iterable[tuple[Region, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class Transport:
 
     Args:
         groups: the plan's parts, in the order in which they run; all ranks have as many.
-        sources: the trainer's pieces on this rank, with the live parameter of each.
-        targets: the engine's pieces on this rank, with the tensor of each in loader layout.
+        sources: the trainer's regions on this rank, with the live parameter of each.
+        targets: the engine's regions on this rank, with the tensor of each in loader layout.
         wire: dtype of what is sent.
         world_size: ranks that take part.
         batch_bytes: what is under way to a rank at once; two such buffers are held at most.
@@ -169,14 +170,14 @@ class Transport:
         received_bytes: of these, from other ranks.
 
     Raises:
-        PlanError: where a cell of the plan is in no piece: the layout is another than planned.
+        PlanError: where a cell of the plan is in no region: the layout is another than planned.
     """
 
     def __init__(
         self,
         groups: Sequence[RankPlan],
-        sources: Held,
-        targets: Held,
+        sources: RegionTensors,
+        targets: RegionTensors,
         *,
         wire: torch.dtype,
         world_size: int,
@@ -218,46 +219,49 @@ class Transport:
 
 
 class Views:
-    """Cells as strided views of one side's tensors.
+    """Finds cells as strided views of one side's tensors.
 
     Args:
-        held: every piece, with the parameter that holds it.
-        side: for messages.
-        firsts: by parameter of which a range of elements is held, flat, its first element.
+        held: every region on this rank, with its parameter's tensor.
+        side: "the trainer" or "the engine", for error messages.
+        firsts: for a parameter of which this rank has only a flat range of elements: the
+            position of the range's first element, by the parameter's name.
     """
 
-    def __init__(self, held: Held, side: str, firsts: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self, held: RegionTensors, side: str, firsts: Mapping[str, int] | None = None
+    ) -> None:
         self._side, self._firsts = side, firsts or {}
         self._held: dict[str, list[tuple[Region, torch.Tensor]]] = {}
-        for piece, tensor in held:
-            self._held.setdefault(piece.hf_name, []).append((piece, tensor))
+        for region, tensor in held:
+            self._held.setdefault(region.hf_name, []).append((region, tensor))
 
     def of(self, cell: Cell) -> torch.Tensor:
-        """The view of a cell.
+        """Return the strided view of a cell.
 
         Raises:
-            PlanError: where no piece holds it.
+            PlanError: where no region holds it.
         """
-        piece, tensor = self.holder(cell)
-        if piece.parameter not in self._firsts:
-            return view_of(cell, piece, tensor)
+        region, tensor = self.holder(cell)
+        if region.parameter not in self._firsts:
+            return view_of(cell, region, tensor)
         # The view that the whole parameter would have, from the range's first element.
-        whole = view_of(cell, piece, torch.empty(piece.view, device="meta"))
-        begin = whole.storage_offset() - self._firsts[piece.parameter]
+        whole = view_of(cell, region, torch.empty(region.view, device="meta"))
+        begin = whole.storage_offset() - self._firsts[region.parameter]
         extent = sum((n - 1) * s for n, s in zip(whole.shape, whole.stride(), strict=True))
         if begin < 0 or begin + extent >= tensor.numel():
             raise self._missing(cell)
         return tensor.as_strided(whole.shape, whole.stride(), tensor.storage_offset() + begin)
 
     def holder(self, cell: Cell) -> tuple[Region, torch.Tensor]:
-        """The piece that a cell lies in, and its parameter.
+        """Return the region that contains a cell, and the tensor of its parameter.
 
         Raises:
-            PlanError: where no piece holds it.
+            PlanError: where no region holds it.
         """
-        for piece, tensor in self._held.get(cell.hf_name, ()):
-            if piece.holds(cell.start, cell.shape):
-                return piece, tensor
+        for region, tensor in self._held.get(cell.hf_name, ()):
+            if region.holds(cell.start, cell.shape):
+                return region, tensor
         raise self._missing(cell)
 
     def _missing(self, cell: Cell) -> PlanError:
@@ -267,9 +271,9 @@ class Views:
         )
 
 
-def view_of(cell: Cell, piece: Region, tensor: torch.Tensor) -> torch.Tensor:
-    """A cell's view of a parameter that holds it in a piece."""
-    return tensor.view(piece.view)[piece.within(cell.start, cell.shape)]
+def view_of(cell: Cell, region: Region, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the strided view of a cell in the tensor of the region's parameter."""
+    return tensor.view(region.view)[region.within(cell.start, cell.shape)]
 
 
 def _bind(

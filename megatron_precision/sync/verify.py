@@ -1,18 +1,17 @@
-"""The proof of a sync: both sides' checksums of every region, compared where it is needed.
+"""Proves a weight sync: compares checksums of what trainers hold with what engines read.
 
-The trainers compute a checksum of each cell that they send or copy, of the value as it is cast
-for the engine. It follows the cell's route, as a message of its own: eight bytes a cell. A rank
-compares it with the checksum of what its engine's kernels read, so that a piece that was corrupted,
-dropped, duplicated or sent to the wrong place is a cell that differs, with its name.
+The trainers compute a checksum of each cell that they send or copy, after the cast to the engine's
+dtype. It follows the cell's route in a message of its own, eight bytes a cell. The receiving rank
+compares it with the checksum of what its engine's kernels read. A cell that was corrupted, dropped,
+duplicated or sent to the wrong rank is reported by name.
 
-Checksums of regions: what both sides of a sync compare, computed on bit patterns.
-
-A region [rows, columns] is summed along rows and along columns, as integers, and both sums are
-weighted by position: Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64, u odd and v even. An element's
-own weight u_r + v_c is odd, so one that changed always changes the sum, its highest bit too. So
-do elements that changed places, but for a chance of about 2^-15 where they are two, and 2^-60
-where they are rows, columns or whole regions. On the CPU both sums are taken block by block,
-while a block is in the cache: memory is read once.
+A checksum is computed on bit patterns. The cell [rows, columns] is summed along rows and along
+columns, as integers, and both sums are weighted by position:
+Σ u_r Σ_c x_rc + Σ v_c Σ_r x_rc modulo 2^64, u odd and v even. The total weight u_r + v_c of an
+element is odd, so a change of one element always changes the sum, its highest bit included. Two
+elements that change places are missed with a chance of about 2^-15; rows, columns or whole regions
+that change places, with about 2^-60. On the CPU both sums are computed block by block while a
+block is in the cache, so memory is read once.
 """
 
 from __future__ import annotations
@@ -27,16 +26,16 @@ import torch.distributed as dist
 from megatron_precision.sync.plan import Cell, Exchange, RankPlan
 from megatron_precision.sync.transport import Views
 
-_BLOCK_BYTES = 2 * 2**20  # of a cache that the two sums share
+_BLOCK_BYTES = 2 * 2**20  # a block stays in the CPU's cache for both sums
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(view: torch.Tensor, columns: int) -> torch.Tensor:
-    """The checksum of a region, an int64 scalar on the view's device.
+    """Compute the checksum of a region, an int64 scalar on the view's device.
 
     Args:
         view: the region, in any shape that is `[rows, columns]` in row-major order; strided.
-        columns: of the region.
+        columns: number of columns of the region.
     """
     # Words of as many bytes as the columns fill evenly, the same on both sides.
     row_bytes = columns * view.element_size()
@@ -73,7 +72,7 @@ def _viewable(view: torch.Tensor, size: int) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _weights(count: int, stream: int, device: torch.device) -> torch.Tensor:
-    """64-bit numbers, one a position, without a pattern (splitmix64); odd in the first stream."""
+    """Return pseudo-random int64 weights [count] (splitmix64): odd in stream 0, even in 1."""
     z = (torch.arange(1, count + 1, device=device) + (stream << 40)) * -0x61C8864680B583EB
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
@@ -82,24 +81,24 @@ def _weights(count: int, stream: int, device: torch.device) -> torch.Tensor:
 
 
 def columns_of(shape: tuple[int, ...]) -> int:
-    """Columns of a region of a Hugging Face tensor: one row for a vector."""
+    """Return the number of columns of a cell of this shape; a vector is one row."""
     return shape[-1] if len(shape) > 1 else math.prod(shape)
 
 
 class RegionProof:
-    """One rank's part of the proof, bound to the trainer's tensors.
+    """Computes and exchanges one rank's checksums, bound to the trainer's tensors.
 
     Args:
-        plan: of this rank, whole: one message a peer, whatever the number of layers.
-        sources: the trainer's cells on this rank.
-        wire: dtype of what is sent.
+        plan: this rank's whole plan, so that each peer gets one message for all layers.
+        sources: the trainer's tensors on this rank.
+        wire: dtype in which weights are sent.
         engine: dtype of the engine's parameters.
 
     Attributes:
-        needed: the cells of this rank's engine.
+        needed: the cells that this rank's engine receives.
 
     Raises:
-        PlanError: where a cell of the plan is in no piece.
+        PlanError: if no region on this rank contains a cell of the plan.
     """
 
     def __init__(
@@ -111,7 +110,7 @@ class RegionProof:
 
     @torch.no_grad()
     def held(self) -> dict[Cell, int]:
-        """The trainer's checksum of each cell that it sends or copies from this rank."""
+        """Compute the checksum of each cell that this rank's trainer sends or copies."""
         if not self._held:
             return {}
         cast = ((c, view.to(self._wire).to(self._engine)) for c, view in self._held.items())
@@ -119,14 +118,14 @@ class RegionProof:
         return dict(zip(self._held, sums.tolist(), strict=True))
 
     def arrived(self, held: Mapping[Cell, int]) -> dict[Cell, int]:
-        """The trainer's checksum of each cell that this rank needs; every rank calls it."""
+        """Return the trainer's checksum of each cell that this rank needs; a collective call."""
         known = {cell: held[cell] for cell in self._plan.copies}
         known |= _exchanged(self._plan.direct, held)
         return known | _exchanged(self._plan.fan_out, known)
 
 
 def _exchanged(exchange: Exchange, known: Mapping[Cell, int]) -> dict[Cell, int]:
-    """Send each peer its cells' checksums, and receive those of the cells that come from it."""
+    """Send each peer the checksums of its cells, and receive those of this rank's cells."""
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     buffers = {
         peer: torch.empty(len(cells), dtype=torch.int64, device=device)

@@ -151,8 +151,8 @@ class Dumper:
         """Copy this rank's shard to host memory: a jump is seen after it is overwritten."""
         if self._keeps:
             self._kept = [
-                (piece, view.detach().to("cpu", copy=True))
-                for piece, view in self._actor.weights.views()
+                (region, view.detach().to("cpu", copy=True))
+                for region, view in self._actor.weights.views()
             ]
 
     def see(self, iteration: int, groups: RolloutGroups, batch: Batch, measured: Measured) -> None:

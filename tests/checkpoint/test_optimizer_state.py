@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.sync.holdings import trainer_coordinates
+from benchmarks.sync.parameters import trainer_coordinates
 from megatron_precision.actor.optimizer import FlatState
 from megatron_precision.checkpoint import optimizer_state
 from megatron_precision.checkpoint.optimizer_state import OptimizerBoxes
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.megatron import megatron_pieces
+from megatron_precision.layouts.megatron import megatron_regions
 from megatron_precision.sync.families import TrainerLayout
 from tests.distributed.layout_oracle import MODELS, numbered, trainer_rank
 
@@ -82,7 +82,7 @@ def pretended(model: ModelConfig, layout: TrainerLayout, rank: int, empty: bool)
         values = {n: torch.full_like(flat, -7.0) if empty else flat * f for n, f in FACTORS.items()}
         held = FlatState(first, last, values) if first < last else FlatState(0, 0, {})
         parameter = torch.nn.Parameter(torch.empty(tensor.shape))
-        made.held.append((name, parameter, megatron_pieces(name, tuple(tensor.shape), model, at)))
+        made.held.append((name, parameter, megatron_regions(name, tuple(tensor.shape), model, at)))
         made.states[parameter] = held
     return made
 

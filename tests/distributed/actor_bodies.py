@@ -42,7 +42,7 @@ def weighted_logprobs(part: Batch, logprobs: torch.Tensor, entropies: torch.Tens
 
 
 def full_gradients(actor: Actor) -> dict[str, torch.Tensor]:
-    """Gradients as Hugging Face tensors, put together from every rank's pieces."""
+    """Gradients as Hugging Face tensors, put together from every rank's regions."""
     for buffer in [*actor.model.buffers, *actor.model.expert_parallel_buffers]:
         # The distributed optimizer leaves each rank with its own shard of the sum.
         group = buffer.data_parallel_group
@@ -54,18 +54,18 @@ def full_gradients(actor: Actor) -> dict[str, torch.Tensor]:
             bucket.grad_data.copy_(torch.cat(gathered))
     parameters = dict(actor.model.module.named_parameters())
     local = []
-    for piece, _ in actor.weights.views():
-        grad = parameters[piece.parameter].main_grad.view(piece.view)
-        spans = tuple(slice(begin, end) for begin, end in piece.index)
-        local.append((piece, grad[spans].reshape(piece.shape).clone()))
+    for region, _ in actor.weights.views():
+        grad = parameters[region.parameter].main_grad.view(region.view)
+        spans = tuple(slice(begin, end) for begin, end in region.index)
+        local.append((region, grad[spans].reshape(region.shape).clone()))
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, local)
     full = {
         name: torch.full(shape, float("nan")) for name, shape in hf_shapes(actor._run.model).items()
     }
-    for piece, grad in (item for part in everyone for item in part):
-        box = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-        full[piece.hf_name][box] = grad
+    for region, grad in (item for part in everyone for item in part):
+        box = tuple(slice(a, a + n) for a, n in zip(region.start, region.shape, strict=True))
+        full[region.hf_name][box] = grad
     return full
 
 

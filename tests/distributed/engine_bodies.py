@@ -21,8 +21,8 @@ from megatron_precision.data.arithmetic import CharTokenizer, make_questions, wa
 from megatron_precision.data.tasks import arithmetic_task
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.layouts.hf_files import write_checkpoint
-from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
-from megatron_precision.layouts.vllm import vllm_pieces
+from megatron_precision.layouts.megatron import ShardCoordinates, megatron_regions
+from megatron_precision.layouts.vllm import vllm_regions
 from megatron_precision.platform.startup import start
 from megatron_precision.precision import audit
 from megatron_precision.rewards.grading import graded
@@ -262,8 +262,8 @@ def damaged_staging(session: Session) -> dict[str, str]:
 
 
 @dataclasses.dataclass
-class Pieces:
-    """Pieces on one way: their tensors, and where each goes and comes from."""
+class Regions:
+    """Regions on one way: their tensors, and where each goes and comes from."""
 
     names: list[str]
     to: list[torch.Tensor]
@@ -275,11 +275,11 @@ def plans(session: Session) -> list[RankPlan]:
     return rank_groups(session.sync.transfer._planner, dist.get_rank())
 
 
-def local_copies(session: Session) -> Pieces:
+def local_copies(session: Session) -> Regions:
     """Those of the first group of layers."""
     group = session.sync.transfer.transport._groups[1]
     names = [cell.hf_name for cell in plans(session)[1].copies]
-    return Pieces(names, group.copy_to, group.copy_from)
+    return Regions(names, group.copy_to, group.copy_from)
 
 
 def arriving(session: Session) -> tuple[list[Any], int] | None:
@@ -291,24 +291,24 @@ def arriving(session: Session) -> tuple[list[Any], int] | None:
     return None
 
 
-def arriving_message(session: Session) -> Pieces:
-    """The pieces of the first packed message from the other rank; of some ranks, none."""
+def arriving_message(session: Session) -> Regions:
+    """The regions of the first packed message from the other rank; of some ranks, none."""
     for plan, steps in zip(plans(session), session.sync.transfer.transport._steps, strict=True):
         for step in steps:
             if step.receive.views:
                 (cells,) = plan.direct.receives.values()
                 assert len(cells) == len(step.receive.views)
                 names = [cell.hf_name for cell in cells]
-                return Pieces(names, step.receive.views, step.receive.slices)
-    return Pieces([], [], [])
+                return Regions(names, step.receive.views, step.receive.slices)
+    return Regions([], [], [])
 
 
-def damaged_routes(session: Session, pieces: Pieces) -> dict[str, tuple[list[str], str]]:
-    """Pieces dropped, misdirected and duplicated: (their tensors, complaint)."""
+def damaged_routes(session: Session, regions: Regions) -> dict[str, tuple[list[str], str]]:
+    """Regions dropped, misdirected and duplicated: (their tensors, complaint)."""
     pairs = [
         (a, b)
-        for a, one in enumerate(pieces.to)
-        for b, other in enumerate(pieces.to)
+        for a, one in enumerate(regions.to)
+        for b, other in enumerate(regions.to)
         if a < b and one.shape == other.shape and one.ndim > 1
     ]
     first, second = pairs[0] if pairs else (-1, -1)
@@ -318,7 +318,7 @@ def damaged_routes(session: Session, pieces: Pieces) -> dict[str, tuple[list[str
         kept = list(ends)
         if pairs:
             ends[:] = change(kept)
-        found[kind] = [pieces.names[n] for n in whose if pairs], complaint(session)
+        found[kind] = [regions.names[n] for n in whose if pairs], complaint(session)
         ends[:] = kept
 
     def nowhere(views: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -331,9 +331,9 @@ def damaged_routes(session: Session, pieces: Pieces) -> dict[str, tuple[list[str
     def doubled(views: list[torch.Tensor]) -> list[torch.Tensor]:
         return [views[second] if n == first else v for n, v in enumerate(views)]
 
-    broken("dropped", [first], pieces.to, nowhere)
-    broken("misdirected", [first, second], pieces.to, swapped)
-    broken("duplicated", [first], pieces.source, doubled)
+    broken("dropped", [first], regions.to, nowhere)
+    broken("misdirected", [first, second], regions.to, swapped)
+    broken("duplicated", [first], regions.source, doubled)
     return found
 
 
@@ -517,9 +517,9 @@ def assembled_main_copies(session: Session) -> dict[str, torch.Tensor]:
     found = {name: torch.empty(shape) for name, shape in hf_shapes(session.config.model).items()}
     for name, tensor in whole.items():
         shape = tuple(tensor.shape)
-        for piece in megatron_pieces(name, shape, session.config.model, ShardCoordinates()):
-            values = tensor.view(piece.view)[piece.spans].reshape(piece.shape)
-            found[piece.hf_name][piece.box] = values
+        for region in megatron_regions(name, shape, session.config.model, ShardCoordinates()):
+            values = tensor.view(region.view)[region.spans].reshape(region.shape)
+            found[region.hf_name][region.box] = values
     return found
 
 
@@ -529,10 +529,10 @@ def engine_tensors(session: Session) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for parameter in engine.parameters:
         for read in engine.reads(parameter.name):
-            for piece in vllm_pieces(parameter.name, parameter.shape, model, ShardCoordinates()):
+            for region in vllm_regions(parameter.name, parameter.shape, model, ShardCoordinates()):
                 # A copy: the kernel's own memory changes with the next push.
-                part = read.view(piece.view)[piece.spans].reshape(piece.shape).clone()
-                found[piece.hf_name] = part
+                part = read.view(region.view)[region.spans].reshape(region.shape).clone()
+                found[region.hf_name] = part
     return found
 
 

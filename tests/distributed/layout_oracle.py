@@ -11,9 +11,9 @@ import torch
 
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
+from megatron_precision.layouts.megatron import ShardCoordinates, megatron_regions
 from megatron_precision.layouts.regions import Region
-from megatron_precision.layouts.vllm import vllm_pieces
+from megatron_precision.layouts.vllm import vllm_regions
 from megatron_precision.sync.families import RolloutLayout, TrainerLayout
 from megatron_precision.sync.plan import Cell
 
@@ -157,29 +157,29 @@ THREES = {
 
 
 @dataclass
-class Held:
+class RankTensors:
     """Parameters of one rank's side, and how often each element was written."""
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     written: dict[str, torch.Tensor] = field(default_factory=dict)
-    pieces: list[Region] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
 
     @functools.cached_property
     def _by_tensor(self) -> dict[str, list[Region]]:
         found: dict[str, list[Region]] = {}
-        for piece in self.pieces:
-            found.setdefault(piece.hf_name, []).append(piece)
+        for region in self.regions:
+            found.setdefault(region.hf_name, []).append(region)
         return found
 
     def view(self, cell: Cell, of: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The strided view of a cell in the one piece that holds it."""
-        for piece in self._by_tensor.get(cell.hf_name, ()):
-            if piece.holds(cell.start, cell.shape):
-                return of[piece.parameter].view(piece.view)[piece.within(cell.start, cell.shape)]
+        """The strided view of a cell in the one region that holds it."""
+        for region in self._by_tensor.get(cell.hf_name, ()):
+            if region.holds(cell.start, cell.shape):
+                return of[region.parameter].view(region.view)[region.within(cell.start, cell.shape)]
         raise AssertionError(f"{cell} is not held")
 
 
-def trainer_rank(model: ModelConfig, layout: TrainerLayout, rank: int) -> Held:
+def trainer_rank(model: ModelConfig, layout: TrainerLayout, rank: int) -> RankTensors:
     """Megatron's order: tensor parallel fastest, then expert, data and pipeline parallel."""
     rank -= layout.first
     per_stage = layout.size // layout.pp
@@ -192,20 +192,20 @@ def trainer_rank(model: ModelConfig, layout: TrainerLayout, rank: int) -> Held:
         first_expert=within // layout.etp % layout.ep * (model.num_experts // layout.ep),
         first_layer=stage * (model.num_hidden_layers // layout.pp),
     )
-    held, source = Held(), numbered(model)
+    held, source = RankTensors(), numbered(model)
     shapes = megatron_shapes(model, Layout(layout.tp, layout.pp, layout.ep, layout.etp), stage)
     for name, shape in shapes.items():
         local = torch.full(shape, -1)
-        for piece in megatron_pieces(name, shape, model, at):
-            view = local.view(piece.view)[piece.spans]
-            view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
+        for region in megatron_regions(name, shape, model, at):
+            view = local.view(region.view)[region.spans]
+            view.copy_(source[region.hf_name][region.box].reshape(view.shape))
             if name != "output_layer.weight" or not model.tie_word_embeddings:
-                held.pieces.append(piece)
+                held.regions.append(region)
         held.tensors[name] = local
     return held
 
 
-def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> Held:
+def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> RankTensors:
     """An engine's parameters before the sync; experts whole and consecutive under EP."""
     position = (rank - layout.first) % layout.tp
     at = ShardCoordinates(position, layout.tp, position, layout.tp)
@@ -214,7 +214,7 @@ def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> Held:
         count = model.num_experts // layout.tp
         at = ShardCoordinates(position, layout.tp, 0, 1, first_expert=position * count)
         local = dataclasses.replace(model, num_experts=count)
-    held = Held()
+    held = RankTensors()
     for name, shape in vllm_shapes(local, layout.tp).items():
         if at.etp_size == 1 and local is not model:
             inner = model.moe_intermediate_size
@@ -224,7 +224,7 @@ def engine_rank(model: ModelConfig, layout: RolloutLayout, rank: int) -> Held:
                 shape = (local.num_experts, model.hidden_size, inner)
             elif name.endswith("mlp.gate.weight"):
                 shape = (model.num_experts, model.hidden_size)
-        held.pieces += vllm_pieces(name, shape, model, at)
+        held.regions += vllm_regions(name, shape, model, at)
         held.tensors[name] = torch.zeros(shape, dtype=torch.int64)
         held.written[name] = torch.zeros(shape, dtype=torch.int64)
     return held

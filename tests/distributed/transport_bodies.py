@@ -9,19 +9,19 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.sync import full_gather, measure
-from benchmarks.sync.holdings import engine_coordinates
+from benchmarks.sync.parameters import engine_coordinates
 from megatron_precision.sync.families import RolloutLayout
 from megatron_precision.sync.plan import PlanError, Planner, rank_groups
 from megatron_precision.sync.transfer import Transfer
 from megatron_precision.sync.transport import Transport
-from tests.distributed.layout_oracle import Held, engine_rank, numbered, trainer_rank
+from tests.distributed.layout_oracle import RankTensors, engine_rank, numbered, trainer_rank
 
 
 def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dict[str, Any]]:
     """Twice, with other numbers the second time; what went wrong and how much moved, by rank."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    empty = Held()
+    empty = RankTensors()
     trainers, engines = planner.trainer.world, planner.rollout.world
     source = trainer_rank(planner.model, planner.trainer, rank) if rank in trainers else empty
     target = engine_rank(planner.model, planner.rollout, rank) if rank in engines else empty
@@ -29,8 +29,8 @@ def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dic
     held = {name: torch.full(t.shape, -1.0) for name, t in target.tensors.items()}
     transport = Transport(
         rank_groups(planner, rank),
-        [(piece, weights[piece.parameter]) for piece in source.pieces],
-        [(piece, held[piece.parameter]) for piece in target.pieces],
+        [(region, weights[region.parameter]) for region in source.regions],
+        [(region, held[region.parameter]) for region in target.regions],
         wire=dtype,
         world_size=dist.get_world_size(),
         batch_bytes=batch_bytes,
@@ -42,9 +42,9 @@ def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dic
         for group in range(planner.group_count):
             transport.run(group)
         model = {n: t.to(dtype) + change for n, t in numbered(planner.model).items()}
-        for piece in target.pieces:
-            view = held[piece.parameter].view(piece.view)[piece.spans]
-            expected = model[piece.hf_name][piece.box].reshape(view.shape).float()
+        for region in target.regions:
+            view = held[region.parameter].view(region.view)[region.spans]
+            expected = model[region.hf_name][region.box].reshape(view.shape).float()
             wrong += int((view != expected).sum())
     # The same layouts as `sync-bench --execute` has them: it raises where a weight differs.
     measured = measure.run(planner, dtype, batch_bytes, 1, torch.device("cpu"))
@@ -52,7 +52,7 @@ def run_plan(planner: Planner, dtype: torch.dtype, batch_bytes: int) -> list[dic
         "wrong": wrong,
         "received": measured.received,
         "buffers": transport.buffer_bytes,
-        "compared": sum(piece.numel for piece in target.pieces),
+        "compared": sum(region.numel for region in target.regions),
     }
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, mine)
@@ -65,8 +65,8 @@ def lossy_gather(planner: Planner) -> str:
     dist.init_process_group("gloo")
     bind = full_gather.FullGather._cuts
 
-    def lossy(self: Any, piece: Any, shard: torch.Tensor) -> list[Any]:
-        return list(bind(self, piece, shard))[: -1 if "down_proj" in piece.hf_name else None]
+    def lossy(self: Any, region: Any, shard: torch.Tensor) -> list[Any]:
+        return list(bind(self, region, shard))[: -1 if "down_proj" in region.hf_name else None]
 
     full_gather.FullGather._cuts = lossy  # type: ignore[assignment, method-assign]
     try:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.megatron import ShardCoordinates, megatron_pieces
+from megatron_precision.layouts.megatron import ShardCoordinates, megatron_regions
 from megatron_precision.layouts.regions import Region, uncovered
-from megatron_precision.layouts.vllm import vllm_pieces
+from megatron_precision.layouts.vllm import vllm_regions
 from tests.distributed.layout_oracle import Layout, Shapes, megatron_shapes, numbered, vllm_shapes
 
 DENSE = ("qwen3", "qwen2", "llama")
@@ -86,14 +86,14 @@ Ranks = list[tuple[Shapes, ShardCoordinates]]
 
 def assert_covered_once(table: Table, model: ModelConfig, ranks: Ranks) -> None:
     """Distinct boxes of all ranks tile every tensor: no gap, no overlap but whole replicas."""
-    pieces = [p for shapes, at in ranks for n, s in shapes.items() for p in table(n, s, model, at)]
+    regions = [p for shapes, at in ranks for n, s in shapes.items() for p in table(n, s, model, at)]
     painted = {name: torch.zeros(shape) for name, shape in hf_shapes(model).items()}
-    for hf_name, start, shape in {(p.hf_name, p.start, p.shape) for p in pieces}:
+    for hf_name, start, shape in {(p.hf_name, p.start, p.shape) for p in regions}:
         area = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
         assert painted[hf_name][area].shape == shape, f"{hf_name}: a box beyond the tensor"
         painted[hf_name][area] += 1
     assert {name for name, count in painted.items() if not (count == 1).all()} == set()
-    assert uncovered(pieces, hf_shapes(model)) == []
+    assert uncovered(regions, hf_shapes(model)) == []
 
 
 def assert_round_trip(table: Table, model: ModelConfig, ranks: Ranks) -> None:
@@ -104,41 +104,41 @@ def assert_round_trip(table: Table, model: ModelConfig, ranks: Ranks) -> None:
         for name, shape in shapes.items():
             local = torch.zeros(shape, dtype=torch.int64)
             written = torch.zeros(shape, dtype=torch.int64)
-            for piece in table(name, shape, model, at):
-                view = local.view(piece.view)[piece.spans]
-                view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
-                written.view(piece.view)[piece.spans] += 1
+            for region in table(name, shape, model, at):
+                view = local.view(region.view)[region.spans]
+                view.copy_(source[region.hf_name][region.box].reshape(view.shape))
+                written.view(region.view)[region.spans] += 1
             # Only padded rows of the vocabulary may stay unwritten, nothing is written twice.
             assert written.max() <= 1
             if "embed" not in name and name not in ("output_layer.weight", "lm_head.weight"):
                 assert (written == 1).all(), name
-            for piece in table(name, shape, model, at):
-                values = local.view(piece.view)[piece.spans].reshape(piece.shape)
-                back[piece.hf_name][piece.box] = values
+            for region in table(name, shape, model, at):
+                values = local.view(region.view)[region.spans].reshape(region.shape)
+                back[region.hf_name][region.box] = values
     for name, tensor in source.items():
         assert torch.equal(back[name], tensor), name
 
 
 @given(trainers())
 @settings(max_examples=40, deadline=None)
-def test_megatron_pieces_cover_every_tensor_exactly_once(made: tuple[ModelConfig, Layout]) -> None:
-    assert_covered_once(megatron_pieces, made[0], list(trainer_ranks(*made)))
+def test_megatron_regions_cover_every_tensor_exactly_once(made: tuple[ModelConfig, Layout]) -> None:
+    assert_covered_once(megatron_regions, made[0], list(trainer_ranks(*made)))
 
 
 @given(trainers())
 @settings(max_examples=20, deadline=None)
-def test_megatron_pieces_scatter_and_gather_to_the_identity(
+def test_megatron_regions_scatter_and_gather_to_the_identity(
     made: tuple[ModelConfig, Layout],
 ) -> None:
-    assert_round_trip(megatron_pieces, made[0], list(trainer_ranks(*made)))
+    assert_round_trip(megatron_regions, made[0], list(trainer_ranks(*made)))
 
 
 @given(trainers())
 @settings(max_examples=20, deadline=None)
-def test_transformer_engines_names_hold_the_same_pieces(made: tuple[ModelConfig, Layout]) -> None:
+def test_transformer_engines_names_hold_the_same_regions(made: tuple[ModelConfig, Layout]) -> None:
     ranks = [(in_transformer_engines_names(shapes), at) for shapes, at in trainer_ranks(*made)]
-    assert_covered_once(megatron_pieces, made[0], ranks)
-    assert_round_trip(megatron_pieces, made[0], ranks)
+    assert_covered_once(megatron_regions, made[0], ranks)
+    assert_round_trip(megatron_regions, made[0], ranks)
 
 
 @st.composite
@@ -175,14 +175,14 @@ def engine_ranks(model: ModelConfig, tp: int) -> Ranks:
 
 @given(engines())
 @settings(max_examples=40, deadline=None)
-def test_vllm_pieces_cover_every_tensor_exactly_once(made: tuple[ModelConfig, int]) -> None:
-    assert_covered_once(vllm_pieces, made[0], engine_ranks(*made))
+def test_vllm_regions_cover_every_tensor_exactly_once(made: tuple[ModelConfig, int]) -> None:
+    assert_covered_once(vllm_regions, made[0], engine_ranks(*made))
 
 
 @given(engines())
 @settings(max_examples=20, deadline=None)
-def test_vllm_pieces_scatter_and_gather_to_the_identity(made: tuple[ModelConfig, int]) -> None:
-    assert_round_trip(vllm_pieces, made[0], engine_ranks(*made))
+def test_vllm_regions_scatter_and_gather_to_the_identity(made: tuple[ModelConfig, int]) -> None:
+    assert_round_trip(vllm_regions, made[0], engine_ranks(*made))
 
 
 def test_megatron_interleaves_queries_keys_and_values_per_group() -> None:
@@ -199,9 +199,9 @@ def test_megatron_interleaves_queries_keys_and_values_per_group() -> None:
     local = torch.zeros(16, 3, dtype=torch.int64)
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     at = ShardCoordinates(tp_rank=1, tp_size=2)
-    for piece in megatron_pieces(name, (16, 3), model, at):
-        view = local.view(piece.view)[piece.spans]
-        view.copy_(source[piece.hf_name][piece.box].reshape(view.shape))
+    for region in megatron_regions(name, (16, 3), model, at):
+        view = local.view(region.view)[region.spans]
+        view.copy_(source[region.hf_name][region.box].reshape(view.shape))
     assert torch.equal(local, by_hand)
 
 
@@ -210,8 +210,8 @@ def test_engine_ranks_that_outnumber_kv_heads_hold_the_same_head() -> None:
     held = {}
     for rank in range(4):
         at = ShardCoordinates(tp_rank=rank, tp_size=4)
-        pieces = vllm_pieces("model.layers.0.self_attn.qkv_proj.weight", (8, 3), model, at)
-        held[rank] = {piece.hf_name.split(".")[-2]: piece.start[0] for piece in pieces}
+        regions = vllm_regions("model.layers.0.self_attn.qkv_proj.weight", (8, 3), model, at)
+        held[rank] = {region.hf_name.split(".")[-2]: region.start[0] for region in regions}
     # Two queries a rank, four rows; two rows a KV head, each on two neighbouring ranks.
     assert [held[rank]["q_proj"] for rank in range(4)] == [0, 4, 8, 12]
     assert [held[rank]["k_proj"] for rank in range(4)] == [0, 0, 2, 2]
@@ -230,7 +230,7 @@ def test_engine_ranks_that_outnumber_kv_heads_hold_the_same_head() -> None:
 )
 def test_an_unknown_megatron_parameter_raises(name: str) -> None:
     with pytest.raises(ValueError, match="unknown Megatron parameter"):
-        megatron_pieces(name, (4, 4), ModelConfig(), ShardCoordinates())
+        megatron_regions(name, (4, 4), ModelConfig(), ShardCoordinates())
 
 
 @pytest.mark.parametrize(
@@ -238,19 +238,19 @@ def test_an_unknown_megatron_parameter_raises(name: str) -> None:
 )
 def test_an_unknown_vllm_parameter_raises(name: str) -> None:
     with pytest.raises(ValueError, match="unknown vLLM parameter"):
-        vllm_pieces(name, (4, 4), ModelConfig(), ShardCoordinates())
+        vllm_regions(name, (4, 4), ModelConfig(), ShardCoordinates())
 
 
 def test_what_no_rank_holds_is_named_with_its_size() -> None:
     model, layout = ModelConfig(num_hidden_layers=2), Layout(2, 1, 1, 1)
     ranks = list(trainer_ranks(model, layout))
-    pieces = [
-        piece
+    regions = [
+        region
         for shapes, at in ranks[:1]
         for name, shape in shapes.items()
-        for piece in megatron_pieces(name, shape, model, at)
+        for region in megatron_regions(name, shape, model, at)
     ]
-    problems = uncovered(pieces, hf_shapes(model))
+    problems = uncovered(regions, hf_shapes(model))
     assert "model.layers.1.self_attn.o_proj.weight: 8192 of 16384 elements covered" in problems
     assert not any("layernorm" in problem for problem in problems)
     stranger = Region("model.extra", (0,), (2,), "extra", (2,), ((0, 2),))

@@ -12,7 +12,7 @@ import pytest
 
 import recipes
 from benchmarks.gpu.tables import recorded_config
-from benchmarks.sync.holdings import engine_holdings, trainer_holdings
+from benchmarks.sync.parameters import engine_parameters, trainer_parameters
 from megatron_precision.config.schema import MemoryConfig, ParallelConfig, RunConfig
 from megatron_precision.layouts.architectures import hf_shapes
 from megatron_precision.preflight import memory
@@ -69,12 +69,12 @@ def test_every_stage_holds_what_the_weight_sync_counts(layout: ParallelConfig) -
     )
     for stage in range(layout.pp_size):
         rank = stage * layout.world_size // layout.pp_size
-        sizes = [(h.name, math.prod(h.shape)) for h in trainer_holdings(model, side, rank)]
+        sizes = [(h.name, math.prod(h.shape)) for h in trainer_parameters(model, side, rank)]
         expert = sum(size for name, size in sizes if ".experts." in name)
         held = memory.trainer_elements(config, stage)
         assert (held.dense, held.expert) == (sum(size for _, size in sizes) - expert, expert)
     engine = RolloutLayout(layout.world_size, layout.rollout_tp_size)
-    counted = sum(math.prod(h.shape) for h in engine_holdings(model, engine, 0))
+    counted = sum(math.prod(h.shape) for h in engine_parameters(model, engine, 0))
     assert memory.engine_elements(config) == counted
 
 

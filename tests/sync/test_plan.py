@@ -28,7 +28,7 @@ from tests.distributed.layout_oracle import (
     DENSE,
     MODELS,
     THREES,
-    Held,
+    RankTensors,
     engine_rank,
     numbered,
     padded,
@@ -94,20 +94,20 @@ class World:
         """Every engine parameter is the slice of the model that its table says, written once."""
         source = numbered(self.planner.model)
         for held in self.engines.values():
-            for piece in held.pieces:
-                view = held.tensors[piece.parameter].view(piece.view)[piece.spans]
-                expected = source[piece.hf_name][piece.box].reshape(view.shape)
-                assert torch.equal(view, expected), piece
-                count = held.written[piece.parameter].view(piece.view)[piece.spans]
-                assert bool((count == 1).all()), piece
+            for region in held.regions:
+                view = held.tensors[region.parameter].view(region.view)[region.spans]
+                expected = source[region.hf_name][region.box].reshape(view.shape)
+                assert torch.equal(view, expected), region
+                count = held.written[region.parameter].view(region.view)[region.spans]
+                assert bool((count == 1).all()), region
             for name, count in held.written.items():
-                covered = sum(p.numel for p in held.pieces if p.parameter == name)
+                covered = sum(p.numel for p in held.regions if p.parameter == name)
                 assert int(count.sum()) == covered, f"{name}: padding was written"
         self.check_bytes()
 
     def check_bytes(self) -> None:
         """No rank and no node receives more than what it needs and has not."""
-        needs = {r: _elements(h.pieces, self.planner.model) for r, h in self.engines.items()}
+        needs = {r: _elements(h.regions, self.planner.model) for r, h in self.engines.items()}
         has = {r: _held(h) for r, h in self.trainers.items()}
         for rank, elements in needs.items():
             assert self.received[rank] == len(elements - has.get(rank, set()))
@@ -119,14 +119,14 @@ class World:
             assert self.crossed.get(node, 0) == len(wanted - there)
 
 
-def _elements(pieces: list[Region], model: ModelConfig) -> set[int]:
+def _elements(regions: list[Region], model: ModelConfig) -> set[int]:
     source = numbered(model)
-    return {x for p in pieces for x in source[p.hf_name][p.box].flatten().tolist()}
+    return {x for p in regions for x in source[p.hf_name][p.box].flatten().tolist()}
 
 
-def _held(held: Held) -> set[int]:
+def _held(held: RankTensors) -> set[int]:
     """The numbers of a trainer's parameters; -1 is padding, or another rank's main copy."""
-    names = {piece.parameter for piece in held.pieces}
+    names = {region.parameter for region in held.regions}
     return {x for name in names for x in held.tensors[name].flatten().tolist() if x > 0}
 
 
@@ -280,11 +280,11 @@ def main_copies(draw: st.DrawFn) -> tuple[Planner, FlatRanges]:
     replicas: dict[tuple[tuple[str, tuple[int, ...]], ...], list[tuple[int, int]]] = {}
     for rank in planner.trainer.world:
         held = trainer_rank(planner.model, planner.trainer, rank)
-        for name in dict.fromkeys(piece.parameter for piece in held.pieces):
-            pieces = tuple((p.hf_name, p.start) for p in held.pieces if p.parameter == name)
-            replicas.setdefault(pieces, []).append((rank, held.tensors[name].numel()))
+        for name in dict.fromkeys(region.parameter for region in held.regions):
+            regions = tuple((p.hf_name, p.start) for p in held.regions if p.parameter == name)
+            replicas.setdefault(regions, []).append((rank, held.tensors[name].numel()))
     ranges: dict[int, list[FlatRange]] = {}
-    for pieces, ranks in replicas.items():
+    for regions, ranks in replicas.items():
         if draw(st.integers(0, 4)) == 0:
             continue  # an FP32 parameter of a 16-bit model: no copy, and whole everywhere
         numel = ranks[0][1]
@@ -292,7 +292,7 @@ def main_copies(draw: st.DrawFn) -> tuple[Planner, FlatRanges]:
         spans = zip([0, *edges], [*edges, numel], strict=True)
         for (rank, _), (begin, end) in zip(ranks, spans, strict=True):
             ranges.setdefault(rank, []).extend(
-                FlatRange(name, start, begin, end) for name, start in pieces
+                FlatRange(name, start, begin, end) for name, start in regions
             )
     return planner, FlatRanges(tuple(tuple(ranges.get(r, ())) for r in range(2 * size)))
 
@@ -304,7 +304,7 @@ def test_main_copies_in_flat_ranges(made: tuple[Planner, FlatRanges]) -> None:
     planner, ranges = made
     world = World(dataclasses.replace(planner, ranges=ranges))
     for rank, held in world.trainers.items():
-        parameters = {(p.hf_name, p.start): p.parameter for p in held.pieces}
+        parameters = {(p.hf_name, p.start): p.parameter for p in held.regions}
         for found in ranges.by_rank[rank]:
             flat = held.tensors[parameters[found.hf_name, found.start]].view(-1)
             flat[: found.begin] = -1
@@ -415,7 +415,7 @@ def test_a_plan_that_leaves_out_a_row_is_no_plan(monkeypatch: pytest.MonkeyPatch
 
     def lossy(self: Planner, source: Shard, target: Shard) -> Iterator[Box]:
         for box in boxes(self, source, target):
-            if "o_proj" in source.piece.hf_name:
+            if "o_proj" in source.region.hf_name:
                 box = Box(box.start, (box.shape[0] - 1, *box.shape[1:]))
             yield box
 
@@ -435,11 +435,11 @@ def test_tensors_of_another_layout_than_planned_are_named() -> None:
     planner = Planner(DENSE, TrainerLayout(2), RolloutLayout(2, 2), ranks_per_node=2)
     plan = planner.rank_plan(0)
     source = trainer_rank(DENSE, TrainerLayout(2), 0)
-    sources = [(piece, source.tensors[piece.parameter]) for piece in source.pieces]
+    sources = [(region, source.tensors[region.parameter]) for region in source.regions]
 
     def found(layout: RolloutLayout) -> list[str]:
         held = engine_rank(DENSE, layout, 0)
-        targets = [(piece, held.tensors[piece.parameter]) for piece in held.pieces]
+        targets = [(region, held.tensors[region.parameter]) for region in held.regions]
         return misfits([plan], sources, targets)
 
     assert found(RolloutLayout(2, 2)) == []
@@ -449,9 +449,9 @@ def test_tensors_of_another_layout_than_planned_are_named() -> None:
     assert any("0.self_attn.o_proj.weight: the plan covers 96 of 192 elements" in m for m in more)
     assert len({line.partition(":")[0] for line in less}) == divided
     assert any("o_proj.weight: the engine has no [6, 16] from [0, 0]" in line for line in less)
-    half = [(piece, tensor) for piece, tensor in sources if "o_proj" not in piece.hf_name]
+    half = [(region, tensor) for region, tensor in sources if "o_proj" not in region.hf_name]
     held = engine_rank(DENSE, RolloutLayout(2, 2), 0)
-    targets = [(piece, held.tensors[piece.parameter]) for piece in held.pieces]
+    targets = [(region, held.tensors[region.parameter]) for region in held.regions]
     assert [line.partition(": ")[2] for line in misfits([plan], half, targets)] == [
         "the trainer has no [6, 16] from [0, 0] on this rank"
     ] * 4

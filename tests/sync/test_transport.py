@@ -9,7 +9,7 @@ from megatron_precision.sync.families import RolloutLayout, TrainerLayout
 from megatron_precision.sync.plan import PlanError, Planner
 from megatron_precision.sync.transport import Transport
 from tests.distributed.harness import run_distributed
-from tests.distributed.layout_oracle import MODELS, Held, engine_rank, trainer_rank
+from tests.distributed.layout_oracle import MODELS, RankTensors, engine_rank, trainer_rank
 
 # name → (model, ranks, trainer, engines, ranks a node)
 CASES = {
@@ -64,12 +64,12 @@ def test_a_layout_that_was_not_planned_for_is_refused() -> None:
     model = MODELS["dense"]
     plan = Planner(model, TrainerLayout(1), RolloutLayout(1)).rank_plan(0)
     source = trainer_rank(model, TrainerLayout(1), 0)
-    other: Held = engine_rank(model, RolloutLayout(2, 2), 0)
+    other: RankTensors = engine_rank(model, RolloutLayout(2, 2), 0)
     with pytest.raises(PlanError, match="its layout is not the one that was planned for"):
         Transport(
             [plan],
-            [(piece, source.tensors[piece.parameter]) for piece in source.pieces],
-            [(piece, other.tensors[piece.parameter]) for piece in other.pieces],
+            [(region, source.tensors[region.parameter]) for region in source.regions],
+            [(region, other.tensors[region.parameter]) for region in other.regions],
             wire=torch.float32,
             world_size=1,
         )

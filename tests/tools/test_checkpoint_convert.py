@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from megatron_precision.checkpoint import manifest
 from megatron_precision.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_precision.layouts import megatron_checkpoint
-from megatron_precision.layouts.megatron import megatron_parameters, megatron_pieces
+from megatron_precision.layouts.megatron import megatron_parameters, megatron_regions
 from tests.distributed.harness import run_distributed
 from tests.distributed.oracle import DENSE
 from tests.tools.hf_folders import MODELS, plant, save, tensors_of
@@ -298,25 +298,25 @@ def test_every_broken_entry_of_the_table_is_caught_by_verify(
     hf = save(MODELS[kind], tmp_path / "hf")
 
     def broken(name, shape, model, at):  # type: ignore[no-untyped-def]
-        pieces = megatron_pieces(name, shape, model, at)
+        regions = megatron_regions(name, shape, model, at)
         if name != parameter:
-            return pieces
-        if len(pieces) > 1:  # fused: the first and the last of equal shape change places
-            a, b = pieces[-2:]
+            return regions
+        if len(regions) > 1:  # fused: the first and the last of equal shape change places
+            a, b = regions[-2:]
             swapped = [
                 dataclasses.replace(a, view=b.view, index=b.index),
                 dataclasses.replace(b, view=a.view, index=a.index),
             ]
-            return [*pieces[:-2], *swapped]
+            return [*regions[:-2], *swapped]
         # Another tensor of its shape, or of its width with more rows.
         held = source.open_source(hf).tensors
-        others = {n: i.shape for n, i in held.items() if n != pieces[0].hf_name}
+        others = {n: i.shape for n, i in held.items() if n != regions[0].hf_name}
         same = [n for n, s in others.items() if s == shape]
         wrong, *_ = same or [n for n, s in others.items() if s[1:] == shape[1:] and s > shape]
-        return [dataclasses.replace(pieces[0], hf_name=wrong)]
+        return [dataclasses.replace(regions[0], hf_name=wrong)]
 
     with monkeypatch.context() as patched:
-        patched.setattr(megatron_checkpoint, "megatron_pieces", broken)
+        patched.setattr(megatron_checkpoint, "megatron_regions", broken)
         convert.import_checkpoint(hf, tmp_path / "megatron")
     # The manifest knows the true hashes; a folder without one must be caught too.
     (tmp_path / "megatron" / manifest.FILE).unlink()
@@ -324,18 +324,18 @@ def test_every_broken_entry_of_the_table_is_caught_by_verify(
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
-def test_the_runs_of_a_piece_are_its_view(kind: str) -> None:
+def test_the_runs_of_a_region_are_its_view(kind: str) -> None:
     """Rows by `row_runs` against the strided view that loads and gathers use."""
     for slot in megatron_checkpoint.slots(MODELS[kind]):
         ids = torch.arange(math.prod(slot.shape)).view(slot.shape)
-        for piece in slot.pieces:
-            expected = ids.view(piece.view)[piece.spans].reshape(piece.shape)
-            runs = megatron_checkpoint.row_runs(slot, piece)
+        for region in slot.regions:
+            expected = ids.view(region.view)[region.spans].reshape(region.shape)
+            runs = megatron_checkpoint.row_runs(slot, region)
             rows = [ids[run.slot_row : run.slot_row + run.rows] for run in runs]
             assert torch.equal(torch.cat(rows), expected)
             assert [run.hf_row for run in runs] == [0, *(_ends(runs)[:-1])]
-            half = piece.shape[0] // 2
-            parts = [run.within(half, piece.shape[0]) for run in runs]
+            half = region.shape[0] // 2
+            parts = [run.within(half, region.shape[0]) for run in runs]
             rows = [ids[p.slot_row : p.slot_row + p.rows] for p in parts if p is not None]
             assert torch.equal(torch.cat(rows), expected[half:])
 

@@ -42,7 +42,7 @@ def tensors_of(message: str) -> set[str]:
 
 
 def on_rank_0(message: str) -> set[str]:
-    """Its tensors there: each rank breaks a piece of its own, which may be of another tensor."""
+    """Its tensors there: each rank breaks a region of its own, which may be of another tensor."""
     return tensors_of("\n".join(line for line in message.splitlines() if "rank 0" in line))
 
 
@@ -119,7 +119,7 @@ def test_one_flipped_bit_is_noticed_in_fp32(world: str) -> None:
 @every_world
 @pytest.mark.parametrize("way", ["copies", "messages"])
 @pytest.mark.parametrize("kind", ["dropped", "misdirected", "duplicated"])
-def test_a_piece_on_the_wrong_way_is_caught_and_named(world: str, kind: str, way: str) -> None:
+def test_a_region_on_the_wrong_way_is_caught_and_named(world: str, kind: str, way: str) -> None:
     tensors, message = engine_world(world)["damaged"][way][kind]
     assert len(set(tensors)) == (2 if kind == "misdirected" else 1)
     assert tensors_of(message) >= set(tensors)

@@ -115,10 +115,10 @@ def _slot_rows(
     slot: Slot, reader: Reader, source: Source, dtype: torch.dtype | None, fused: Scratch
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first row, rows) of a slot, in blocks; Q, K and V, which interleave, in one."""
-    runs = {piece.hf_name: row_runs(slot, piece) for piece in slot.pieces}
+    runs = {region.hf_name: row_runs(slot, region) for region in slot.regions}
     whole = None
     if any(len(found) > 1 for found in runs.values()):
-        stored = source.tensors[slot.pieces[0].hf_name].dtype
+        stored = source.tensors[slot.regions[0].hf_name].dtype
         whole = fused.take(slot.shape, dtype or stored)
     for name, found in runs.items():
         row = 0
@@ -274,7 +274,7 @@ def _stacked_dtypes(source: Source, dtype: torch.dtype | None) -> dict[str, torc
     """
     found: dict[str, set[torch.dtype]] = {}
     for slot in slots(source.model):
-        names = [piece.hf_name for piece in slot.pieces]
+        names = [region.hf_name for region in slot.regions]
         found.setdefault(slot.key, set()).update(dtype or source.tensors[n].dtype for n in names)
     mixed = {key: kinds for key, kinds in found.items() if len(kinds) > 1}
     if mixed:

@@ -1,7 +1,4 @@
-"""What a folder is, by its name and the files in it: asked before torch is loaded.
-
-What is wrong with the arguments of a command, all of it, before torch is loaded.
-"""
+"""Checks the folders and arguments of a command, before torch is loaded."""
 
 from __future__ import annotations
 

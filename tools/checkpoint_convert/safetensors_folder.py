@@ -1,10 +1,9 @@
-"""Hugging Face folders: safetensors in shards, read and written in row blocks.
+"""Reads and writes Hugging Face folders of sharded safetensors files in blocks of rows.
 
-The format is eight bytes of header length, a JSON header of dtypes, shapes and offsets, and the
-tensors' bytes. Blocks are read with plain reads and written in order: the library maps whole
-files, or wants whole shards in memory, and either makes memory grow with the model.
-
-The header of a safetensors file, read without the library, which maps the whole file.
+The format is eight bytes of header length, a JSON header with dtypes, shapes and offsets, and the
+tensors' bytes. The header is parsed here and blocks are read and written in order, because the
+safetensors library maps whole files or wants whole shards in memory, so that memory grows with the
+model.
 """
 
 from __future__ import annotations

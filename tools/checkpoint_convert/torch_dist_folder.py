@@ -108,23 +108,23 @@ class TorchDistFolder:
         self._metadata = _read_metadata(path)
         shown, problems = counted(self.model, *self._counts(), self.sidecar / "config.json")
         self._slots = {
-            piece.hf_name: (slot, piece) for slot in slots(shown) for piece in slot.pieces
+            region.hf_name: (slot, region) for slot in slots(shown) for region in slot.regions
         }
         self._chunks = self._chunks_by_slot()
         problems += [*self._missing_files(), *self._differences()]
         if problems:
             raise UserError(problems)
         self.tensors = {
-            name: TensorInfo(piece.shape, self._stored(slot.key)[1].properties.dtype)
-            for name, (slot, piece) in self._slots.items()
+            name: TensorInfo(region.shape, self._stored(slot.key)[1].properties.dtype)
+            for name, (slot, region) in self._slots.items()
         }
         self._places: dict[MetadataIndex, _Place] = {}
         self._block, self._run = Scratch(), Scratch()
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """Row blocks of a Hugging Face tensor, each in the last one's place."""
-        slot, piece = self._slots[name]
-        info, runs = self.tensors[name], row_runs(slot, piece)
+        slot, region = self._slots[name]
+        info, runs = self.tensors[name], row_runs(slot, region)
         for begin, end in row_blocks(info):
             block = self._block.take((end - begin, *info.shape[1:]), info.dtype)
             for run in runs:

@@ -1,12 +1,11 @@
-"""Megatron's `torch_dist` folders, written without Megatron and without a process group.
+"""Writes Megatron's `torch_dist` folders without Megatron and without a process group.
 
-Each box is an archive as `torch.save` makes it. Of every shape the archive is made once, around
-space for the elements (`skip_data`), and the elements are written between its head and tail as
-they come: `torch.save` itself copies them, and computes a checksum that `torch.load` never reads.
+A layout decides how the tensors are cut into parts, and the parts into files. Any layout can load
+any cut; the ranks of the layout that it was made for read nothing but their own parts.
 
-Where a layout cuts a Megatron checkpoint: into files, and tensors into parts.
-
-Any layout loads from any cut; the ranks of the one it was cut for read nothing but their own.
+Each part is an archive as `torch.save` makes it. The archive of each shape is made once, around
+space for the elements (`skip_data`), and the elements are written between its head and its tail as
+they arrive: `torch.save` itself copies them, and computes a checksum that `torch.load` never reads.
 """
 
 from __future__ import annotations
@@ -207,7 +206,7 @@ def file_spans(source: Source, layout: ParallelConfig, workers: int) -> list[tup
     found = slots(source.model)
     stage = source.model.num_hidden_layers // layout.pp_size
     experts = max(1, source.model.num_experts // layout.ep_size)
-    sizes = [sum(source.tensors[p.hf_name].bytes for p in slot.pieces) for slot in found]
+    sizes = [sum(source.tensors[p.hf_name].bytes for p in slot.regions) for slot in found]
     limit = sum(sizes) // workers + 1
     spans, first, filled = [], 0, 0
     group: tuple[int, int] | None = None

@@ -1,7 +1,4 @@
-"""Comparing two checkpoints of either format, tensor by tensor, exactly.
-
-Changing a dtype, and saying what it cost.
-"""
+"""Compares two checkpoints of either format exactly, and measures what casting a tensor loses."""
 
 from __future__ import annotations
 

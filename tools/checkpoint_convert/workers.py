@@ -1,6 +1,7 @@
-"""The parts of a conversion, in this process or in several, with the bytes they have read.
+"""Runs the parts of a conversion in one process or several, and counts the bytes that they read.
 
-Ctrl-C and SIGTERM: one exception for both, and blocks that neither cuts.
+Within `stoppable`, Ctrl-C and SIGTERM raise `Stopped`; within `uninterrupted` they wait until it
+ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one rank of a layout holds: every parameter, its shape and its pieces.
+"""What one rank of a layout holds: every parameter, its shape and its regions.
 
 From the layout alone, without an engine. A run asks its live modules.
 """
@@ -13,11 +13,11 @@ from megatron_precision.config.schema import ModelConfig
 from megatron_precision.layouts.megatron import (
     ShardCoordinates,
     megatron_parameters,
-    megatron_pieces,
+    megatron_regions,
     padded_vocab_size,
 )
 from megatron_precision.layouts.regions import Region
-from megatron_precision.layouts.vllm import vllm_parameters, vllm_pieces
+from megatron_precision.layouts.vllm import vllm_parameters, vllm_regions
 from megatron_precision.sync.families import RolloutLayout, TrainerLayout
 
 _EXPERT = re.compile(r"\.experts\.linear_fc[12]\.weight(\d+)$")
@@ -33,7 +33,7 @@ class RankParameter:
 
     name: str
     shape: tuple[int, ...]
-    pieces: list[Region]
+    regions: list[Region]
 
 
 def trainer_coordinates(model: ModelConfig, layout: TrainerLayout, rank: int) -> ShardCoordinates:
@@ -50,7 +50,7 @@ def trainer_coordinates(model: ModelConfig, layout: TrainerLayout, rank: int) ->
     )
 
 
-def trainer_holdings(
+def trainer_parameters(
     model: ModelConfig, layout: TrainerLayout, rank: int
 ) -> Iterator[RankParameter]:
     """A trainer's rank, by Transformer Engine's names.
@@ -70,7 +70,7 @@ def trainer_holdings(
             continue
         if not last and name.startswith(("decoder.final_layernorm.", "output_layer.")):
             continue
-        yield RankParameter(name, shape, megatron_pieces(name, shape, model, at))
+        yield RankParameter(name, shape, megatron_regions(name, shape, model, at))
 
 
 def engine_coordinates(model: ModelConfig, layout: RolloutLayout, rank: int) -> ShardCoordinates:
@@ -82,7 +82,7 @@ def engine_coordinates(model: ModelConfig, layout: RolloutLayout, rank: int) -> 
     return ShardCoordinates(position, layout.tp, position, layout.tp)
 
 
-def engine_holdings(
+def engine_parameters(
     model: ModelConfig, layout: RolloutLayout, rank: int
 ) -> Iterator[RankParameter]:
     """An engine's rank."""
@@ -90,4 +90,4 @@ def engine_holdings(
     for name, shape in vllm_parameters(model, layout.tp, at.etp_size):
         if layout.expert_parallel and name.endswith(("w13_weight", "w2_weight")):
             shape = (shape[0] // layout.tp, *shape[1:])
-        yield RankParameter(name, shape, vllm_pieces(name, shape, model, at))
+        yield RankParameter(name, shape, vllm_regions(name, shape, model, at))
