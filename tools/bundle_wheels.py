@@ -138,7 +138,7 @@ def assemble(bundle: Path, wheels: Path) -> int:
 def _manifest(bundle: Path) -> dict[str, list[dict[str, Any]]]:
     path = bundle / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(f"{path}: {error}") from error
 

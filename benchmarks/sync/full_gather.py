@@ -19,7 +19,7 @@ from benchmarks.sync.parameters import RankParameter, trainer_parameters
 from megatron_precision.layouts.regions import Box, Region, overlap
 from megatron_precision.sync.families import TrainerLayout
 from megatron_precision.sync.plan import Cell, Planner, common_slabs
-from megatron_precision.sync.transport import Held, view_of
+from megatron_precision.sync.transport import RegionTensors, view_of
 
 Ranks = tuple[int, ...]
 
@@ -59,7 +59,7 @@ class FullGather:
         self,
         planner: Planner,
         weights: Mapping[str, torch.Tensor],
-        targets: Held,
+        targets: RegionTensors,
         *,
         wire: torch.dtype,
         device: torch.device,

@@ -9,7 +9,7 @@ attends with fused kernels and multiplies all experts at once. Which one a run u
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ def transformer_config(
         if model.num_experts
         else {}
     )
-    recompute: dict[str, object] = {
+    recompute: dict[str, dict[str, Any]] = {
         "none": {},
         "selective": {
             "recompute_granularity": "selective",
@@ -152,7 +152,7 @@ def transformer_config(
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-    }[memory.recompute]
+    }
     # Chooses among Transformer Engine's kernels. Megatron writes it into the process's environment
     # and refuses another choice there: every model of a process asks for the same, read or not.
     scores = platform == "cuda" and memory.attention == "scores"
@@ -199,7 +199,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **moe,
-        **recompute,
+        **recompute[memory.recompute],
     )
 
 

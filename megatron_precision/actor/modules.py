@@ -186,7 +186,7 @@ class RMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(ones)
         # Without this mark the gradients of a sequence-sharded norm are never summed over the
         # tensor-parallel ranks, and the ranks' copies drift apart without an error.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Normalise [..., hidden_size]; the dtype is kept."""

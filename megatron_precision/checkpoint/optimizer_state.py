@@ -24,8 +24,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron_precision.actor.actor import Actor
 from megatron_precision.actor.optimizer import MAIN, FlatState
 from megatron_precision.layouts.architectures import hf_shapes
-from megatron_precision.layouts.regions import Region
-from megatron_precision.sync.families import Box
+from megatron_precision.layouts.regions import Box, Region
 from megatron_precision.sync.flat_ranges import FlatRange, FlatRanges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -73,7 +72,7 @@ class OptimizerBoxes:
             for part in held:
                 where.setdefault((part.hf_name, part.start), []).append(rank)
         me = dist.get_rank()
-        self._held = []
+        self._held: list[_Held] = []
         for (_, parameter, regions), state in zip(parameters, states, strict=True):
             parts = [
                 (region, box, ranks[0] == me)

@@ -95,7 +95,7 @@ class OpenCheckpoint(Mapping[str, Any]):
             UserError: when it holds neither, or not every shard.
         """
         self._files = _tensor_files(folder)
-        self._open = {
+        self._open: dict[Path, Any] = {
             path: safe_open(path, framework="pt") for path in sorted({*self._files.values()})
         }
 

@@ -51,6 +51,7 @@ class LossScale(DynamicGradScaler):
     def __init__(
         self, value: float, growth_interval: int, hysteresis: int, min_value: float
     ) -> None:
+        self._scale: torch.Tensor
         super().__init__(
             initial_scale=value,
             min_scale=min_value,

@@ -78,7 +78,7 @@ def _from_file(reference: str) -> Scorer:
                 "change its arguments" if callable(found) else "name a function of the file",
             )
         ) from wrong
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # No leading zero, no sign, ASCII digits alone, and nothing after the number.

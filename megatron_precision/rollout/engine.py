@@ -72,7 +72,9 @@ class Rollout:
 class RolloutEngine(Protocol):
     """An engine replica; its ranks call every method together, with the same arguments."""
 
-    weight_version: int
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights that the engine samples with."""
 
     def submit(self, requests: Sequence[Request], sampling: Sampling) -> None:
         """Queue requests."""

@@ -54,7 +54,7 @@ class EngineParameter:
     @property
     def live(self) -> torch.Tensor:
         """The parameter itself; in the loader's layout unless staged."""
-        return getattr(self.layer, self.attribute).data  # type: ignore[no-any-return]
+        return getattr(self.layer, self.attribute).data
 
     def read_back(self) -> torch.Tensor:
         """The weights as the kernel reads them, in the layout of the loader."""
@@ -199,7 +199,7 @@ def _parameters(prefix: str, layer: Any, is_head: bool) -> list[EngineParameter]
 
 
 def _kernel(prefix: str, layer: Any, is_head: bool) -> Kernel:
-    method = getattr(layer, "quant_method", None)
+    method: Any = getattr(layer, "quant_method", None)
     if hasattr(method, "moe_kernel"):
         experts = type(method.moe_kernel.fused_experts).__name__
         if experts == "CPUUnquantizedExperts":
@@ -226,7 +226,7 @@ def _through_kernel(layer: Any, dtype: torch.dtype) -> torch.Tensor:
         # Row-parallel layers hold a part of their inputs; others all of them.
         inner = getattr(layer, "input_size_per_partition", layer.input_size)
     identity = torch.eye(inner, dtype=dtype)
-    return layer.quant_method.apply(layer, identity).t()  # type: ignore[no-any-return]
+    return layer.quant_method.apply(layer, identity).t()
 
 
 def _unpacked(packed: torch.Tensor, isa: str) -> torch.Tensor:

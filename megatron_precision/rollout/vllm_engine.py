@@ -221,12 +221,12 @@ class VllmEngine:
         }
         self.llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": init_info})
         worker = self.llm.model_executor.driver_worker.worker
-        return worker.weight_transfer_engine.transfer  # type: ignore[no-any-return]
+        return worker.weight_transfer_engine.transfer
 
     @property
     def model(self) -> torch.nn.Module:
         """The live model of this rank."""
-        return self._runner.get_model()  # type: ignore[no-any-return]
+        return self._runner.get_model()
 
     @property
     def head_dtype(self) -> torch.dtype:
@@ -336,6 +336,9 @@ class VllmEngine:
             rollout_logprobs=logprobs,
             truncated=completion.finish_reason == "length",
             weight_version=self.weight_version,
-            routed_experts=self._routed_experts
-            and self._routed_experts.pop(engine_id, len(request.prompt_tokens) + len(tokens)),
+            routed_experts=(
+                None
+                if self._routed_experts is None
+                else self._routed_experts.pop(engine_id, len(request.prompt_tokens) + len(tokens))
+            ),
         )

@@ -86,7 +86,7 @@ def _tokens(source: Source) -> tuple[torch.Tensor, bool]:
     return torch.tensor([ids[:longest]]), True
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     import transformers
 
@@ -97,7 +97,7 @@ def _hf_logprobs(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return model(tokens).logits[0].float().log_softmax(-1)
 
 
-@torch.no_grad()  # type: ignore[untyped-decorator]
+@torch.no_grad()
 def _megatron_logprobs(folder: Path, model: ModelConfig, tokens: torch.Tensor) -> torch.Tensor:
     rank.become_world_of_one()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
