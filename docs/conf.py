@@ -35,4 +35,6 @@ html_theme = "furo"
 html_title = "megatron_precision"
 html_show_sphinx = False
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 copybutton_exclude = ".linenos, .gp, .go"

@@ -41,6 +41,8 @@ _ROUNDING = {
     "rollout.kv_cache_mib": "the engine's batches",
     "rollout.prefix_caching": "the engine's batches",
 }
+# The format of `trainer.json`.
+VERSION = 1
 # Counts of restarts that the schedulers keep, and of earlier tasks of an array that is one job
 # (`launching/slurm_setup.sh`).
 _RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "EARLIER_ARRAY_TASKS")
@@ -62,12 +64,20 @@ def changes(config: RunConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any,
 
 
 def state_problems(config: RunConfig, state: Mapping[str, Any], where: str) -> list[Problem]:
-    """Every change that would make another run of it.
+    """List what keeps a configuration from resuming a checkpoint.
 
     Args:
-        state: of the checkpoint.
+        state: the checkpoint's `trainer.json`.
         where: its folder.
     """
+    if (version := state.get("version")) != VERSION:
+        return [
+            Problem(
+                "a checkpoint of another format version", f"{where}/{folders.STATE}: version",
+                str(version), str(VERSION),
+                "resume with the version of megatron_precision that wrote it, or start a new run",
+            )
+        ]  # fmt: skip
     return [
         *_changed_files(config, state, where),
         *(

@@ -183,8 +183,11 @@ def read_dump(folder: Path) -> Dump:
     found = values.get("format") if isinstance(values, dict) else None
     if found != FORMAT:
         raise UserError(
-            Problem("a dump of another format", f"{path}: format", str(found), str(FORMAT))
-        )
+            Problem(
+                "a dump of another format", f"{path}: format", str(found), str(FORMAT),
+                "replay it with the version of megatron_precision that wrote it",
+            )
+        )  # fmt: skip
     return Dump(folder, _header(values, path), _arrays(arrays, folder / ARRAYS))
 
 

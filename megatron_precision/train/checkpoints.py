@@ -29,8 +29,6 @@ from megatron_precision.train.dumps import Dumper
 from megatron_precision.train.recorder import Counters, PhaseClock, RangeRecord
 from megatron_precision.train.session import Session
 
-VERSION = 1
-
 
 @dataclass(frozen=True)
 class RunState:
@@ -332,7 +330,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
     """Which run it is; a user's own files by their content."""
     own = user_files.hashes(config)
     return {
-        "version": VERSION,
+        "version": compatible.VERSION,
         "config": to_dict(config),
         "fingerprint": fingerprint(to_dict(config)),
         "start_fingerprint": start.start_fingerprint(config),

@@ -22,7 +22,11 @@ def config(*overrides: str, precision: str = "fp16") -> RunConfig:
 
 
 def saved() -> dict[str, Any]:
-    return {"config": json.loads(json.dumps(to_dict(config()))), "versions": VERSIONS}
+    return {
+        "version": compatible.VERSION,
+        "config": json.loads(json.dumps(to_dict(config()))),
+        "versions": VERSIONS,
+    }
 
 
 def refused(*overrides: str, precision: str = "fp16") -> list[str]:

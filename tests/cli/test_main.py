@@ -266,7 +266,7 @@ def checkpoint_of(out: Path, *overrides: str) -> None:
     run_folder.write_config(config, out)
     folder = out / "checkpoints" / "000003"
     folder.mkdir(parents=True)
-    state = {"iteration": 3, "config": to_dict(config), "versions": {}}
+    state = {"version": 1, "iteration": 3, "config": to_dict(config), "versions": {}}
     (folder / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
 
 
