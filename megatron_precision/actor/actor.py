@@ -1,8 +1,8 @@
-"""The trainer's side: a Megatron model, its optimizer, and the three things asked of them.
+"""Runs the trainer on one rank: a Megatron model, its optimizer, and three operations on them.
 
-logprobs(batch)              forward only: old_logprobs
-step(batch, rows, loss)      forward, backward and one optimizer step on one mini-batch
-weights                      the parameters as boxes of Hugging Face tensors
+logprobs(batch)         a forward pass without gradients: old_logprobs
+step(batch, plan, loss) forward, backward and one optimizer step on one mini-batch
+weights                 the parameters, as regions of Hugging Face tensors
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
-"""One iteration's rollouts as tensors; `actor/packing.py` divides them into micro-batches.
+"""Holds one iteration's rollouts as tensors, and maps a micro-batch to the form the model sees.
 
-Shape legend: S sequences of the whole job, L the longest prompt plus response. Every rank holds
-the whole batch (it is small next to activations) and trains on its own rows.
+Shape legend: S sequences of the whole job, L the longest prompt plus response. Every rank has the
+whole batch and trains on its own rows; `actor/packing.py` divides it into micro-batches.
 
-Where the tokens of a micro-batch lie in what the model sees.
-
-Masks, log-probs and losses are grids [b, w], a row a sequence, padded on the right. The model takes
-that grid as it is, or "packed": all sequences end to end in one row (Megatron's `thd` format), of
-which attention and rotary positions keep each sequence to itself, and padding is at the end alone.
-What it sees is [c, s]: rows (columns of Megatron's hidden states) of s tokens.
+Masks, log-probs and losses are grids [b, w], one row per sequence, padded on the right. The model
+takes that grid, or "packed" sequences: all end to end in one row (Megatron's `thd` format), where
+attention and rotary positions keep sequences apart and only the end is padded. The model's input
+is [c, s]: c rows of s tokens. `TokenLayout` maps between both forms.
 """
 
 from __future__ import annotations

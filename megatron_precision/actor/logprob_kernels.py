@@ -1,9 +1,9 @@
-"""What `logprobs.py` computes of logits on a GPU, in one pass over them each way.
+"""Computes log-probs and entropies on a GPU in one pass over the logits, forward and backward.
 
-PyTorch's operators would read and write FP32 copies of the logits some twenty times, and hold four
+PyTorch's operators would read and write FP32 copies of the logits some twenty times, and keep four
 of them: ten gigabytes for 4,096 tokens of a vocabulary of 152k. Here a program reads a row once,
-keeps running sums in FP32, and writes nothing but these; backward it reads the row again and writes
-the gradient in the logits' dtype. Triton's kernels need a GPU, or its interpreter
+keeps running sums in FP32 and writes only these; backward it reads the row again and writes the
+gradient in the logits' dtype. The kernels are Triton's and need a GPU, or Triton's interpreter
 (`TRITON_INTERPRET=1`).
 """
 

@@ -1,10 +1,10 @@
-"""Log-probs and entropy of given tokens from vocabulary-sharded logits, in FP32.
+"""Computes log-probs and entropies of given tokens from vocabulary-sharded logits, in FP32.
 
     log p(t) = x_t - log sum_v exp(x_v),   x = logits / temperature,   v over the real vocabulary
 
-Each tensor-parallel rank holds the columns of its own part of the (padded) vocabulary; padded
-columns take no part. Two small collectives a call: one maximum, one sum. The sums over columns
-are PyTorch's on the CPU, and on a GPU those of `logprob_kernels.py`.
+Each tensor-parallel rank has the columns of its part of the padded vocabulary; padded columns do
+not count. A call takes two small collectives: one maximum and one sum. PyTorch sums over columns
+on the CPU, and `logprob_kernels.py` on a GPU.
 """
 
 from __future__ import annotations

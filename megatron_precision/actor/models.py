@@ -1,9 +1,9 @@
-"""Megatron models from a Hugging Face shaped config: TransformerConfig, layer spec, GPTModel.
+"""Builds Megatron models from a Hugging Face shaped config: configuration, layer spec, GPTModel.
 
-Two layer specs with the same mathematics. The local one is Megatron's own modules with an RMSNorm
-of ours, and runs everywhere. Transformer Engine's fuses each norm into the linear layer after it,
-attends with fused kernels and multiplies all experts at once. Which one a run uses is
-`implementation`: the user's word, or the platform's; never what happens to be installed.
+There are two layer specs with the same mathematics. The local one has Megatron's own modules with
+an RMSNorm of ours, and runs everywhere. Transformer Engine's fuses each norm into the next linear
+layer, has fused attention and multiplies all experts at once. The configuration or the platform
+chooses one, never what happens to be installed.
 """
 
 from __future__ import annotations

@@ -1,23 +1,16 @@
-"""Attention of the local layer spec: with the scores written to memory, or without.
+"""Defines the modules that the local layer spec needs beside Megatron's own.
 
-Megatron's local attention writes the scores of every head to memory, in the parameters' dtype, as
-its GPU kernels' unfused form did; FP16 and BF16 keep it, since where it rounds is what a run
-measures. In FP32 PyTorch's fused kernel gives the same result to the last bits, in less time.
+Attention: FP16 and BF16 use Megatron's local attention, which writes every head's scores to memory
+in the parameters' dtype, since its rounding is what a run measures. In FP32 PyTorch's fused kernel
+gives the same result to the last bits in less time. Both take packed sequences one by one.
 
-Neither knows packed sequences, and is given them one by one. Transformer Engine's kernels know
-them.
+Output projection in FP32, if the policy asks for it: 16-bit weights and hidden states are exact in
+FP32, so their product is not rounded to 16 bits; gradients are rounded where they leave the layer.
+The engine's head is vLLM's own (`head_dtype`).
 
-The output projection in FP32, where the policy wants it there.
-
-Weight and hidden states are 16-bit numbers that FP32 holds exactly; their product is then neither
-accumulated nor rounded to 16 bits, and its gradients are rounded where they leave for the layers
-below and for the weight. The engine's head is vLLM's own (its `head_dtype`).
-
-RMSNorm with FP32 inside, for the local layer spec.
-
-Megatron's fallback norm refuses sequence parallelism, and PyTorch's rounds where Transformer
-Engine does not; this one computes `x * rsqrt(mean(x^2) + eps) * weight` in FP32 and rounds once,
-as Transformer Engine does.
+RMSNorm: Megatron's fallback norm refuses sequence parallelism, and PyTorch's rounds where
+Transformer Engine does not. This one computes `x * rsqrt(mean(x^2) + eps) * weight` in FP32 and
+rounds once, as Transformer Engine does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Megatron's optimizer with one loss scale for its whole chain, and a step that may be skipped."""
+"""Wraps Megatron's optimizer: one loss scale for its whole chain, and steps that can be skipped."""
 
 from __future__ import annotations
 

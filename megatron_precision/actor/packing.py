@@ -1,8 +1,7 @@
-"""Division of sequences over the data-parallel ranks and into micro-batches.
+"""Divides sequences over the data-parallel ranks and into micro-batches, by count or by tokens.
 
-By count, or by a budget of padded tokens. Either way a plan is a pure function of the lengths,
-every rank computes those of all ranks, and all ranks have equally many micro-batches: pipeline
-stages and the experts' all-to-all meet in every one of them.
+A plan is a pure function of the lengths: every rank computes the plans of all ranks, and all ranks
+have equally many micro-batches, since pipeline stages and the experts' all-to-all meet in each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Process groups: one `torchrun` world, opened once, divided by Megatron's parallel state."""
+"""Opens the `torchrun` world once and divides it into Megatron's process groups."""
 
 from __future__ import annotations
 

@@ -1,11 +1,9 @@
-"""The parameters that a rank of the trainer holds, as boxes of Hugging Face tensors.
+"""Describes this rank's parameters as regions of Hugging Face tensors.
 
-The FP32 main copies as the distributed optimizer divides them: a range of each parameter.
-
-Full Hugging Face tensors from a trainer's regions: for a checkpoint, and as an oracle of tests.
-
-Every rank ends up with the whole model, so this is for small models alone; the weight sync does
-not use it.
+`HeldWeights` loads, perturbs and lists the live parameters. It also describes the FP32 main copies,
+of which the distributed optimizer gives each rank a range. `gathered` puts a whole model together
+on every rank, for checkpoints of small models and as an oracle of tests; the weight sync does not
+use it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The trainer's routers beside the engine's: how often they differ, and the engine's replayed.
+"""Compares the trainer's routers with the engine's, and replays the engine's choices.
 
 With routing replay (R3) every router of the trainer takes the experts that the engine chose while
-it sampled; their weights are still the softmax of the trainer's own logits over those experts, so
-that gradients reach the router. A token whose choice is not known keeps the trainer's own.
+it sampled. Their weights are still the softmax of the trainer's own logits over those experts, so
+gradients reach the router. A token whose choice is unknown keeps the trainer's own.
 
 Source: rollout routing replay, arXiv 2510.11370.
 """

@@ -1,6 +1,6 @@
-"""What a resume may change of a run's configuration, what it may not, and what that costs.
+"""Says what a resume may change of a run's configuration, and what a change costs.
 
-A checkpoint carries the configuration that wrote it. This module imports no torch.
+A checkpoint has the configuration that wrote it. This module imports no torch.
 """
 
 from __future__ import annotations

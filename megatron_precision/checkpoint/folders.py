@@ -1,12 +1,12 @@
-"""Where a run's checkpoints lie, which of them are kept, and what they say without an engine.
+"""Names, finishes, keeps and reads the folders of a run's checkpoints, without an engine.
 
     <run>/checkpoints/000012/            after twelve iterations
-        trainer.json                     where the trainer stood (`train/state.py`), its config
+        trainer.json                     the run's small state (`train/checkpoints.py`), its config
         *.distcp, .metadata, ...         Megatron's `torch_dist` format
         huggingface/                     config and tokenizer, so that `export` takes the folder
         conversion_manifest.json         a hash of every file, written last
     <run>/checkpoints/000012.partial/    being written, or its writer was killed
-    <run>/checkpoints/000012.damaged/    found damaged by a resume, and put aside
+    <run>/checkpoints/000012.damaged/    found damaged by a resume, and renamed
 
 This module imports no torch.
 """

@@ -1,12 +1,10 @@
-"""`conversion_manifest.json`: what a finished folder holds, written last.
+"""Writes and reads `conversion_manifest.json`, which lists a finished folder and is written last.
 
-The converter writes one SHA-256 a Hugging Face tensor, over its bytes in row-major order. The hash
-does not depend on the format or on how a checkpoint is divided, so that both sides of a conversion
-carry the same. The other files (configuration, tokenizer, chat template) have a hash each.
-
-A trainer's ranks hold parts of tensors: its checkpoints have a hash of every file instead.
-
-What a Megatron checkpoint carries along of a Hugging Face folder: all but the weights.
+The converter writes one SHA-256 per Hugging Face tensor, over its bytes in row-major order. The
+hash depends neither on the format nor on how a checkpoint is divided, so both sides of a conversion
+have the same. Other files (configuration, tokenizer, chat template) have a hash each; a Megatron
+checkpoint has copies of them in its sidecar folder. A trainer's ranks have parts of tensors, so its
+checkpoints have a hash of every file instead.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Main copies and moments as boxes of Hugging Face tensors: written and read at any layout.
+"""Writes and reads main copies and moments as boxes of Hugging Face tensors, at any layout.
 
 Megatron's distributed optimizer divides all parameters, laid end to end, over the data-parallel
 ranks. Its own formats store that division (`dp_reshardable`: the same TP, PP and EP again), or
 gather a model-parallel shard in FP32 on one rank first (`fully_reshardable`, whose loading needs a
-state that torch's AdamW does not have). Here every rank stores the range that it holds, cut where
-rows and other ranks' ranges end (`weights/flat_ranges.py`), under
+state that torch's AdamW does not have). Here every rank stores its own range, cut where rows and
+other ranks' ranges end (`sync/flat_ranges.py`), under
 
     optimizer.{param,exp_avg,exp_avg_sq}.<Hugging Face name>
 
-in that tensor's own coordinates. Of replicas the lowest rank writes. Nothing is gathered, and a
+in that tensor's own coordinates. Of replicas, the lowest rank writes. Nothing is gathered, and a
 rank of another layout reads the boxes of its own ranges.
 """
 

@@ -1,15 +1,15 @@
-"""The folder of a run: who may write into it, and the files that every run keeps there.
+"""Guards the folder of a run against a second writer, and names the files in it.
 
-config.json      the resolved configuration
-metrics.jsonl    one event a line
-failed_grades.txt  what could not be graded, and why
-answers/         of every evaluation
-dumps/           iterations written down whole, for `replay`
-checkpoints/     what a resume goes on from (`checkpoint/folders.py`)
-errors/          rank<k>.txt, what ended a rank that failed
-alive/           rank<k>.json, which phase each rank is in (`train/watchdog.py`)
-launcher/        nemo-run's files and the logs of every rank
-lock             held by rank 0 for as long as it lives
+config.json        the resolved configuration
+metrics.jsonl      one event per line
+failed_grades.txt  responses that could not be graded, and why
+answers/           the answers of every evaluation
+dumps/             whole iterations, for `replay`
+checkpoints/       what a resume continues from (`checkpoint/folders.py`)
+errors/            rank<k>.txt, the error of each rank that failed
+alive/             rank<k>.json, the phase of each rank (`train/watchdog.py`)
+launcher/          nemo-run's files and the logs of every rank
+lock               held by rank 0 for as long as it lives
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Tensors of a checkpoint, through `megatron.core.dist_checkpointing`; every rank calls everything.
+"""Writes and reads a checkpoint's tensors through `megatron.core.dist_checkpointing`.
 
-A checkpoint is written into a partial folder, read back and compared with what it was written from,
-hashed, and renamed.
-
-Random generators of a rank: Python's, NumPy's, torch's, and Megatron's tracker's.
+A checkpoint is written into a partial folder, read back and compared with its source, hashed and
+renamed. It includes each rank's random generators: Python's, NumPy's, torch's and Megatron's. Every
+rank calls every function.
 """
 
 from __future__ import annotations

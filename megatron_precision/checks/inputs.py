@@ -1,7 +1,7 @@
-"""What a run reads besides its configuration, looked at before anything is started.
+"""Checks what a run reads besides its configuration: checkpoint, prompts and scorer.
 
-A dry run does without: a recipe names a model and sets of prompts that need not be on the machine
-where it is read. This module imports no torch.
+A dry run skips this: a recipe's model and prompts need not be on the machine that reads it. This
+module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What of a configuration does not divide, or does not go together, over its ranks.
+"""Checks that a configuration divides over its ranks, and that its sizes fit each other.
 
-Checks as in `validation.py`, which runs them with the others; `plan` asks them alone of layouts
-that it tries. Limits that are the engines' own say whose.
+`checks/settings.py` runs these checks with the others; `plan` runs them alone, on layouts that it
+tries. A limit that is an engine's own names the engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what the machine can do, what is wrong and what to do about it."""
+"""Runs `doctor`: what is installed, what the machine can do, what is wrong, and remedies."""
 
 from __future__ import annotations
 

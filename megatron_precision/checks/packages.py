@@ -1,9 +1,7 @@
-"""Do the packages of the engines fit each other? Read from their metadata, without importing them.
+"""Checks that the engines' packages fit each other, from their metadata, without importing them.
 
-A package built against another torch fails late and darkly: an undefined symbol, or a silent
-fallback to slower code. What is installed, and what each asks for, says it beforehand.
-
-One line of the doctor's report.
+A package that was built against another torch fails late and with an obscure message: an undefined
+symbol, or a silent fallback to slower code. `Finding` is one line of `doctor`'s report.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What of a configuration a platform cannot do; looked at when the platform is known.
+"""Checks what a configuration asks of a platform that the platform cannot do.
 
-A configuration is valid or not wherever it is read (`validation.py`); a cluster's configuration
-is looked at on a laptop. Only a process that is about to run it refuses what its platform lacks.
+A configuration is valid or not wherever it is read (`checks/settings.py`), also a cluster's on a
+laptop. Only a process that is about to run it refuses what its platform lacks.
 """
 
 from __future__ import annotations

@@ -1,29 +1,19 @@
-"""Sums of labelled digits, with worked steps: the questions of the sanity experiment.
+"""Makes up the sanity experiment's questions: sums of labelled digits, with worked steps.
 
     prompt    a7b8c3d9=
     solution  b7+8=15,c3+15=18,d18+9=27
     answer    27
 
-Each term has a label. A step names the next term's label, adds that term to the running total
-and gives the new total; the last total is the answer. Labels let a two-layer model find the
-next term, so that it learns within a minute and what is left to get wrong is the arithmetic. In
-each step either operand may stand first, by a coin toss: without a choice to make a response
-would have next to no entropy, and neither reinforcement learning nor the mismatch between two
-engines would have much to act on.
+Each term has a label. A step names the next term's label, adds that term to the running total and
+gives the new total; the last total is the answer. Labels let a two-layer model find the next term,
+so it learns within a minute, and only the arithmetic is left to get wrong. Either operand of a step
+may come first, by a coin toss: without a choice a response would have almost no entropy, and
+neither RL nor the mismatch would have much to act on. A hash of its prompt assigns every question
+to one split, whatever the seed.
 
-Every question belongs to one split, by a hash of its prompt, whatever the seed is.
-This module imports no torch.
-
-Batches for the supervised warm start: prompt and worked solution as tokens, and a loss mask.
-
-Shapes: B sequences, T tokens of the longest one. This module imports no torch;
-`torch.from_numpy` takes its arrays without a copy.
-
-One token a character, with padding and end: the tokenizer of the tiny models.
-
-It has no merges and no unknown token: a character outside the alphabet is a mistake in a
-question, never something to train on. `save` writes the same mapping in Hugging Face's format.
-This module imports no torch.
+Also here: `CharTokenizer`, one token per character, saved in Hugging Face's format, which refuses
+characters outside its alphabet; and the batches of the supervised warm start (B sequences, T tokens
+of the longest). This module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prompts as tokens: the chat template of a Hugging Face folder, and the limit on length.
+"""Turns prompts into tokens: a Hugging Face folder's chat template, and the limit on length.
 
 This module imports no torch; transformers is imported when a tokenizer is opened.
 """

@@ -1,15 +1,12 @@
-"""Prompts with right answers from parquet or JSON Lines, in the layout the field uses.
+"""Reads prompts with right answers from parquet or JSON Lines, in the field's usual layout.
 
     data_source    names the set; optional
     prompt         [{"role": "user", "content": "..."}, ...]
     reward_model   {"ground_truth": "204", ...}
 
-Other columns are ignored. A file is read whole or not at all: every row that cannot be used is
-reported, none is skipped. This module imports no torch.
-
-A task's sets of prompts as a configuration names them: `NAME=PATH` or `NAME=PATH@WEIGHT`.
-
-This module imports no torch, and reads no file.
+Other columns are ignored. A file is read completely or not at all: every unusable row is reported,
+none is skipped. A configuration names a set as `NAME=PATH` or `NAME=PATH@WEIGHT`; `parse_set` reads
+that without opening the file. This module imports no torch.
 """
 
 from __future__ import annotations

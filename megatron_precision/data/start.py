@@ -1,13 +1,13 @@
-"""The start that the RL runs of a recipe share: where it lies, and whether it is complete.
+"""Finds the start that the RL runs of a recipe share, and says whether it is complete.
 
 A checkpoint is the user's own folder. A warm start is made once and cached:
 
     <start>/model/            a Hugging Face checkpoint (FP32 tensors, values on the BF16 grid)
     <start>/questions.jsonl   the perfectible set
-    <start>/start.json        facts about it; written last, so that its presence means complete
+    <start>/start.json        facts about it; written last, so its presence means complete
 
-The values lie on the BF16 grid so that every policy starts from the same function: both BF16
-and FP16 hold them exactly (FP16 as long as they are above 2^-24, which is counted).
+The values are on the BF16 grid so that every policy starts from the same function: BF16 and FP16
+represent them exactly (FP16 above 2^-24; smaller ones are counted).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A task as a job needs it: prompts with right answers, what ends a response, and who grades it.
+"""Builds a task: prompts with right answers, the tokens that end a response, and a grader.
 
     arithmetic_task   sums made up here, with the tiny models' own tokenizer
     chat_task         files of chat prompts, with a checkpoint's tokenizer and chat template

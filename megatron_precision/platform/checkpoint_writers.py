@@ -1,4 +1,4 @@
-"""How Megatron's checkpoint writers hand their results back: a pipe, not a server process."""
+"""Makes Megatron's checkpoint writers return results by a pipe, not a server process."""
 
 from __future__ import annotations
 

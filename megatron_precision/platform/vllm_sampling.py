@@ -1,12 +1,12 @@
-"""vLLM's sampling without work for every request of every step; the numbers are what they were.
+"""Speeds up vLLM's sampling by doing per-request work once per step; no number changes.
 
-Seeds: upstream draws the seed of each token with one `torch.randint` of the request's own
-generator: 7 µs a token, a tenth of a rollout of a tiny model. A generator gives the same numbers
-when it is asked for many at once, so they are drawn ahead.
+Seeds: upstream draws each token's seed with one `torch.randint` of the request's own generator,
+7 µs per token, a tenth of a tiny model's rollout. A generator gives the same numbers when it is
+asked for many at once, so they are drawn ahead.
 
 Log-probs: upstream slices the step's arrays for every request, sends the slices through scheduler
-and output processor, and appends them to six lists: another 10 µs a token. Here a step's values
-are appended to their requests where they are made.
+and output processor, and appends them to six lists: another 10 µs per token. Here a step's values
+are appended to their requests where they are computed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""16-bit matrix products on a CPU that has none: FP32 accumulation, rounded once.
+"""Multiplies 16-bit matrices on a CPU without such instructions: FP32 sums, rounded once.
 
 A tensor core multiplies 16-bit inputs exactly, accumulates in FP32 and rounds the sum to 16 bits.
-PyTorch's own product on a CPU without such instructions is a scalar loop at 1 to 10 GFLOP/s;
-widening both inputs (exact), multiplying in FP32 and rounding the result computes what the tensor
-core computes, some ten times faster (BF16 without AVX-512 BF16) to 100 times (FP16). FP32 products,
-and BF16 products on a CPU that has them, are left to PyTorch untouched.
+PyTorch's own product on such a CPU is a scalar loop at 1 to 10 GFLOP/s. Widening both inputs, which
+is exact, multiplying in FP32 and rounding the result gives what the tensor core gives, some ten
+times faster (BF16 without AVX-512 BF16) to 100 times (FP16). FP32 products, and BF16 products on a
+CPU that has them, stay PyTorch's.
 
-The change is made under autograd, at the dispatcher's CPU key, so that Megatron's autograd
-functions, their backward passes and vLLM's linear layers, where those are PyTorch's, all multiply
-alike. It is an emulation of a GPU's arithmetic and is documented as such in every report.
+The change is made below autograd, at the dispatcher's CPU key, so that Megatron's autograd
+functions, their backward passes and vLLM's linear layers multiply alike. Every report says that
+this emulates a GPU's arithmetic.
 """
 
 from __future__ import annotations

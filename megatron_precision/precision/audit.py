@@ -1,4 +1,4 @@
-"""Read back what every tensor of a run really is, and refuse to start on a disagreement."""
+"""Reads back the dtype of every tensor of a run, and refuses to start if one disagrees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy's names to torch dtypes and back; no other module spells a 16-bit torch dtype."""
+"""Maps the policy's names to torch dtypes and back; no other module spells a 16-bit torch dtype."""
 
 from __future__ import annotations
 

@@ -1,18 +1,17 @@
-"""One dynamic loss scale for the whole chain of optimizers: Megatron's own scaler, shared.
+"""Gives the whole chain of optimizers one dynamic loss scale: Megatron's own scaler, shared.
 
-Megatron Core 0.16.1 gives every member of a `ChainedOptimizer` (dense and expert parameters) a
-`DynamicGradScaler` of its own, scales the loss by the first member's, and lets each member update
-its scaler from its own overflow flag. After overflows in the dense gradients alone the scales
-differ, and every expert gradient is unscaled by the wrong factor from then on, silently. Here all
-members share one scaler; they only look, and the scale moves once a step, by the flag of all of
-them on the whole world.
+Megatron Core 0.16.1 gives every member of a `ChainedOptimizer` (dense and expert parameters) its
+own `DynamicGradScaler`, scales the loss by the first member's, and lets each member update its
+scaler by its own overflow flag. After overflows in the dense gradients alone the scales differ, and
+every expert gradient is unscaled by the wrong factor from then on, silently. Here all members share
+one scaler, which moves once per step, by the flag of all members on the whole world.
 
-The rules are Megatron's, with one difference: an overflow uses up one unit of hysteresis and,
-when none is left, halves the scale; `growth_interval` good steps in a row double it. Megatron
-restores the hysteresis after a whole growth interval only, so that after its first few overflows
-every later one halves the scale; here any good step restores it.
+The rules are Megatron's, with one difference. An overflow uses up one unit of hysteresis and, when
+none is left, halves the scale; `growth_interval` good steps in a row double it. Megatron restores
+the hysteresis only after a whole growth interval, so that after its first overflows every later one
+halves the scale; here any good step restores it.
 
-Why an FP16 step overflowed, and the calibration that keeps it from overflowing at once.
+Also here: `classify`, the cause of an overflow, and `calibrate`, the starting scale.
 """
 
 from __future__ import annotations

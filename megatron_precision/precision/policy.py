@@ -1,11 +1,9 @@
-"""The precision policy: the one place where the project decides a dtype.
+"""Defines the precision policy: the one place where the project decides a dtype.
 
-A policy names the dtype of every kind of tensor that exists in a run. Training and rollout
-can differ on purpose (the paper's precision ablation), never by accident: everything else in
-the project asks the policy, and `precision/audit.py` reads back what the tensors really are.
-
-This module imports no torch, so that configs, `--help` and dry runs stay fast; the torch
-dtypes behind the names live in `precision/dtypes.py`.
+A policy names the dtype of every kind of tensor in a run. Training and rollout can differ on
+purpose (the paper's ablation), never by accident: everything else asks the policy, and
+`precision/audit.py` reads back what the tensors really are. This module imports no torch, so that
+`--help` and dry runs stay fast; `precision/dtypes.py` has the torch dtypes.
 """
 
 from __future__ import annotations

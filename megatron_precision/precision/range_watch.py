@@ -1,9 +1,9 @@
-"""FP16 fails by range: watch the largest activation and the smallest gradients.
+"""Watches FP16's range: the largest activation and the smallest gradients of the trainer.
 
-Hooks on the trainer's layers record, for the micro-batch that is being watched,
-    the largest absolute activation: residual stream after each layer, and input of each down
-    projection (where the gated product peaks);
-    the share of entries of the hidden-state gradients that FP16 holds as subnormal or zero,
+Hooks on the trainer's layers record, for the micro-batch that is watched:
+    the largest absolute activation: the residual stream after each layer, and the input of each
+    down projection, where the gated product peaks;
+    the share of entries of the hidden-state gradients that FP16 represents as subnormal or zero,
     over tokens that carry loss.
 """
 

@@ -1,4 +1,4 @@
-"""Graders: what turns a finished response into its reward, without keeping the engine waiting.
+"""Turns finished responses into rewards, without keeping the engine waiting.
 
 `submit` returns at once. The arithmetic grader has its answer ready; the pooled one scores in the
 worker processes of `isolation.py` while the engine samples on. This module imports no torch.

@@ -1,16 +1,16 @@
-"""Score responses in worker processes, so that a hostile one costs its reward and nothing else.
+"""Scores responses in worker processes, so that a hostile one costs its reward and nothing else.
 
     with ScorerPool(math.score, workers=4) as pool:
         verdicts = pool.score(samples)
 
-A worker holds one sample at a time. One that runs over the time limit is killed and replaced; one
-that needs more memory than it may have, or dies, gives a verdict like any other. Answers come back
-as JSON and are never unpickled: what a response has brought a worker to is not trusted.
+A worker has one sample at a time. If a sample runs over its time limit, the worker is killed and
+replaced; if it needs more memory than allowed, or kills its worker, it gets a verdict like any
+other. Answers come back as JSON and are never unpickled: a worker is not trusted after a response.
 
-Workers are forked from a server process that has loaded the scorer and nothing else, neither
-engine nor accelerator, so that a new one costs milliseconds. A scorer is a function of a module
-(workers find it by its name), and a script that opens a pool needs the usual
-`if __name__ == "__main__"`. This module imports no torch.
+Workers are forked from a server process that has loaded the scorer alone, neither engine nor
+accelerator, so a new one costs milliseconds. A scorer is a function of a module, which workers find
+by its name, and a script that opens a pool needs the usual `if __name__ == "__main__"`. This module
+imports no torch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The reward of a mathematical question: the last boxed answer, compared by math-verify.
+"""Scores a mathematical answer: the last boxed one, compared by math-verify.
 
-math-verify reads LaTeX into SymPy and compares values: fractions with decimals, sets in any
-order, numbers with units or thousands separators. What it costs is up to the response, so this
-runs in the worker processes of `isolation.py` and sets no time limit of its own. This module
-imports no torch.
+math-verify reads LaTeX into SymPy and compares values: fractions with decimals, sets in any order,
+numbers with units or thousands separators. The cost depends on the response, so this runs in the
+worker processes of `isolation.py` and has no time limit of its own. This module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
-"""Advantages: how much better a rollout did than its group.
+"""Shapes rewards and turns them into advantages: how much better a rollout did than its group.
 
-Shapes: [num_groups, group_size], a row holding the rollouts of one prompt.
-
-A new advantage is a function here and an entry in `ADVANTAGES`.
-
-Reward shaping: what is added to the task's reward before groups are compared.
-
-Shapes: [num_groups, group_size]. A new shaping is a function here and an entry in `SHAPINGS`.
+Shapes: [num_groups, group_size], one row per prompt. A new shaping is a function here and an entry
+in `SHAPINGS`; a new advantage a function and an entry in `ADVANTAGES`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""How the token losses of a mini-batch become one number, in parts that add up.
+"""Sums the token losses of a mini-batch into one number, in parts that add up.
 
-An optimizer step sees one mini-batch, cut into micro-batches and spread over data-parallel
-ranks. The divisor of its loss is therefore worked out once, from counts over the whole job, and
-every part is divided by it: the sum of the parts is the mini-batch loss, however it was cut.
-Averaging micro-batch means instead would weigh a token by the company it was put in.
+An optimizer step sees one mini-batch, cut into micro-batches and spread over data-parallel ranks.
+The divisor of its loss is computed once, from counts over the whole job, and every part is divided
+by it: the sum of the parts is the mini-batch's loss, however it is cut. A mean of micro-batch means
+would instead weigh a token by its neighbours.
 
-The parts are FP32 (the dtype of the losses). They add up to the same loss to FP32 rounding,
-not bit for bit: the order of a sum depends on the cut.
+The parts are FP32, and add up to the same loss to FP32 rounding, not bit for bit.
 """
 
 from __future__ import annotations

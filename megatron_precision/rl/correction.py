@@ -1,13 +1,11 @@
-"""Rollout correction: the weight on each token's policy loss, from the engine's probabilities.
+"""Computes rollout corrections: a weight per token, from the engine's log-probs.
 
-The rollouts were sampled from mu (the engine), the gradient is taken of pi_theta (the trainer).
-A correction weighs a token's loss by a ratio pi/mu. Weights never carry gradient.
+Rollouts are sampled from mu (the engine), and the gradient is taken of pi_theta (the trainer). A
+correction weighs a token's loss by a ratio pi/mu. Weights carry no gradient. With a policy loss
+that has a ratio pi_theta/pi_old, the correction supplies pi_old/mu; without one, pi_theta/mu.
 
-Which pi stands above mu follows from the policy loss: with a ratio pi_theta/pi_old the correction
-supplies what is missing between mu and pi_old; without one it reaches from mu to pi_theta.
-
-A new correction is a function here and an entry in `CORRECTIONS`; it sets a token's weight to 0
-to leave the token out of the loss (its place in the mean stays).
+A new correction is a function here and an entry in `CORRECTIONS`. It sets a token's weight to 0 to
+mask its loss; the token still counts in the mean.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The loss of one token: a policy loss times the weight of a rollout correction.
+"""Computes the loss of each token: a policy loss times the weight of a rollout correction.
 
-Shapes: [num_seqs, num_tokens], right-padded response tokens; advantages [num_seqs].
-How token losses become one number is `aggregation.py`. Losses are signed to be minimised.
+Shapes: [num_seqs, num_tokens], right-padded response tokens; advantages [num_seqs]. Losses are
+signed to be minimised; `aggregation.py` sums them.
 
 A new policy loss is a function here and an entry in `POLICY_LOSSES`.
 """

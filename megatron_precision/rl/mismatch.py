@@ -1,6 +1,6 @@
-"""The training-inference mismatch: how far the trainer's policy is from the engine's.
+"""Measures the training-inference mismatch: how far the trainer's policy is from the engine's.
 
-mu is the rollout engine, which the tokens were sampled from; pi is the trainer, with the same
+mu is the rollout engine, from which the tokens were sampled; pi is the trainer, with the same
 weights. With d_t = log pi(y_t) - log mu(y_t) at every response token, every statistic is a
 function of the d_t and of their sums over sequences, in FP64.
 """

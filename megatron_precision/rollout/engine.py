@@ -1,7 +1,7 @@
-"""What the loop asks of a rollout engine: submit, step, abort, and nothing that blocks for long.
+"""Defines what the loop needs of a rollout engine: submit, step and abort, and nothing that blocks.
 
-A group is the rollouts of one prompt. Every request carries a seed of its own, hashed from what
-it is for, so that what is sampled does not depend on batching, replica or parallel layout.
+A group is all rollouts of one prompt. Every request has its own seed, hashed from its purpose, so
+the result does not depend on batching, replica or parallel layout.
 """
 
 from __future__ import annotations

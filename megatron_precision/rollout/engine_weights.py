@@ -1,14 +1,14 @@
-"""A vLLM model's weights: where a sync writes them, and what the kernels read.
+"""Says where a sync writes a vLLM model's weights, and reads back what the kernels read.
 
 vLLM may keep another layout for a kernel than its loader's. On the CPU a linear layer's weight is
-packed into an opaque copy and experts are packed in place; on a GPU some MoE backends permute.
-A layer whose kernel reads its parameters as they are is written directly. Any other is *staged*:
-its parameters are put together in the loader's layout and handed to vLLM's own layer-wise reload.
+packed into an opaque copy and experts are packed in place; on a GPU some MoE backends permute. A
+layer whose kernel reads its parameters is written directly. Any other is *staged*: its parameters
+are put together in the loader's layout and given to vLLM's own layer-wise reload.
 
-What kernels read is read back the same way for the proof: a linear layer is asked through its own
-kernel (the product with the identity returns every weight exactly, in every dtype: one term of
-each sum is 1 × w, the others are zero), packed experts are unpacked by the permutation that packs.
-A sum has lost the sign of a zero; it is remembered from what was loaded.
+The proof reads back through the kernels. A linear layer multiplies the identity, which returns
+every weight exactly in every dtype: one term of each sum is 1 × w, the others are zero. Packed
+experts are unpacked by the permutation that packs them. A sum loses the sign of a zero, which is
+remembered from what was loaded.
 """
 
 from __future__ import annotations

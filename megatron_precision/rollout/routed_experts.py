@@ -1,9 +1,9 @@
-"""The experts that vLLM's routers choose for each token, gathered by request.
+"""Records the experts that vLLM's routers choose for each token, by request.
 
-vLLM has an output of its own for it (`enable_return_routed_experts`), which needs Triton kernels
-and is refused on a CPU; the hook of its routers that this output is made from fires everywhere
-that layers run eagerly. What a step's layers chose is cut into requests where vLLM books the
-step's tokens: a batch holds the scheduled tokens of each request one after the other.
+vLLM's own output for this (`enable_return_routed_experts`) needs Triton kernels and is refused on
+a CPU. The hook of its routers fires wherever layers run eagerly. A step's choices are cut into
+requests where vLLM books the step's tokens: a batch has the scheduled tokens of one request after
+another.
 """
 
 from __future__ import annotations

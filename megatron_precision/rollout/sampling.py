@@ -1,4 +1,4 @@
-"""Sample groups of rollouts on every replica, in lockstep, with rewards as responses finish."""
+"""Samples groups of rollouts on every replica in lockstep, and grades responses as they finish."""
 
 from __future__ import annotations
 

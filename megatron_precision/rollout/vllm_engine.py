@@ -1,7 +1,6 @@
-"""vLLM, colocated: one engine a rank, in the trainer's own processes.
+"""Runs vLLM colocated: one engine per rank, in the trainer's own process.
 
-Kept thin on purpose: what differs between versions of vLLM is in `vllm_versions.py`, so that
-another one means another look at one file.
+It is thin on purpose: differences between versions of vLLM are in `vllm_versions.py` alone.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""What differs between the vLLM of the CPU (0.32) and that of GPU hosts with torch 2.11 (0.26).
+"""Collects the differences between vLLM 0.32 (CPU) and 0.26 (GPU hosts with torch 2.11).
 
-Names that both have are used where they are needed; `tools/check_vllm_names.py` looks for all of
-them in an installed vLLM. What is left is here:
+`tools/check_vllm_names.py` looks in an installed vLLM for every name that this project uses. The
+differences are:
 
-- the model runner: 0.26 takes its second one for dense models, and has hooks for neither sampled
-  log-probs nor routed experts; the first is asked for, as the CPU build has it;
-- the places of values in what the runner's `_bookkeeping_sync` returns;
-- memory: 0.26 wants a share of the GPU to be free at its start even where it is told the size of
-  the KV cache, and counts the trainer's memory as taken.
+- the model runner: 0.26 takes its second one for dense models, which has no hooks for sampled
+  log-probs and routed experts; the first one is asked for, as in the CPU build;
+- the order of values that the runner's `_bookkeeping_sync` returns;
+- memory: 0.26 wants a share of the GPU to be free at its start even if the size of the KV cache is
+  given, and counts the trainer's memory as taken.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The plan as a backend of vLLM's weight transfer, at vLLM's own extension point.
+"""Registers the sync as a backend of vLLM's weight transfer, at vLLM's own extension point.
 
-`register()` it, and choose it with `WeightTransferConfig(backend=BACKEND)`; what it does is
-`weights/transfer.py`.
+Call `register()`, and choose it with `WeightTransferConfig(backend=BACKEND)`. `sync/transfer.py`
+does the work.
 """
 
 from __future__ import annotations
