@@ -1,14 +1,10 @@
-"""Which questions come next, from one set or several: deterministic, and resumed from a small dict.
+"""Chooses the next questions, from one set or several: deterministic, resumed from a small dict.
 
-Of `n` questions a set with share `w` gives `n * w`, as near as whole numbers allow, at every
-moment and not only on average: the next one comes from the set that lags furthest behind its
-share. Inside a set the order is that of `order.py`: all epochs end to end, each a fresh shuffle;
-small sets come round more often than large ones. This module imports no torch.
-
-Which questions an iteration asks: a pure function, so that a resumed run asks the same.
-
-Think of all epochs laid end to end, each a fresh shuffle of every question; iteration i takes
-the next `per_iteration` places. This module imports no torch.
+Of `n` questions a set with share `w` gives `n * w`, as nearly as whole numbers allow, at every
+moment and not only on average: the next question comes from the set that is furthest behind its
+share. Inside a set all epochs are laid end to end, each a fresh shuffle of every question, and an
+iteration takes the next places. The order is a pure function of the seed, so that a resumed run
+asks the same questions. This module imports no torch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The perfectible set: questions that the start answers sometimes, and its file.
+"""Selects, writes and reads the perfectible set: the questions that the start answers sometimes.
 
-A question that is always or never answered gives a group without variance, hence no gradient;
-one that is answered sometimes can be brought to perfection, which is what makes the set a test
-of the training and not of the model. Source: arXiv 2510.26788, section on the sanity test: 40
-responses a question, accuracy from 20 % to 80 % kept.
+A question that is always or never answered gives a group without variance, hence no gradient. One
+that is answered sometimes can be brought to perfection, so the set tests the training and not the
+model. Source: arXiv 2510.26788, the sanity test: 40 responses per question, accuracy from 20 % to
+80 % kept.
 
-The file is JSON Lines, one question a line. This module imports no torch.
+The file is JSON Lines, one question per line. This module imports no torch.
 """
 
 from __future__ import annotations
