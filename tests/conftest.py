@@ -46,6 +46,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop(shared.VARIABLE), ignore_errors=True)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give each file to one worker, with its fixtures; whole jobs come first, as they are long."""
     for item in items:

@@ -10,6 +10,7 @@ import pytest
 
 import recipes
 from megatron_precision.checks import settings
+from megatron_precision.cli.arguments import sized_recipe
 from megatron_precision.config import overrides
 from megatron_precision.config.errors import UserError
 from megatron_precision.config.schema import ParallelConfig
@@ -39,7 +40,7 @@ def test_a_refusal_names_settings_that_then_fit() -> None:
 
 def test_where_no_layout_fits_other_sizes_are_named() -> None:
     with pytest.raises(UserError) as caught:
-        recipes.recipe("moe.pg_seq_tis", gpus=8, gpu_gb=80)
+        sized_recipe("moe.pg_seq_tis", gpus=8, gpu_gb=80)
     (problem,) = caught.value.problems
     for words in ("no layout of 8 GPUs of 80 GB fits", "8 GPUs of 141 GB", "16 GPUs of 80 GB"):
         assert words in problem.remedy
@@ -65,7 +66,7 @@ def test_a_cache_that_is_too_large_alone_is_made_smaller() -> None:
 
 def test_a_size_that_nobody_made_a_layout_for_is_refused_with_one_that_fits() -> None:
     with pytest.raises(UserError) as caught:
-        recipes.recipe("octothinker.octothinker_3b", gpus=64)
+        sized_recipe("octothinker.octothinker_3b", gpus=64)
     (problem,) = caught.value.problems
     assert "8 GPUs of 80 GB" in problem.expected
     assert "parallel.world_size=64" in problem.remedy

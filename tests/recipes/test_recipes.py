@@ -8,6 +8,7 @@ import pytest
 
 import recipes
 from megatron_precision.checks import settings
+from megatron_precision.cli.arguments import sized_recipe
 from megatron_precision.config.errors import UserError
 from megatron_precision.config.schema import to_dict
 from megatron_precision.preflight import memory, search
@@ -84,6 +85,8 @@ def test_every_size_that_is_asked_for_has_a_layout_or_a_refusal(name: str, size:
         assert dataclasses.replace(config, **same) == plain
         return
     with pytest.raises(UserError, match="does not fit"):
+        sized_recipe(name, size.gpus, size.gpu_gb)
+    with pytest.raises(UserError, match=f"has no layout for {size}"):
         recipes.recipe(name, size.gpus, size.gpu_gb)
 
 
