@@ -56,7 +56,7 @@ from megatron_precision.precision.range_watch import RangeWatch
 
 @dataclass
 class MicroLoss:
-    """What a loss function returns for one micro-batch.
+    """The result of a loss function for one micro-batch.
 
     Attributes:
         loss: scalar FP32, already divided by the mini-batch's normaliser: the sum over all
@@ -76,7 +76,7 @@ LossFunction = Callable[[Batch, torch.Tensor, torch.Tensor], MicroLoss]
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step over the whole job.
+    """The result of one optimizer step over the whole job.
 
     Attributes:
         outcome: of the optimizer.
@@ -96,7 +96,7 @@ class StepResult:
 
 
 class Actor:
-    """This rank's share of the trainer."""
+    """The trainer on this rank: model, optimizer, and the passes over a batch."""
 
     def __init__(
         self,
@@ -140,14 +140,14 @@ class Actor:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model."""
+        """The model's configuration."""
         return self._run.model
 
     # ---- passes --------------------------------------------------------------------------
 
     @property
     def packing(self) -> Packing:
-        """How sequences are divided over the ranks and into micro-batches."""
+        """The rule by which sequences are divided over ranks and into micro-batches."""
         return Packing(
             dp_size=parallel_state.get_data_parallel_world_size(),
             micro_batch_size=self._run.train.micro_batch_size,
@@ -158,15 +158,15 @@ class Actor:
         )
 
     def plans(self, batch: Batch, rows: torch.Tensor) -> list[Plan]:
-        """Every data-parallel rank's micro-batches; the same for every pass over the sequences."""
+        """Plan every data-parallel rank's micro-batches; all passes over the rows share them."""
         return plan_micro_batches(batch.lengths, rows, self.packing)
 
     def plan(self, batch: Batch, rows: torch.Tensor) -> Plan:
-        """This rank's micro-batches of the given sequences."""
+        """Plan this rank's micro-batches of the given sequences."""
         return self.plans(batch, rows)[parallel_state.get_data_parallel_rank()]
 
     def packing_metrics(self, batch: Batch, rows: torch.Tensor) -> dict[str, float]:
-        """What the plan of these sequences wastes, over the whole job."""
+        """Return padding and imbalance of these sequences' plan, over the whole job."""
         plans = self.plans(batch, rows)
         return {
             "throughput/padding_share": padding_share(batch.lengths, plans),
@@ -235,11 +235,11 @@ class Actor:
         )
 
     def _flips_counted(self) -> contextlib.AbstractContextManager[None]:
-        """Around passes with the weights that sampled: routers are compared with the engine's."""
+        """Compare routers with the engine's in a block; its passes use the weights that sampled."""
         return contextlib.nullcontext() if self.routing is None else self.routing.counted()
 
     def router_flips(self) -> RouterFlips | None:
-        """How the routers differed from the engine's since the last call; None if not known."""
+        """Return how routers differed from the engine's since the last call; None if unknown."""
         return None if self.routing is None else self.routing.take_flips()
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Actor:
         mini_batches: list[torch.Tensor],
         temperature: float | None = None,
     ) -> torch.Tensor:
-        """old_logprobs: [S, L] FP32, complete on every rank.
+        """Compute old_logprobs, [S, L] FP32, complete on every rank.
 
         Args:
             mini_batches: those that the steps will use: the same micro-batches give the same
@@ -281,7 +281,7 @@ class Actor:
 
     @torch.no_grad()
     def forward(self, batch: Batch, micro: MicroBatch, into: torch.Tensor) -> None:
-        """One micro-batch's log-probs, as `logprobs` computes them, finite or not.
+        """Compute one micro-batch's log-probs, as `logprobs` does, finite or not.
 
         Args:
             into: [S, L] FP32, written on the ranks that hold the loss; `share` completes it.
@@ -302,7 +302,7 @@ class Actor:
         loss: LossFunction,
         keep_logprobs: bool = False,
     ) -> StepResult:
-        """Forward and backward over one mini-batch; gradients are left in `main_grad`."""
+        """Run forward and backward over one mini-batch; gradients stay in `main_grad`."""
         self.model.zero_grad_buffer()
         self.optimizer.megatron.zero_grad()
         losses: list[torch.Tensor] = []
@@ -346,7 +346,7 @@ class Actor:
         loss: LossFunction,
         keep_logprobs: bool = False,
     ) -> StepResult:
-        """One optimizer step on one mini-batch, or a skip that changes nothing but the scale.
+        """Take one optimizer step on a mini-batch, or skip it and change only the loss scale.
 
         Raises:
             FloatingPointError: for a loss that is not finite where no loss scale is in use; with
@@ -361,14 +361,14 @@ class Actor:
         return replace(result, outcome=self.optimizer.step())
 
     def gradients_are_finite(self) -> bool:
-        """Whether this rank's accumulated gradients hold no inf or nan."""
+        """Say whether this rank's accumulated gradients are all finite."""
         buffers = [*self.model.buffers, *self.model.expert_parallel_buffers]
         return all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers)
 
     # ---- helpers -------------------------------------------------------------------------
 
     def _loss_rows(self, batch: Batch, micro: MicroBatch) -> torch.Tensor | None:
-        """[s / sequence shards, c] bool: tokens whose logits carry loss."""
+        """Return the tokens whose logits carry loss, [s / sequence shards, c] bool."""
         if not self.policy.loss_scaling:
             return None
         part = batch.select(micro.rows, micro.width)
@@ -385,7 +385,7 @@ class Actor:
     def _reduce(
         self, losses: list[torch.Tensor], sums: dict[str, float], maxima: dict[str, float]
     ) -> tuple[float, dict[str, float], dict[str, float]]:
-        """Add up over the data-parallel ranks of the last stage, and tell every rank."""
+        """Sum over the data-parallel ranks of the last stage, and send the result to every rank."""
         local = (float(torch.stack(losses).sum()), sums, maxima) if _owns_losses() else None
         everyone: list[tuple[float, dict[str, float], dict[str, float]] | None]
         everyone = [None] * dist.get_world_size()
@@ -399,7 +399,7 @@ class Actor:
 
 
 def _owns_losses() -> bool:
-    """Whether this rank speaks for its data-parallel replica: its peers hold the same losses."""
+    """Say whether this rank reports its replica's losses; its peers have the same ones."""
     return (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.is_pipeline_last_stage()
@@ -412,7 +412,7 @@ def _routers_run_again(memory: MemoryConfig) -> bool:
 
 
 def _sequence_shard(layout: ParallelConfig) -> tuple[int, int]:
-    """(rank, number of ranks) that a sequence is divided over between tensor-parallel layers."""
+    """Return (rank, number of ranks) of sequence parallelism between tensor-parallel layers."""
     if not layout.sequence_parallel:
         return 0, 1
     return parallel_state.get_tensor_model_parallel_rank(), layout.tp_size

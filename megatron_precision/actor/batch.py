@@ -25,7 +25,7 @@ from megatron_precision.config.schema import UNKNOWN_EXPERT
 
 @dataclass(frozen=True)
 class Batch:
-    """Rollouts ready to train on.
+    """An iteration's rollouts as tensors.
 
     Attributes:
         tokens: [S, L] int64, prompt then response, right-padded with zeros.
@@ -51,7 +51,7 @@ class Batch:
         return self.tokens.shape[0]
 
     def select(self, rows: torch.Tensor, width: int) -> Batch:
-        """The given sequences, cut or padded to `width` tokens."""
+        """Select sequences, cut or padded to `width` tokens."""
 
         def cut(values: torch.Tensor) -> torch.Tensor:
             return F.pad(values[rows, :width], (0, max(0, width - values.shape[1])))
@@ -67,13 +67,13 @@ class Batch:
         )
 
     def predicts(self) -> torch.Tensor:
-        """[S, L] bool: tokens whose logits predict a response token."""
+        """Tokens whose logits predict a response token, [S, L] bool."""
         found = torch.zeros_like(self.response_mask)
         found[:, :-1] = self.response_mask[:, 1:]
         return found
 
     def to(self, device: torch.device) -> Batch:
-        """The same micro-batch on a device; a batch itself stays on the host."""
+        """Copy the micro-batch to a device; a batch itself stays on the host."""
         moved = {
             field.name: value.to(device)
             for field in fields(self)
@@ -82,7 +82,7 @@ class Batch:
         return replace(self, **moved)
 
     def _experts(self, rows: torch.Tensor, width: int) -> torch.Tensor | None:
-        """[b, w, layers, k] uint8, padded with what stands for an unknown choice."""
+        """Return routed experts, [b, w, layers, k] uint8, padded with the unknown choice."""
         every = self.routed_experts
         if every is None:
             return None
@@ -95,7 +95,7 @@ class Batch:
         return found
 
     def with_old_logprobs(self, old_logprobs: torch.Tensor) -> Batch:
-        """The same batch with the trainer's log-probs before the update."""
+        """Return the batch with the trainer's log-probs before the update."""
         return replace(self, old_logprobs=old_logprobs)
 
 
@@ -116,7 +116,7 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the model, padding included."""
+        """The number of tokens that pass through the model, padding included."""
         return self.packed_tokens or len(self.rows) * self.width
 
 
@@ -127,7 +127,7 @@ def make_batch(
     advantages: torch.Tensor,
     routed_experts: Sequence[NDArray[np.uint8] | None] | None = None,
 ) -> Batch:
-    """Lay rollouts out as one right-padded batch.
+    """Pad rollouts on the right into one batch.
 
     Args:
         prompts, responses: token ids, one sequence a rollout; a response may be empty.
@@ -168,7 +168,7 @@ NOWHERE = -1
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """One micro-batch's.
+    """Maps a micro-batch between the padded grid [b, w] and the rows that the model sees [c, s].
 
     Attributes:
         shape: (b, w) of its grid.
@@ -183,7 +183,7 @@ class TokenLayout:
 
     @classmethod
     def of(cls, micro: MicroBatch, lengths: torch.Tensor) -> TokenLayout:
-        """The layout of a micro-batch whose sequences have these lengths ([b] int64)."""
+        """Lay out a micro-batch whose sequences have these lengths ([b] int64)."""
         shape = (len(micro.rows), micro.width)
         if not micro.packed_tokens:
             return cls(shape)
@@ -208,7 +208,7 @@ class TokenLayout:
         return cls(shape, places, packed)
 
     def to_model(self, grid: torch.Tensor, fill: int | bool = 0) -> torch.Tensor:
-        """[b, w, ...] as [c, s, ...], with `fill` where no sequence is."""
+        """Map [b, w, ...] to [c, s, ...], with `fill` where there is no sequence."""
         if self.places is None:
             return grid
         found = grid.flatten(0, 1)[self.places.clamp(min=0)]
@@ -218,7 +218,7 @@ class TokenLayout:
     def to_layers(
         self, grid: torch.Tensor, fill: int | bool = 0, shard: tuple[int, int] = (0, 1)
     ) -> torch.Tensor:
-        """[b, w, ...] as layers have hidden states, [s / shards, c, ...].
+        """Map [b, w, ...] to the shape of hidden states, [s / shards, c, ...].
 
         Args:
             shard: (rank, number of ranks) that a sequence is divided over.
@@ -227,7 +227,7 @@ class TokenLayout:
         return self.to_model(grid, fill).transpose(0, 1).chunk(ranks)[rank]
 
     def from_model(self, values: torch.Tensor) -> torch.Tensor:
-        """[c, s] as [b, w], zero where the model saw no token; differentiable."""
+        """Map [c, s] to [b, w], zero where the model saw no token; differentiable."""
         if self.places is None:
             return values
         known = self.places[0] != NOWHERE

@@ -79,7 +79,7 @@ def _gradient_of_rows(  # type: ignore[no-untyped-def]
 def row_sums(
     logits: torch.Tensor, rows: torch.Tensor, real: int, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Running sums of some rows' real columns, x = logits / temperature.
+    """Compute running sums of some rows' real columns, x = logits / temperature.
 
     Args:
         logits: [N, V], rows contiguous.
@@ -111,7 +111,7 @@ def row_gradients(
     targets: torch.Tensor,
     grads: torch.Tensor,
 ) -> torch.Tensor:
-    """Gradient of Σ g · (x_target - log_norm) with respect to the logits.
+    """Compute the gradient of Σ g · (x_target - log_norm) with respect to the logits.
 
     Args:
         logits, rows, real, temperature: see `row_sums`.

@@ -72,7 +72,7 @@ class _VocabParallelLogprob(torch.autograd.Function):
 
 
 class _FusedLogprob(torch.autograd.Function):
-    """The same of some rows of the logits, by kernels that keep no FP32 copy of them."""
+    """FP32 statistics of the sharded softmax by kernels that keep no FP32 copy of the logits."""
 
     @staticmethod
     def forward(
@@ -121,7 +121,7 @@ class _FusedLogprob(torch.autograd.Function):
 
 
 def by_kernels(logits: torch.Tensor) -> bool:
-    """Whether the kernels of a GPU read these logits."""
+    """Say whether the GPU's kernels can read these logits."""
     return logits.is_cuda
 
 
@@ -134,7 +134,7 @@ def response_logprobs(
     vocab_size: int,
     tp_group: dist.ProcessGroup,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies at the response tokens of a micro-batch.
+    """Compute log-probs and entropies at the response tokens of a micro-batch.
 
     Args:
         logits: [batch, length, padded_vocab / TP], the policy's LM head dtype; position t

@@ -57,7 +57,7 @@ Implementation = Literal["local", "transformer_engine"]
 
 
 def of_params(kernels: KernelConfig, params: DType) -> KernelConfig:
-    """The kernels of a model whose parameters have a dtype.
+    """Choose the kernels of a model by the dtype of its parameters.
 
     Transformer Engine multiplies FP32 in TF32 (`cublas_gemm`, which no flag of torch's reaches):
     ten bits. Left to itself an FP32 model, of a warm start or of a reference, has none of it.
@@ -69,7 +69,7 @@ def of_params(kernels: KernelConfig, params: DType) -> KernelConfig:
 
 
 def implementation(kernels: KernelConfig, platform: Platform) -> Implementation:
-    """Whose modules the trainer's layers are made of.
+    """Choose whose modules the trainer's layers are made of.
 
     Raises:
         UserError: for Transformer Engine on the CPU or where it cannot be imported, and for its
@@ -114,7 +114,7 @@ def transformer_config(
     kernels: KernelConfig = KernelConfig(),  # noqa: B008 (frozen)
     platform: Platform = "cpu",
 ) -> TransformerConfig:
-    """Megatron's config of a model. Fusions are off unless asked for: their rounding differs.
+    """Build Megatron's config. Fusions are off unless asked for: their rounding differs.
 
     Megatron's fused cross entropy is never used (its backward casts to BF16): log-probs are
     `actor/logprobs.py`'s.
@@ -209,7 +209,7 @@ def layer_spec(
     memory: MemoryConfig,
     modules: Implementation = "local",
 ) -> ModuleSpec:
-    """One layer: Transformer Engine's modules, or Megatron's own with our RMSNorm."""
+    """Build a layer's spec: Transformer Engine's modules, or Megatron's with our RMSNorm."""
     if modules == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=model.num_experts or None,
@@ -265,7 +265,7 @@ def build_model(
     modules: Implementation = "local",
     lm_head: DType | None = None,
 ) -> torch.nn.Module:
-    """This rank's stage of the model, parameters initialised by Megatron.
+    """Build this rank's stage of the model; Megatron initialises its parameters.
 
     Args:
         lm_head: dtype of the output projection; the parameters' where it is not said.

@@ -37,7 +37,7 @@ def each_sequence(
     value: torch.Tensor,
     packed: PackedSeqParams,
 ) -> torch.Tensor:
-    """Attention of packed sequences by what knows no packed ones, one after the other.
+    """Attend to packed sequences one after another.
 
     Args:
         attend: of [tokens, 1, heads, head_dim] to [tokens, 1, heads × head_dim].
@@ -138,7 +138,7 @@ class WideHead(ColumnParallelLinear):
         weight: torch.Tensor | None = None,
         runtime_gather_output: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits.
+        """Compute the logits.
 
         Args:
             input_: [s, c, hidden] in the parameters' dtype.
@@ -155,7 +155,7 @@ class WideHead(ColumnParallelLinear):
 
 
 def widen(output_layer: ColumnParallelLinear) -> None:
-    """Let a model's output layer multiply in FP32; `GPTModel` makes it of a class of its own."""
+    """Replace a model's output layer by one that multiplies in FP32."""
     assert type(output_layer) is ColumnParallelLinear
     output_layer.__class__ = WideHead
 

@@ -20,7 +20,7 @@ from megatron_precision.precision.policy import PrecisionPolicy
 
 @dataclass(frozen=True)
 class OptimizerOutcome:
-    """What an optimizer step did.
+    """The result of an optimizer step.
 
     Attributes:
         skipped: an overflow was found; weights and optimizer state are as before.
@@ -41,7 +41,7 @@ _NO_STATE = ("step", "master_param")
 
 @dataclass(frozen=True)
 class FlatState:
-    """A rank's range of a parameter's main copy and moments.
+    """This rank's range of a parameter's main copy and moments.
 
     Attributes:
         begin, end: of the parameter's elements, in row-major order; equal where other ranks have
@@ -56,7 +56,7 @@ class FlatState:
 
 @dataclass(frozen=True)
 class MainCopy:
-    """A rank's range of a parameter's FP32 main copy.
+    """This rank's range of a parameter's FP32 main copy.
 
     Attributes:
         begin: the first of the parameter's elements, in row-major order.
@@ -124,19 +124,19 @@ class ActorOptimizer:
 
     @property
     def members(self) -> list[MegatronOptimizer]:
-        """The chain's members: dense parameters, and expert parameters where there are any."""
+        """The members of the chain: dense parameters, and experts if there are any."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next step: constant after a linear warm-up over applied steps."""
+        """The next step's learning rate: constant after a linear warm-up over applied steps."""
         warmup = self._config.warmup_steps
         share = min(1.0, (self.applied_steps + 1) / warmup) if warmup else 1.0
         return self._config.learning_rate * share
 
     @torch.no_grad()
     def step(self) -> OptimizerOutcome:
-        """Unscale, look for overflow, and either update every member or skip them all."""
+        """Unscale the gradients, and update every member, or skip all of them on an overflow."""
         learning_rate = self.learning_rate
         # A member's flag is agreed over its own group only; a step is taken by the whole world.
         overflow = agree_any(bool(self.megatron.prepare_grads()))
@@ -160,7 +160,7 @@ class ActorOptimizer:
         return OptimizerOutcome(False, grad_norm, learning_rate)
 
     def main_copy(self, parameter: torch.nn.Parameter) -> MainCopy | None:
-        """This rank's range of a parameter's main copy; None for a parameter that has none.
+        """Return this rank's range of a parameter's main copy; None if it has none.
 
         Raises:
             RuntimeError: where the optimizer keeps it to itself (a precision-aware one).
@@ -190,7 +190,7 @@ class ActorOptimizer:
 
     @torch.no_grad()
     def make_states(self, applied_steps: int) -> None:
-        """Have moments for every main copy, as after so many steps; their values are to be loaded.
+        """Create moments for every main copy, as after some steps; their values are loaded next.
 
         Megatron makes them by a step without gradients, which decays the main copies.
         """
@@ -210,7 +210,7 @@ class ActorOptimizer:
 
     @torch.no_grad()
     def reload_main_params(self) -> None:
-        """Make the FP32 main parameters equal the model's, after weights were loaded."""
+        """Copy the model's weights into the FP32 main parameters, after they were loaded."""
         self.megatron.reload_model_params()
         for member in self.members:
             if not isinstance(member.optimizer, HybridDeviceOptimizer):
@@ -225,7 +225,7 @@ class ActorOptimizer:
 
     @torch.no_grad()
     def main_copies_changed(self) -> None:
-        """To be called where main copies were written: the host's copies of them follow.
+        """Update the host's copies of the main copies, after these were written.
 
         With `memory.optimizer_offload` a step is taken there, and written over the main copies.
         """
@@ -260,5 +260,5 @@ class ActorOptimizer:
         self._aside.clear()
 
     def _inner(self) -> list[torch.optim.Optimizer]:
-        """What the members step; a member with no parameters on this rank has none."""
+        """Return the members' own optimizers; a member without parameters here has none."""
         return [member.optimizer for member in self.members if member.optimizer is not None]

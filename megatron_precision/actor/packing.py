@@ -20,7 +20,7 @@ Plan = list[MicroBatch]
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences are divided.
+    """The rule by which sequences are divided into micro-batches.
 
     Attributes:
         dp_size: data-parallel ranks.
@@ -42,28 +42,28 @@ class Packing:
     packed: bool = False
 
     def width(self, length: int) -> int:
-        """A length rounded up to what a micro-batch may have."""
+        """Round a length up to a width that a micro-batch may have."""
         return -(-length // self.width_multiple) * self.width_multiple
 
     def micro_batch(self, rows: torch.Tensor, lengths: torch.Tensor) -> MicroBatch:
-        """The micro-batch of some rows of a batch whose sequences have these lengths, [S]."""
+        """Form the micro-batch of some rows; `lengths` are those of all sequences, [S]."""
         own = lengths[rows]
         packed_tokens = self.width(int(own.sum())) if self.packed else 0
         return MicroBatch(rows, self.width(int(own.max())), packed_tokens)
 
     def cost(self, micro: MicroBatch, lengths: torch.Tensor) -> float:
-        """Work of a micro-batch, in tokens: the sum over its sequences of `sequence_cost`."""
+        """Estimate a micro-batch's work, in tokens: the sum of its `sequence_cost`s."""
         if not self.packed:
             return len(micro.rows) * self.sequence_cost(micro.width)
         return sum(self.sequence_cost(length) for length in lengths[micro.rows].tolist())
 
     def sequence_cost(self, width: int) -> float:
-        """Work of a sequence of so many tokens, in tokens: w (1 + w / attention_tokens)."""
+        """Estimate the work of a sequence of w tokens, in tokens: w (1 + w / attention_tokens)."""
         return width * (1 + width / self.attention_tokens)
 
 
 class _Falling:
-    """Sequences in falling length, and what consecutive ones cost as one micro-batch."""
+    """Sequences in falling length, with the cost of consecutive ones as one micro-batch."""
 
     def __init__(self, lengths: list[int], packing: Packing) -> None:
         self._packing = packing
@@ -76,20 +76,20 @@ class _Falling:
         return len(self._widths)
 
     def tokens(self, begin: int, end: int) -> int:
-        """Padded tokens of sequences begin to end."""
+        """Count the padded tokens of sequences begin to end."""
         if self._packing.packed:
             return self._packing.width(self._tokens_before[end] - self._tokens_before[begin])
         return (end - begin) * self._widths[begin]
 
     def cost(self, begin: int, end: int) -> float:
-        """Their work, as `Packing.cost`."""
+        """Estimate their work, as `Packing.cost`."""
         if self._packing.packed:
             return self._cost_before[end] - self._cost_before[begin]
         return (end - begin) * self._packing.sequence_cost(self._widths[begin])
 
 
 def attention_tokens(model: ModelConfig) -> float:
-    """The width at which attention costs as much as the products with weights.
+    """Return the width at which attention costs as much as the products with weights.
 
     For one token, forward, of n active weights in matrices: 2 n operations with weights, and
     4 w × heads × head_dim a layer with the keys and values of a sequence of w tokens; half of
@@ -106,7 +106,7 @@ def attention_tokens(model: ModelConfig) -> float:
 
 
 def plan_micro_batches(lengths: torch.Tensor, rows: torch.Tensor, packing: Packing) -> list[Plan]:
-    """Every rank's micro-batches, long sequences first.
+    """Plan every rank's micro-batches, long sequences first.
 
     Args:
         lengths: [S] tokens of every sequence of the batch.
@@ -136,7 +136,7 @@ def plan_micro_batches(lengths: torch.Tensor, rows: torch.Tensor, packing: Packi
 
 
 def _by_tokens(lengths: torch.Tensor, order: torch.Tensor, packing: Packing) -> list[Plan]:
-    """Micro-batches of neighbours in length, under the budget and of like cost, dealt out."""
+    """Form micro-batches of similar lengths and costs within the budget, and deal them out."""
     if len(order) < packing.dp_size:
         raise ValueError(
             f"{len(order)} sequences for {packing.dp_size} data-parallel ranks: one has none"
@@ -166,7 +166,7 @@ def _by_tokens(lengths: torch.Tensor, order: torch.Tensor, packing: Packing) -> 
 
 
 def _cut(sequences: _Falling, packing: Packing) -> list[int]:
-    """Sizes of consecutive micro-batches of falling widths, as many as the ranks divide.
+    """Size consecutive micro-batches of falling widths; their number divides by the ranks.
 
     As few as the budget allows, and of these the cut whose most expensive micro-batch is cheapest
     (to a hundredth).
@@ -197,7 +197,7 @@ def _cut(sequences: _Falling, packing: Packing) -> list[int]:
 
 
 def _greedy(sequences: _Falling, most_cost: float, packing: Packing) -> list[int]:
-    """Sizes of micro-batches that are filled in turn up to the budget and the cost."""
+    """Size micro-batches by filling each up to the budget and the cost."""
     sizes: list[int] = []
     begin = 0
     for end in range(1, len(sequences) + 1):
@@ -215,13 +215,13 @@ def _greedy(sequences: _Falling, most_cost: float, packing: Packing) -> list[int
 
 
 def padding_share(lengths: torch.Tensor, plans: list[Plan]) -> float:
-    """Share of the tokens that pass through the model and belong to no sequence."""
+    """Return the share of tokens that pass through the model and belong to no sequence."""
     micros = [micro for plan in plans for micro in plan]
     padded = sum(micro.tokens for micro in micros)
     return 1 - sum(int(lengths[micro.rows].sum()) for micro in micros) / padded
 
 
 def dp_imbalance(lengths: torch.Tensor, plans: list[Plan], packing: Packing) -> float:
-    """How much more than the mean the busiest rank has to do: max / mean - 1."""
+    """Return how much more work than the mean the busiest rank has: max / mean - 1."""
     loads = [sum(packing.cost(micro, lengths) for micro in plan) for plan in plans]
     return max(loads) * len(loads) / sum(loads) - 1

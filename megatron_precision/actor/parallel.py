@@ -47,7 +47,7 @@ def divide_world(parallel: ParallelConfig, seed: int) -> None:
 
 
 def coordinates(num_experts: int, num_layers: int) -> ShardCoordinates:
-    """Where this rank stands in the trainer's layout."""
+    """Return this rank's coordinates in the trainer's layout."""
     local_experts = num_experts // parallel_state.get_expert_model_parallel_world_size()
     local_layers = num_layers // parallel_state.get_pipeline_model_parallel_world_size()
     return ShardCoordinates(
@@ -61,7 +61,7 @@ def coordinates(num_experts: int, num_layers: int) -> ShardCoordinates:
 
 
 def agree_any(flag: bool) -> bool:
-    """Whether the flag is set on any rank of the world."""
+    """Say whether the flag is set on any rank of the world."""
     agreed = torch.tensor([float(flag)])
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     return bool(agreed.item())

@@ -29,7 +29,7 @@ from megatron_precision.sync.plan import PlanError
 
 @dataclass
 class MainCopies:
-    """What a rank holds of the FP32 main copies.
+    """This rank's part of the FP32 main copies.
 
     Attributes:
         held: every region, with the range of its parameter's main copy, or the parameter.
@@ -47,7 +47,7 @@ class MainCopies:
         parameters: Iterable[tuple[str, torch.nn.Parameter, list[Region]]],
         optimizer: ActorOptimizer,
     ) -> MainCopies:
-        """Collect them; an FP32 parameter has no copy, and is taken itself, whole.
+        """Collect the main copies; an FP32 parameter has none and stands for itself.
 
         Args:
             parameters: name, parameter and what it holds.
@@ -69,7 +69,7 @@ class MainCopies:
 
 
 class HeldWeights:
-    """This rank's.
+    """This rank's parameters, described as regions of Hugging Face tensors.
 
     Args:
         module: its stage of the model.
@@ -84,27 +84,27 @@ class HeldWeights:
         self._config, self._policy = config.model, config.policy
 
     def live(self) -> list[tuple[Region, torch.Tensor]]:
-        """Every region of the model on this rank, with the live parameter that holds it."""
+        """List this rank's regions, each with its live parameter."""
         return [(region, live.data) for _, live, regions in self.parameters() for region in regions]
 
     def parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, list[Region]]]:
-        """Every parameter of this rank, with its name and what it holds."""
+        """List this rank's parameters, each with its name and its regions."""
         at = coordinates(self._config.num_experts, self._config.num_hidden_layers)
         for name, parameter in self._module.named_parameters():
             regions = megatron_regions(name, tuple(parameter.shape), self._config, at)
             yield name, parameter, regions
 
     def main_copies(self) -> MainCopies:
-        """The FP32 main copies on this rank."""
+        """Return the FP32 main copies on this rank."""
         return MainCopies.of(self.parameters(), self._optimizer)
 
     def views(self) -> list[tuple[Region, torch.Tensor]]:
-        """Every region of the model on this rank, with its strided view of the live parameter."""
+        """List this rank's regions, each with its strided view of the live parameter."""
         return [(region, live.view(region.view)[region.spans]) for region, live in self.live()]
 
     @contextlib.contextmanager
     def changed(self, change: Callable[[Region, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-        """Hold changed weights for a while, then the true ones again; no step may be taken.
+        """Change the weights for a block and restore them after it; no step may be taken inside.
 
         Args:
             change: (region, its values) to new values of the same shape.
@@ -163,7 +163,7 @@ class HeldWeights:
 def gathered(
     held: list[tuple[Region, torch.Tensor]], model: ModelConfig
 ) -> dict[str, torch.Tensor]:
-    """The model that the ranks' regions make; every rank calls it.
+    """Put the whole model together from the ranks' regions; every rank calls it.
 
     Args:
         held: this rank's regions with their values, all of one dtype.

@@ -24,7 +24,7 @@ from megatron_precision.config.schema import UNKNOWN_EXPERT
 
 @dataclass(frozen=True)
 class RouterFlips:
-    """How the trainer's own choices differ from the engine's, over the tokens that are known.
+    """Counts how the trainer's choices differ from the engine's, over the known tokens.
 
     Attributes:
         flip_share: share of (token, layer) whose sets of experts differ.
@@ -39,7 +39,7 @@ class RouterFlips:
     tokens: int
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """Under their names in `metrics.jsonl`."""
+        """Return the figures by their names in `metrics.jsonl`."""
         return {
             "mismatch/router_flip_share": self.flip_share,
             "mismatch/router_overlap": self.overlap,
@@ -98,7 +98,7 @@ class Routing:
     def micro_batch(
         self, experts: torch.Tensor | None, layout: TokenLayout, rows: torch.Tensor
     ) -> None:
-        """The forward pass of another micro-batch begins.
+        """Begin the forward pass of another micro-batch.
 
         Args:
             experts: [b, w, layers, k] uint8, the engine's; None where it recorded none.
@@ -117,18 +117,18 @@ class Routing:
             self._places = layout.to_layers(places, NOWHERE, self.shard).flatten()
 
     def record(self, sequences: int, tokens: int) -> None:
-        """Keep, from now on, in how many layers each token of a batch [S, L] is flipped."""
+        """Start to record in how many layers each token of a batch [S, L] is flipped."""
         self._flipped_layers = torch.zeros(sequences, tokens, dtype=torch.int32)
 
     def take_recorded(self) -> torch.Tensor:
-        """[S, L] int32 flipped layers of each token, of the whole job; nothing more is kept."""
+        """Return the flipped layers of each token of the job, [S, L] int32, and stop recording."""
         assert self._flipped_layers is not None
         found, self._flipped_layers = self._flipped_layers, None
         dist.all_reduce(found)
         return found
 
     def take_flips(self) -> RouterFlips | None:
-        """What was counted since the last call, over the whole job; None if nothing was."""
+        """Return the counts since the last call, over the whole job; None if there are none."""
         counts = self._counts.clone()
         self._counts.zero_()
         dist.all_reduce(counts)
@@ -173,7 +173,7 @@ class _LayerRouting:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and indices [tokens, k] of the experts to use; called by Megatron's router."""
+        """Return values and indices [tokens, k] of the experts to use, for Megatron's router."""
         assert default_compute_topk is not None
         values, own = default_compute_topk(
             scores, topk, num_groups=num_groups, group_topk=group_topk

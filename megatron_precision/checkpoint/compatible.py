@@ -49,12 +49,12 @@ _RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "EARLIER_ARRAY
 
 
 def was_restarted() -> bool:
-    """Whether Slurm or torchrun has started this job before."""
+    """Say whether Slurm or torchrun has started this job before."""
     return any(int(os.environ.get(name) or 0) > 0 for name in _RESTARTS)
 
 
 def changes(config: RunConfig, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Paths whose values are others now, with the saved value and the new one.
+    """Return the settings that changed: path to saved value and new value.
 
     A field that the saved configuration does not know, since it is older, is as it was.
     """
@@ -113,7 +113,7 @@ def _changed_files(config: RunConfig, state: Mapping[str, Any], where: str) -> l
 def not_identical(
     config: RunConfig, state: Mapping[str, Any], versions: Mapping[str, str]
 ) -> list[str]:
-    """Why the rest of the run is no longer bit for bit what it would have been; empty where it is.
+    """List why the rest of the run equals an unbroken one to rounding only.
 
     Args:
         versions: of what computes, now.
@@ -135,7 +135,7 @@ def not_identical(
 
 
 def is_complete(config: RunConfig, out: Path) -> bool:
-    """Whether the run in `out` has ended well after as many iterations as `config` has."""
+    """Say whether the run in `out` completed all iterations of `config`."""
     path, done = out / METRICS, 0
     for folder in folders.finished(out):
         with contextlib.suppress(UserError):  # damaged: the ranks will find it so, and say it
@@ -147,7 +147,7 @@ def is_complete(config: RunConfig, out: Path) -> bool:
 
 
 def resume_problems(config: RunConfig, out: Path) -> list[Problem]:
-    """Why `config` cannot resume the run in `out`, by its newest readable checkpoint."""
+    """List why `config` cannot resume the run in `out`, by its newest readable checkpoint."""
     for folder in reversed(folders.finished(out)):
         try:
             state = folders.read_state(folder)

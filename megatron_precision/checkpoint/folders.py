@@ -29,17 +29,17 @@ DAMAGED = ".damaged"
 
 
 def folder_of(out: Path, iteration: int) -> Path:
-    """The checkpoint after so many iterations."""
+    """Return the folder of the checkpoint after some iterations."""
     return out / CHECKPOINTS / f"{iteration:06d}"
 
 
 def finished(out: Path) -> list[Path]:
-    """The run's checkpoints, oldest first; whether they are still whole is not looked at."""
+    """List the run's checkpoints, oldest first, without checking that they are whole."""
     return sorted(path for path in (out / CHECKPOINTS).glob("*") if path.name.isdigit())
 
 
 def way_on(out: Path) -> str:
-    """How a run that ended too early goes on, in a line; nothing where the folder holds no run."""
+    """Say in a line how to resume a run that ended early; "" if the folder has no run."""
     if not (out / METRICS).exists():
         return ""
     if whole := finished(out):
@@ -48,7 +48,7 @@ def way_on(out: Path) -> str:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says of its trainer.
+    """Read a checkpoint's `trainer.json`.
 
     Raises:
         UserError: where that cannot be read.
@@ -57,7 +57,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def superfluous(states: dict[Path, dict[str, Any]], keep: int) -> list[Path]:
-    """Checkpoints that are neither among the last nor the best.
+    """List the checkpoints that are neither among the last nor the best.
 
     The best is the one whose own evaluation had the highest accuracy, of several the latest.
 
@@ -95,7 +95,7 @@ def finish(partial: Path, keep: int) -> Path:
 
 
 def _known(folder: Path) -> dict[str, Any]:
-    """A state, or nothing where it has been damaged: the run that writes a new one goes on."""
+    """Read a state; empty if it is damaged, since a run that writes a new one continues."""
     try:
         return read_state(folder)
     except UserError:
@@ -103,14 +103,14 @@ def _known(folder: Path) -> dict[str, Any]:
 
 
 def put_aside(folder: Path) -> None:
-    """Keep a damaged checkpoint under a name that no resume looks at."""
+    """Rename a damaged checkpoint, so that no resume looks at it."""
     aside = folder.with_suffix(DAMAGED)
     shutil.rmtree(aside, ignore_errors=True)
     folder.rename(aside)
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what killed writers left."""
+    """Remove the partial checkpoints that killed writers left."""
     for path in (out / CHECKPOINTS).glob(f"*{PARTIAL}"):
         shutil.rmtree(path)
 

@@ -48,15 +48,15 @@ class Manifest:
 
     @property
     def is_by_file(self) -> bool:
-        """Whether every file is hashed, and so no tensor, as in a trainer's checkpoint."""
+        """True if files are hashed instead of tensors, as in a trainer's checkpoint."""
         return not self.tensors and not self.sizes
 
     def hash_of(self, name: str) -> str | None:
-        """The hash of a tensor, where it is known."""
+        """Return the hash of a tensor; None if unknown."""
         return self.tensors.get(name)
 
     def write(self, folder: Path) -> None:
-        """Write it; call last."""
+        """Write the manifest, after everything else."""
         values = {
             "version": VERSION, "sizes": self.sizes, "files": self.files, "tensors": self.tensors
         }  # fmt: skip
@@ -64,7 +64,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest | None:
-    """The manifest of a folder, or None where it has none.
+    """Read the manifest of a folder; None if it has none.
 
     Raises:
         UserError: where it cannot be read, or files are missing, cut short, too long or changed.
@@ -76,7 +76,7 @@ def read(folder: Path) -> Manifest | None:
 
 
 def listed(folder: Path) -> Manifest | None:
-    """The manifest of a folder as it stands, of which no file has been looked at.
+    """Read the manifest of a folder without checking any file.
 
     Raises:
         UserError: where it cannot be read.
@@ -96,7 +96,7 @@ def listed(folder: Path) -> Manifest | None:
 
 
 def _malformed(values: Mapping[str, Any]) -> str:
-    """What is not as `Manifest.write` leaves it, or nothing."""
+    """Describe what `Manifest.write` would not have written; "" if nothing."""
     if values.get("version") != VERSION:
         return f"version {values['version']}" if "version" in values else "no version"
     for name, kind in (("tensors", str), ("sizes", int), ("files", str)):
@@ -107,7 +107,7 @@ def _malformed(values: Mapping[str, Any]) -> str:
 
 
 def file_problems(folder: Path, found: Manifest, hashed: Iterable[str]) -> Iterator[Problem]:
-    """What is wrong with the files of a folder.
+    """List what is wrong with the files of a folder.
 
     Args:
         hashed: those of `found.files` whose bytes are read.
@@ -129,7 +129,7 @@ def file_problems(folder: Path, found: Manifest, hashed: Iterable[str]) -> Itera
 
 
 def made(tensors: dict[str, str], folder: Path) -> Manifest:
-    """The manifest of a folder that is otherwise complete.
+    """Make the manifest of a folder that is otherwise complete.
 
     Args:
         tensors: Hugging Face name → hexadecimal SHA-256.
@@ -148,7 +148,7 @@ def made(tensors: dict[str, str], folder: Path) -> Manifest:
 
 
 def file_hash(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -168,7 +168,7 @@ _TEMPLATES = "additional_chat_templates"
 
 
 def copy_sidecar(source: Path, target: Path) -> None:
-    """Carry config, generation config, tokenizer and chat templates along, byte for byte."""
+    """Copy config, generation config, tokenizer and chat templates, byte for byte."""
     for path in sorted([*source.iterdir(), *source.glob(f"{_TEMPLATES}/*")]):
         weights = path.suffix in _WEIGHTS or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != FILE:
@@ -178,7 +178,7 @@ def copy_sidecar(source: Path, target: Path) -> None:
 
 
 def state_dtype(config: Path, dtypes: Iterable[torch.dtype]) -> None:
-    """Make `config.json` say the dtype that the weights have: readers load them in what it says.
+    """Write the weights' dtype into `config.json`: readers load them in that dtype.
 
     Where it says so already, or the weights have several, the file stays byte for byte.
     """

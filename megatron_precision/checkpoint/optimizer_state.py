@@ -33,7 +33,7 @@ State = dict[str, ShardedTensor]
 
 @dataclass(frozen=True)
 class _Held:
-    """A parameter of this rank, and which boxes its range is made of.
+    """A parameter of this rank, and the boxes that its range consists of.
 
     Attributes:
         number: of the parameter.
@@ -48,12 +48,12 @@ class _Held:
     parts: list[tuple[Region, Box, bool]]
 
     def key(self, name: str, part: int) -> str:
-        """Names a part of one of the states among this rank's."""
+        """Name a part of one of this rank's states."""
         return f"{name}.{self.number}.{part}"
 
 
 class OptimizerBoxes:
-    """What this rank holds of the optimizer's state; made anew for every use, by every rank."""
+    """This rank's part of the optimizer's state; every rank makes one for every use."""
 
     def __init__(self, actor: Actor) -> None:
         self._shapes = hf_shapes(actor.model_config)
@@ -88,7 +88,7 @@ class OptimizerBoxes:
             self._held.append(_Held(len(self._held), parameter.shape, state, parts))
 
     def saved(self) -> State:
-        """The parts that this rank writes, with copies of their values."""
+        """Return the parts that this rank writes, with copies of their values."""
         return {
             key: sharded
             for held in self._held
@@ -97,7 +97,7 @@ class OptimizerBoxes:
         }
 
     def wanted(self, moments: bool) -> State:
-        """The parts that this rank reads, with room for them.
+        """Return the parts that this rank reads, with memory for them.
 
         Args:
             moments: whether there are any: not before the first step.
@@ -113,7 +113,7 @@ class OptimizerBoxes:
         }
 
     def restore(self, loaded: dict[str, torch.Tensor], moments: bool) -> None:
-        """Put what was read for `wanted` into the optimizer, whose states exist."""
+        """Copy what was read for `wanted` into the optimizer, whose states exist."""
         names = (MAIN, *MOMENTS) if moments else (MAIN,)
         for held in self._held:
             for name in names if held.state.tensors else ():
@@ -158,7 +158,7 @@ class OptimizerBoxes:
 
 
 def _within(region: Region, box: Box) -> tuple[slice, ...]:
-    """Indexes the region at a part of it."""
+    """Return the index of a part within its region."""
     return tuple(
         slice(begin - first, begin - first + size)
         for first, begin, size in zip(region.start, box.start, box.shape, strict=True)

@@ -39,7 +39,7 @@ LOCK = "lock"
 
 
 def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
-    """Make sure that `out` is an empty folder for a new run, or the run that is resumed.
+    """Ensure that `out` is an empty folder for a new run, or the run that is resumed.
 
     Args:
         out: the run's folder; it is created where it does not exist.
@@ -63,7 +63,7 @@ def claim(out: Path, overwrite: bool = False, resume: bool = False) -> None:
 
 
 def hold(out: Path) -> None:
-    """Keep other runs out of the folder for as long as this process lives, however it ends.
+    """Lock the folder against other runs until this process ends, however it ends.
 
     Raises:
         UserError: when another run's rank 0 lives there.
@@ -81,7 +81,7 @@ def hold(out: Path) -> None:
 
 
 def is_held(out: Path) -> bool:
-    """Whether a run lives there."""
+    """Say whether a running run holds the lock."""
     try:
         lock = os.open(out / LOCK, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
@@ -98,7 +98,7 @@ def is_held(out: Path) -> bool:
 
 
 def _has_files(out: Path) -> bool:
-    """More than the lock of a run that died before it wrote anything."""
+    """Say whether a folder has more than the lock of a run that wrote nothing."""
     return any(path.name != LOCK for path in out.iterdir())
 
 
@@ -110,12 +110,12 @@ def _in_use(out: Path) -> Problem:
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run was begun there."""
+    """Say whether a run was begun in a folder."""
     return any((out / name).is_file() for name in (CONFIG, METRICS))
 
 
 def claim_problems(out: Path, overwrite: bool = False, resume: bool = False) -> list[Problem]:
-    """Why `claim` would refuse: what `out` holds, by what is asked for.
+    """List why `claim` would refuse.
 
     Nothing is changed; a dry run asks too.
     """
@@ -140,7 +140,7 @@ def claim_problems(out: Path, overwrite: bool = False, resume: bool = False) -> 
 
 
 def go_back(out: Path, state: Mapping[str, Any] | None) -> None:
-    """Take back what a run wrote after a checkpoint, which a resumed one writes again.
+    """Remove what a run wrote after a checkpoint; the resumed run writes it again.
 
     Args:
         state: of the checkpoint; None where there is none, and the run begins anew.
@@ -184,7 +184,7 @@ def write_config(config: RunConfig, out: Path) -> Path:
 
 
 def prepare_folder(start: Path) -> Path:
-    """Where the job that makes a start keeps its own files, beside the start."""
+    """Return the folder of the job that makes a start, beside the start."""
     return start.with_name(start.name + ".prepare")
 
 

@@ -31,11 +31,11 @@ from megatron_precision.platform import checkpoint_writers
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint does not hold what was written into it."""
+    """A checkpoint differs from what was written into it."""
 
 
 class Writing:
-    """One checkpoint on its way to the disk.
+    """A checkpoint that is being written.
 
     Everything is copied when it begins, so that training may go on; `finish` waits for the writers
     of all ranks and compares what they wrote with what was copied.
@@ -71,7 +71,7 @@ class Writing:
             request.execute_sync()
 
     def is_written(self) -> bool:
-        """Whether the writers of all ranks are done."""
+        """Say whether the writers of all ranks are done."""
         if self._queue is not None:
             self._queue.maybe_finalize_async_calls(blocking=False)
             return not self._queue.get_num_unfinalized_calls()
@@ -142,7 +142,7 @@ def seal(partial: Path, model_dir: Path, dtype: torch.dtype) -> None:
 
 
 def damage(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, by their hashes; equal on every rank."""
+    """List what is wrong with a checkpoint's files, by their hashes; equal on every rank."""
     found = manifest.listed(folder)
     if found is None:
         return [f"it has no {manifest.FILE}"]
@@ -155,7 +155,7 @@ def damage(folder: Path) -> list[str]:
 
 
 def bytes_of(folder: Path) -> int:
-    """Bytes of a folder's files."""
+    """Count the bytes of a folder's files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
@@ -175,7 +175,7 @@ def _read(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(part, name, sharded tensor or what makes several of one) of a state."""
+    """Yield (part, name, sharded tensor, or a factory of several) of a state."""
     for part in ("model", "optimizer"):
         for name, sharded in state[part].items():
             if isinstance(sharded, (ShardedTensor, ShardedTensorFactory)):
@@ -183,7 +183,7 @@ def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _room(sharded: Any) -> torch.Tensor:
-    """Room for a tensor's values, so that reading overwrites none of the trainer's."""
+    """Allocate memory for a tensor, so that reading overwrites none of the trainer's."""
     if sharded.data is not None:
         return torch.empty_like(sharded.data)
     return torch.empty(sharded.local_shape, dtype=sharded.dtype)
@@ -195,7 +195,7 @@ def _digest(values: torch.Tensor) -> bytes:
 
 
 def capture() -> dict[str, Any]:
-    """The state of all of them, as `restore` takes it."""
+    """Return the state of all random generators, as `restore` takes it."""
     found: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -208,7 +208,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Go on drawing where `state` was captured."""
+    """Restore all random generators to a captured state."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

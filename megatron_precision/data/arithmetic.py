@@ -59,7 +59,7 @@ class CharTokenizer:
         self.vocab_size = len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, one a character; no special token is added or recognised.
+        """Encode a text, one id per character; no special token is added or recognised.
 
         Raises:
             ValueError: names every character outside the alphabet.
@@ -73,7 +73,7 @@ class CharTokenizer:
         return [self._ids[character] for character in text]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids.
+        """Decode ids.
 
         Args:
             ids: ids of any length.
@@ -172,7 +172,7 @@ class Question:
 
 
 def split_of(prompt: str) -> Split:
-    """The split that a prompt belongs to: 1 in 10 eval, 3 in 10 train, 6 in 10 warm start."""
+    """Return a prompt's split: 1 in 10 eval, 3 in 10 train, 6 in 10 warm start."""
     tenth = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) % 10
     if tenth < _EVAL_TENTHS:
         return "eval"
@@ -180,7 +180,7 @@ def split_of(prompt: str) -> Split:
 
 
 def question_stream(task: TaskConfig, *, split: Split, seed: int) -> Iterator[Question]:
-    """Questions of one split without end; a pure function of the arguments.
+    """Yield questions of one split without end; a pure function of the arguments.
 
     A question can come again: independent draws are what a warm start wants.
 
@@ -193,7 +193,7 @@ def question_stream(task: TaskConfig, *, split: Split, seed: int) -> Iterator[Qu
 
 
 def make_questions(task: TaskConfig, *, split: Split, count: int, seed: int) -> list[Question]:
-    """Different questions of one split; a pure function of the arguments.
+    """Make different questions of one split; a pure function of the arguments.
 
     The first `n` questions of a longer list are the shorter list.
 
@@ -317,7 +317,7 @@ def warm_start_batches(
     seed: int,
     pad_to_multiple: int = 1,
 ) -> Iterator[SupervisedBatch]:
-    """Batches of the warm-start split without end; a pure function of the arguments.
+    """Yield batches of the warm-start split without end; a pure function of the arguments.
 
     Every rank that calls this with the same arguments sees the same batches; data-parallel
     ranks take their rows from them.

@@ -15,10 +15,10 @@ from megatron_precision.data.prompts import ChatPrompt, Message
 
 
 class ChatEncoder(Protocol):
-    """What turns messages into the tokens that a response follows."""
+    """Turns messages into the tokens that a response follows."""
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the whole chat, up to and with the opening of the assistant's turn.
+        """Encode the whole chat, up to and including the opening of the assistant's turn.
 
         Raises:
             ValueError: when the template does not take these messages.
@@ -71,7 +71,7 @@ class ChatTokenizer:
         self._options = dict(template_options or {})
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """See `ChatEncoder`; the template writes every special token, none is added to it."""
+        """Encode as `ChatEncoder` says; the template writes every special token."""
         from jinja2 import TemplateError
 
         turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -84,7 +84,7 @@ class ChatTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of ids, with or without special tokens; spaces are left as they are."""
+        """Decode ids, with or without special tokens; spaces stay as they are."""
         text: str = self._hf.decode(
             list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
         )
@@ -93,7 +93,7 @@ class ChatTokenizer:
 
 @dataclass(frozen=True)
 class TokenPrompt:
-    """A prompt and its tokens: what an engine is given."""
+    """A prompt and its tokens, as the engine takes it."""
 
     prompt: ChatPrompt
     tokens: tuple[int, ...]
@@ -101,7 +101,7 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """The prompts that are short enough, and how many are not.
+    """The prompts that are short enough, and the number of longer ones.
 
     Attributes:
         kept: in the order of the input.

@@ -26,7 +26,7 @@ from megatron_precision.config.schema import fingerprint
 def prompts_for_iteration(
     num_questions: int, iteration: int, per_iteration: int, seed: int, stream: str = "order"
 ) -> list[int]:
-    """Indices of the questions of one iteration, in order.
+    """Return the indices of an iteration's questions, in order.
 
     Every question comes once an epoch. An iteration may reach over the end of an epoch: then
     a question can come twice in it, once from either epoch.
@@ -58,7 +58,7 @@ def prompts_for_iteration(
 def places(
     num_questions: int, first: int, count: int, seed: int | str, stream: str = "order"
 ) -> list[int]:
-    """Indices at `count` places from place `first` (0-based) of all epochs laid end to end.
+    """Return the indices at `count` places from `first` (0-based) of all epochs end to end.
 
     Args:
         num_questions: 1 or more.
@@ -98,7 +98,7 @@ class MixtureSet:
 
 
 class MixtureState(TypedDict):
-    """Where a mixture stands, as JSON takes it.
+    """The position of a mixture, as JSON values.
 
     Keys:
         fingerprint: names the sets, weights and seed that the counts belong to.
@@ -134,7 +134,7 @@ class Mixture:
         self._fingerprint = fingerprint({"sets": parts, "seed": seed, "stream": stream})
 
     def take(self, count: int) -> list[tuple[str, int]]:
-        """The next `count` questions, each as a set's name and an index into that set.
+        """Take the next `count` questions, each as a set's name and an index into that set.
 
         Raises:
             ValueError: for a negative count.
@@ -154,13 +154,13 @@ class Mixture:
         return [(self._sets[number].name, next(drawn[number])) for number in chosen]
 
     def state(self) -> MixtureState:
-        """What `restore` needs to go on from here."""
+        """Return what `restore` needs."""
         names = [part.name for part in self._sets]
         taken = dict(zip(names, self._taken, strict=True))
         return {"fingerprint": self._fingerprint, "taken": taken}
 
     def restore(self, state: MixtureState) -> None:
-        """Go on where `state` was taken.
+        """Continue from a state that `state()` returned.
 
         Raises:
             UserError: when it is the state of other sets, sizes, weights or another seed.

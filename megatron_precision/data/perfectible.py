@@ -30,7 +30,7 @@ class PerfectibleQuestion:
 
 
 def select_perfectible(accuracies: Sequence[float], low: float, high: float) -> list[int]:
-    """Indices, ascending, of the accuracies from `low` to `high`, both inclusive.
+    """Return the ascending indices of the accuracies from `low` to `high`, both inclusive.
 
     Raises:
         ValueError: for an accuracy outside 0 .. 1 (NaN too), lists every one; for low > high.
@@ -45,7 +45,7 @@ def select_perfectible(accuracies: Sequence[float], low: float, high: float) -> 
 
 
 def write_perfectible(path: Path, items: Sequence[PerfectibleQuestion]) -> None:
-    """Write the set whole or not at all: a reader never sees a part of it."""
+    """Write the set completely or not at all: a reader never sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two jobs that make the same set from writing into one file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -84,7 +84,7 @@ _TEXTS = tuple(field.name for field in dataclasses.fields(Question))
 
 
 def _parse(line: str) -> PerfectibleQuestion | str:
-    """The question of a line, or what is wrong with the line."""
+    """Parse a line into a question, or into a problem."""
     try:
         record: Any = json.loads(line)
     except json.JSONDecodeError as error:

@@ -84,12 +84,12 @@ def read_prompts(path: Path) -> list[ChatPrompt]:
 
 
 def without_repeats(prompts: Iterable[ChatPrompt]) -> list[ChatPrompt]:
-    """The prompts in order, each question once: some published sets repeat theirs."""
+    """Return the prompts in order, each question once: some published sets repeat theirs."""
     return list({prompt.id: prompt for prompt in prompts}.values())
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where a row is and what it holds: a decoded value, or a problem."""
+    """Yield each row's place and its decoded value, or a problem."""
     readers = {".parquet": _parquet_rows, ".jsonl": _jsonl_rows}
     expected = " or ".join(f"a {suffix} file" for suffix in readers)
     if not path.is_file():
@@ -169,7 +169,7 @@ def _prompt_problems(where: str, messages: Any) -> Iterator[Problem]:
 
 
 def _is_text(value: Any) -> bool:
-    """Text that can be written: JSON may hold half of a surrogate pair, no tokenizer takes it."""
+    """Say whether a value is text that can be encoded: JSON allows half a surrogate pair."""
     if not isinstance(value, str):
         return False
     try:
@@ -212,7 +212,7 @@ class PromptSet:
 
 
 def parse_set(text: str) -> PromptSet:
-    """Read one set.
+    """Parse `NAME=PATH` or `NAME=PATH@WEIGHT`.
 
     Raises:
         ValueError: its message says what would have been accepted.
@@ -231,7 +231,7 @@ def parse_set(text: str) -> PromptSet:
 
 
 def set_problems(field: str, texts: Sequence[str]) -> Iterator[Problem]:
-    """What is wrong with the sets of one field of a configuration."""
+    """List what is wrong with the sets of one setting."""
     names: Counter[str] = Counter()
     for text in texts:
         try:

@@ -30,7 +30,7 @@ _TASK_FIELDS = ("name", "max_prompt_tokens", "difficulty", "train_questions", "e
 
 
 def start_fingerprint(config: RunConfig) -> str:
-    """Names what makes a start; precision, algorithm and RL settings are not among it."""
+    """Hash all that a start depends on; precision, algorithm and RL settings do not count."""
     task = {name: getattr(config.task, name) for name in _TASK_FIELDS}
     parts = (config.model, config.warm_start, config.perfectible)
     return fingerprint(
@@ -45,23 +45,23 @@ def start_fingerprint(config: RunConfig) -> str:
 
 
 def start_dir(config: RunConfig) -> Path:
-    """Where the start of this config is, or will be."""
+    """Return the folder in which the start of this config is, or will be."""
     return CACHE / start_fingerprint(config)
 
 
 def start_is_complete(path: Path) -> bool:
-    """Whether a start was made there, to its end."""
+    """Say whether a folder has a complete start."""
     return (path / FACTS).is_file()
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """What is known of a complete start."""
+    """Read the facts about a complete start."""
     facts: dict[str, Any] = json.loads((path / FACTS).read_text(encoding="utf-8"))
     return facts
 
 
 def open_start(config: RunConfig, chosen: Path | None = None) -> tuple[Path, Task]:
-    """The folder of the first weights, and the task that goes with it.
+    """Return the folder of the first weights, and the task of the run.
 
     Args:
         chosen: a prepared warm start, by default the cache's.

@@ -60,7 +60,7 @@ class TrainSet:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything that a job needs to know of its task.
+    """A task: its prompts, its stop tokens, its text and its grader.
 
     Attributes:
         train: sets to train on, by name; the only set of a task may have none.
@@ -81,7 +81,7 @@ class Task:
     counts: Mapping[str, Mapping[str, int]]
 
     def text(self, tokens: Sequence[int]) -> str:
-        """A response's text, without the token that ended it."""
+        """Decode a response, without the token that ended it."""
         ended = bool(tokens) and tokens[-1] in self.stop_ids
         return self.decode(tokens[:-1] if ended else tokens)
 
@@ -102,15 +102,15 @@ class PromptOrder:
         self._mixture = Mixture(sets, seed, stream)
 
     def take(self, count: int) -> list[TaskPrompt]:
-        """The next `count` prompts."""
+        """Take the next `count` prompts."""
         return [self._task.train[name].prompts[i] for name, i in self._mixture.take(count)]
 
     def state(self) -> MixtureState:
-        """What `restore` needs to go on from here."""
+        """Return what `restore` needs."""
         return self._mixture.state()
 
     def restore(self, state: MixtureState) -> None:
-        """Go on where `state` was taken; see `Mixture.restore`."""
+        """Continue from a state that `state()` returned; see `Mixture.restore`."""
         self._mixture.restore(state)
 
 
@@ -118,7 +118,7 @@ class PromptOrder:
 
 
 def arithmetic_prompts(questions: Iterable[Question]) -> list[TaskPrompt]:
-    """Made-up sums as prompts."""
+    """Turn made-up sums into prompts."""
     tokenizer = CharTokenizer()
     return [
         TaskPrompt(q.id, tuple(tokenizer.encode(q.prompt)), q.answer, q.prompt) for q in questions
@@ -126,7 +126,7 @@ def arithmetic_prompts(questions: Iterable[Question]) -> list[TaskPrompt]:
 
 
 def arithmetic_task(config: TaskConfig, train: Sequence[Question], seed: int) -> Task:
-    """Sums made up here.
+    """Build the task of made-up sums.
 
     Args:
         train: the questions to train on; the held-out ones are drawn here.
@@ -150,7 +150,7 @@ def arithmetic_task(config: TaskConfig, train: Sequence[Question], seed: int) ->
 
 
 def chat_task(config: RunConfig) -> Task:
-    """Chat prompts from files, with the tokenizer and chat template of the start's checkpoint.
+    """Build a task of chat prompts from files, with the checkpoint's chat template.
 
     A question that a file repeats is taken once.
 
@@ -199,7 +199,7 @@ def chat_task(config: RunConfig) -> Task:
 
 
 def stop_ids(folder: Path, eos_id: int) -> tuple[int, ...]:
-    """What ends a response: the tokenizer's end token, and those of `generation_config.json`.
+    """Return the stop tokens: the tokenizer's end token, and `generation_config.json`'s.
 
     An instruct model may end a turn with another token than a text.
 

@@ -36,7 +36,7 @@ class Results:
             self._received.put(result)
 
     def put(self, result: Any) -> None:
-        """Hand a result over; a thread sends it."""
+        """Queue a result; a thread sends it."""
         self._pipe.put(result)
 
     def get_nowait(self) -> Any:

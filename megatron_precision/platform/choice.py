@@ -21,14 +21,14 @@ VARIABLE = "MEGATRON_PRECISION_PLATFORM"
 
 @dataclass(frozen=True)
 class Choice:
-    """The platform, and what decided it."""
+    """The platform, and the reason for it."""
 
     name: Platform
     reason: str
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed distribution; None where it is not installed."""
+    """Return the version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def installed(package: str) -> str | None:
 
 
 def choose() -> Choice:
-    """The platform of this process.
+    """Choose the platform of this process.
 
     Raises:
         UserError: for a value of `MEGATRON_PRECISION_PLATFORM` that names no platform.

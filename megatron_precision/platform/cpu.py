@@ -210,7 +210,7 @@ def apply_megatron_patches() -> None:
 
 
 def apply_vllm_patches() -> None:
-    """Give this job's vLLM shared memory a name of its own; draw sampling seeds ahead.
+    """Give this job's vLLM shared memory its own name, and draw sampling seeds ahead.
 
     Raises:
         KeyError: where `MEGATRON_PRECISION_JOB` is not set: the launcher and `platform.start()`

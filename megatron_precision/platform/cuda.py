@@ -29,7 +29,7 @@ _applied: set[str] = set()
 
 
 def device_problems(choice: Choice, local_rank: int, ranks_here: int) -> list[Problem]:
-    """What keeps this process from using its GPU.
+    """List what keeps this process from using its GPU.
 
     Args:
         choice: why CUDA is the platform.
@@ -63,7 +63,7 @@ def device_problems(choice: Choice, local_rank: int, ranks_here: int) -> list[Pr
 
 
 def start(choice: Choice) -> None:
-    """Give this rank its GPU and set how it computes; before anything else touches CUDA.
+    """Give this rank its GPU and set its arithmetic, before anything else touches CUDA.
 
     Raises:
         UserError: where there is no GPU for this rank.

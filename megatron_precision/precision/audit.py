@@ -18,7 +18,7 @@ class PrecisionAuditError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reading:
-    """One tensor's dtype as found.
+    """A tensor's dtype, as it was found.
 
     Attributes:
         kind: the policy's field that decides it.
@@ -55,7 +55,7 @@ def check(readings: list[Reading], policy: PrecisionPolicy) -> dict[str, str]:
 
 
 def read_trainer(model: torch.nn.Module, optimizer: Any) -> Iterator[Reading]:
-    """Parameters, their gradient buffers, and the optimizer's copies.
+    """Read the dtypes of parameters, gradient buffers and the optimizer's copies.
 
     Args:
         model: Megatron's DistributedDataParallel model.
@@ -132,7 +132,7 @@ class ForwardReadings:
 
 
 def read_engine(engine: Any) -> Iterator[Reading]:
-    """The rollout engine's parameters, its output projection and its KV cache."""
+    """Read the dtypes of the engine's parameters, output projection and KV cache."""
     for name, parameter in engine.model.named_parameters():
         yield Reading("rollout_params", f"engine parameter {name}", parameter.dtype)
     yield Reading("rollout_lm_head", "the engine's output projection", engine.head_dtype)

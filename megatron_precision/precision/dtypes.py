@@ -18,10 +18,10 @@ FP16_SMALLEST_NORMAL = torch.finfo(torch.float16).smallest_normal  # 2^-14
 
 
 def torch_dtype(name: DType) -> torch.dtype:
-    """The torch dtype of a policy's name."""
+    """Return the torch dtype of a policy's name."""
     return TORCH_DTYPE[name]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The policy's name of a torch dtype; dtypes outside the policy keep torch's name."""
+    """Return the policy's name of a torch dtype; other dtypes keep torch's name."""
     return _NAME.get(dtype, str(dtype).removeprefix("torch."))

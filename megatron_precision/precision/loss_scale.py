@@ -24,7 +24,7 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
 
 class LossScaleState(TypedDict):
-    """Where a loss scale stands, as JSON takes it.
+    """The state of a loss scale, as JSON values.
 
     Keys:
         value: the scale.
@@ -71,11 +71,11 @@ class LossScale(DynamicGradScaler):
 
     @property
     def at_minimum(self) -> bool:
-        """Whether another overflow cannot lower it."""
+        """True if another overflow cannot lower it."""
         return self.value <= float(self.min_scale.item())
 
     def state(self) -> LossScaleState:
-        """What `restore` needs."""
+        """Return what `restore` needs."""
         return {
             "value": self.value,
             "growth": self._growth_tracker,
@@ -83,13 +83,13 @@ class LossScale(DynamicGradScaler):
         }
 
     def restore(self, state: LossScaleState) -> None:
-        """Go on where `state` was taken."""
+        """Continue from a state that `state()` returned."""
         self.value = state["value"]
         self._growth_tracker = state["growth"]
         self._hysteresis_tracker = state["hysteresis"]
 
     def update(self, found_inf: bool) -> None:
-        """Called by each chain member with its own flag; moves nothing (see `commit`)."""
+        """Do nothing: each chain member calls this, and `commit` moves the scale."""
 
     def commit(self, found_inf: bool) -> None:
         """Move the scale by the flag of the whole chain on the whole world; once a step."""
@@ -105,7 +105,7 @@ LARGEST_EXPONENT = 40
 
 
 def classify(*, finite_forward: bool, weight_max: float, headroom_bits: int) -> OverflowCause:
-    """Name what made a step overflow.
+    """Name the cause of a step's overflow.
 
         activations         the forward pass was not finite;
         importance_weight   a token's weight alone exceeds the headroom that the scale keeps over
@@ -123,7 +123,7 @@ def classify(*, finite_forward: bool, weight_max: float, headroom_bits: int) -> 
 
 
 def calibrate(overflows_at: Callable[[float], bool], headroom_bits: int) -> float:
-    """The largest power of two at which nothing overflows, less the headroom.
+    """Find the largest power of two at which nothing overflows, less the headroom.
 
     Overflow is monotone in the scale, so the exponent is bisected: six passes.
 

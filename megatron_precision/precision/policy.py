@@ -20,7 +20,7 @@ WireSource = Literal["parameters", "main_copies"]
 
 @dataclass(frozen=True)
 class PrecisionPolicy:
-    """dtype of each kind of tensor in a run.
+    """The dtype of each kind of tensor in a run.
 
     Attributes:
         name: how a user asked for it, for example `fp16` or `bf16/fp16`.
@@ -55,7 +55,7 @@ class PrecisionPolicy:
 
     @property
     def loss_scaling(self) -> bool:
-        """Whether the trainer needs a loss scale: only FP16 gradients can leave their range."""
+        """True if the trainer needs a loss scale: only FP16 gradients can leave their range."""
         return self.grads == "fp16"
 
 
@@ -110,7 +110,7 @@ def _dtype(name: str) -> DType:
 
 
 def is_precision(name: str) -> bool:
-    """Whether a precision policy goes by this name."""
+    """Say whether a precision policy has this name."""
     try:
         policy(name)
     except ValueError:

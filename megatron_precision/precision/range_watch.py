@@ -18,7 +18,7 @@ from megatron_precision.precision.dtypes import FP16_SMALLEST_NORMAL
 
 
 def larger_or_nan(so_far: float, value: float) -> float:
-    """The larger of two, or nan where either is: max() drops a nan, which must not be dropped."""
+    """Return the larger of two, or nan if either is: max() would drop a nan."""
     return math.nan if math.isnan(so_far) or math.isnan(value) else max(so_far, value)
 
 
@@ -67,7 +67,7 @@ class RangeWatch:
 
     @property
     def grad_subnormal_share(self) -> float:
-        """Share of watched gradient entries below FP16's smallest normal number, 2^-14."""
+        """The share of watched gradient entries below FP16's smallest normal number, 2^-14."""
         if self._small is None or not self._entries:
             return 0.0
         return float(self._small) / self._entries

@@ -34,7 +34,7 @@ class Response:
 
 @dataclass(frozen=True)
 class Grade:
-    """What came of a response.
+    """The grade of a response.
 
     Attributes:
         reward: the scorer's number; 0.0 unless scored.
@@ -48,21 +48,21 @@ class Grade:
 
 
 def graded(reward: float) -> Future[Grade]:
-    """The future of a response that has been graded."""
+    """Return a finished future with a reward."""
     done: Future[Grade] = Future()
     done.set_result(Grade(reward))
     return done
 
 
 class Grader(Protocol):
-    """Grades responses; one of it on the first rank of every replica of the engine."""
+    """Grades responses; the first rank of every engine replica has one."""
 
     def submit(self, response: Response) -> Future[Grade]:
-        """Queue a response; the future's own error ends the run: no response is to blame for it."""
+        """Queue a response. If the future raises, the grader itself failed, and the run aborts."""
         ...
 
     def close(self) -> None:
-        """End what grades."""
+        """Stop the processes that grade."""
         ...
 
 
@@ -70,18 +70,18 @@ class ArithmeticGrader:
     """Grades the made-up sums on the spot: a regular expression needs no isolation."""
 
     def submit(self, response: Response) -> Future[Grade]:
-        """See `Grader`."""
+        """Grade a response; see `Grader`."""
         reward = scorers.score_arithmetic(
             response.text, response.answer, truncated=response.truncated
         )
         return graded(reward)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class PooledGrader:
-    """Grades by a scorer in processes of its own.
+    """Grades with a scorer in worker processes.
 
     A truncated response that comes here is graded as it stands; see `task.truncated`.
     """
@@ -90,17 +90,17 @@ class PooledGrader:
         self._pool = ScorerPool(scorer, workers=workers, time_limit_s=time_limit_s)
 
     def submit(self, response: Response) -> Future[Grade]:
-        """See `Grader`."""
+        """Grade a response; see `Grader`."""
         sample = Sample(response.name, response.text, response.answer)
         return _mapped(self._pool.submit(sample))
 
     def close(self) -> None:
-        """End the workers at once."""
+        """Stop the workers at once."""
         self._pool.close()
 
 
 def _mapped(verdict: Future[Verdict]) -> Future[Grade]:
-    """The future of a grade from that of a verdict, which holds the whole response."""
+    """Map the future of a verdict to one of a grade, which does not keep the response."""
     grade: Future[Grade] = Future()
 
     def finish(done: Future[Verdict]) -> None:

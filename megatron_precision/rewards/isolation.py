@@ -70,7 +70,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a sample.
+    """The result of scoring a sample.
 
     Attributes:
         sample: the sample.
@@ -88,7 +88,7 @@ class Verdict:
     scoring_s: float
 
     def report(self) -> str:
-        """A paragraph that names the sample: what happened, right answer, end of the response."""
+        """Describe the sample in a paragraph: what happened, right answer, end of the response."""
         text = self.sample.response
         tail = text[-_SHOWN_CHARACTERS:]
         return (
@@ -105,11 +105,11 @@ class PoolClosedError(RuntimeError):
 
 
 class WorkerStartError(RuntimeError):
-    """A worker does not come up, whatever the sample: no response is to blame for that."""
+    """A worker does not start, whatever the sample."""
 
 
 class ScorerPool:
-    """Worker processes that score samples; a thread for each hands it one sample at a time."""
+    """Scores samples in worker processes; one thread per worker gives it one sample at a time."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ScorerPool:
         return [future.result() for future in [self.submit(sample) for sample in samples]]
 
     def close(self) -> None:
-        """End the workers at once, whatever they are doing, and wait until they are gone."""
+        """Stop the workers at once, whatever they are doing, and wait until they are gone."""
         atexit.unregister(self.close)
         with self._door:
             self._closed.set()
@@ -203,7 +203,7 @@ class ScorerPool:
         self.close()
 
     def _serve(self) -> None:
-        """The life of one thread: its worker, and a new one whenever that is lost."""
+        """Run one thread: it has a worker, and starts a new one whenever that is lost."""
         worker: _Worker | None = None
         while (item := self._waiting.get()) is not None:
             sample, future = item
@@ -245,7 +245,7 @@ class ScorerPool:
 
 
 class _Worker:
-    """A process that scores, seen from its owner."""
+    """A worker process, seen from its owner."""
 
     def __init__(self, context: Any, scorer: Scorer, memory_limit_mib: int) -> None:
         ours, theirs = context.Pipe()
@@ -259,7 +259,7 @@ class _Worker:
         self._ready = False
 
     def score(self, sample: Sample, limit_s: float) -> Verdict:
-        """One sample; after `timed_out` and `died` the worker is of no more use.
+        """Score one sample; after `timed_out` and `died` the worker cannot be used again.
 
         Raises:
             WorkerStartError: when the process has not come up.
@@ -282,7 +282,7 @@ class _Worker:
         return verdict(status, detail, reward)
 
     def _await_ready(self) -> None:
-        """Wait for the start, which no sample's time pays for."""
+        """Wait for the worker's start, which does not count against a sample's time."""
         if self._ready:
             return
         with contextlib.suppress(EOFError, OSError):
@@ -297,7 +297,7 @@ class _Worker:
         )
 
     def is_alive(self) -> bool:
-        """Whether a worker without a sample is still there: it says nothing unless it ends."""
+        """Say whether an idle worker still runs: it writes nothing unless it ends."""
         return not self._pipe.poll()
 
     def kill(self) -> None:
@@ -305,7 +305,7 @@ class _Worker:
         self._process.kill()
 
     def end(self) -> None:
-        """Kill the process, wait until it is gone and free what it held here."""
+        """Kill the process, wait until it is gone, and close its streams."""
         self._process.kill()
         self._process.join()
         self._process.close()
@@ -313,7 +313,7 @@ class _Worker:
 
 
 def _work(pipe: Connection, scorer: Scorer, memory_limit_mib: int) -> None:
-    """A worker's own process: score what comes until the stream ends."""
+    """Run a worker's process: score samples until the stream ends."""
     _die_with_owner()
     # Ctrl-C goes to the whole terminal; the owner decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -328,7 +328,7 @@ def _work(pipe: Connection, scorer: Scorer, memory_limit_mib: int) -> None:
 
 
 def _die_with_owner() -> None:
-    """Die with the server that forked this process, and let that die with the owner.
+    """End this process with the server that forked it, and that server with the owner.
 
     The server ends when every copy of a pipe is closed, of which each worker is given one: an
     endless worker would keep the server alive, and the server would keep the worker.
@@ -339,7 +339,7 @@ def _die_with_owner() -> None:
 
 
 def _attempt(scorer: Scorer, response: str, answer: str) -> tuple[Status, str, float]:
-    """Score one sample; what goes wrong becomes the verdict's status and detail."""
+    """Score one sample; an error becomes the verdict's status and detail."""
     try:
         reward = scorer(response, answer)
         if isinstance(reward, bool) or not isinstance(reward, int | float):

@@ -25,7 +25,7 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def score(response: str, answer: str) -> float:
-    """1.0 if the last box of the response holds the right answer, else 0.0.
+    """Return 1.0 if the last box of the response has the right answer, else 0.0.
 
     Several boxes are several tries, of which the last counts. An answer outside a box does not
     count: the prompt asks for a box, and whatever else is searched can be found by luck. A
@@ -50,7 +50,7 @@ def score(response: str, answer: str) -> float:
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}` or `\fbox{...}`; None where there is none.
+    r"""Return the content of the last `\boxed{...}` or `\fbox{...}`; None without one.
 
     An escaped brace is no brace. A last box that is not closed is none, whatever stands before.
     """
@@ -69,7 +69,7 @@ def last_box(text: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _expected(answer: str) -> tuple[str, list[Any]]:
-    """The right answer without a box, and its values; a group's rollouts share them."""
+    """Return the right answer without its box, and its values; a group's rollouts share them."""
     boxed = last_box(answer)
     right = answer if boxed is None else boxed
     values = _read(right)
@@ -82,6 +82,6 @@ def _expected(answer: str) -> tuple[str, list[Any]]:
 
 
 def _read(latex: str) -> list[Any]:
-    """SymPy values and the text itself; empty where math-verify finds nothing to read."""
+    """Parse into SymPy values and the text itself; empty if math-verify can parse nothing."""
     found: list[Any] = parse(f"\\boxed{{{latex}}}", extraction_config=_LATEX, parsing_timeout=None)
     return found

@@ -86,7 +86,7 @@ _FINAL_ANSWER = re.compile(r"=(0|[1-9][0-9]*)\Z")
 
 
 def score_arithmetic(response: str, answer: str, *, truncated: bool) -> float:
-    """1.0 if the response ends in `=` and the right number, else 0.0.
+    """Return 1.0 if the response ends in `=` and the right number, else 0.0.
 
     The steps before the final answer are not graded. The experiment measures reinforcement
     learning from outcomes, as the paper does; a reward for steps would teach the demonstrated
@@ -110,7 +110,7 @@ _NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3}(?!\d))*(?:\.\d+)?", re.ASCII
 
 
 def score_number(response: str, answer: str) -> float:
-    """1.0 if the last number of the response is the right one, else 0.0.
+    """Return 1.0 if the last number of the response is the right one, else 0.0.
 
     Args:
         response: the decoded response.

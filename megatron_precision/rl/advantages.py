@@ -18,14 +18,14 @@ from megatron_precision.rl.algorithms import Advantage, Algorithm, RewardShaping
 def unshaped(
     rewards: Tensor, response_tokens: Tensor, max_response_tokens: int, constants: AlgorithmConfig
 ) -> Tensor:
-    """The task's reward as it is."""
+    """Return the task's reward unchanged."""
     return rewards
 
 
 def overlong(
     rewards: Tensor, response_tokens: Tensor, max_response_tokens: int, constants: AlgorithmConfig
 ) -> Tensor:
-    """DAPO's soft overlong punishment: a penalty that grows over the last part of the limit.
+    """Add DAPO's soft overlong penalty, which grows over the last part of the length limit.
 
         B = overlong_buffer_share * max_response_tokens
         R - overlong_penalty * clip((N - (max_response_tokens - B)) / B, 0, 1)
@@ -67,7 +67,7 @@ SHAPINGS: dict[RewardShaping, Callable[[Tensor, Tensor, int, AlgorithmConfig], T
 
 
 def check_rewards(rewards: Tensor) -> None:
-    """Refuse rewards that no group can be made of.
+    """Refuse rewards that do not form groups.
 
     Raises:
         ValueError: not a floating-point matrix, an empty group, or a reward that is not finite.
@@ -88,7 +88,7 @@ def check_rewards(rewards: Tensor) -> None:
 
 
 def group_mean_centred(rewards: Tensor) -> Tensor:
-    """Reward minus the mean of its group.
+    """Subtract the mean of its group from each reward.
 
         A_i = R_i - mean_j R_j
 
@@ -113,7 +113,7 @@ def group_mean_centred(rewards: Tensor) -> Tensor:
 
 
 def group_standardised(rewards: Tensor) -> Tensor:
-    """Reward minus the mean of its group, over the group's standard deviation.
+    """Subtract the mean of its group, and divide by the group's standard deviation.
 
         A_i = (R_i - mean_j R_j) / sqrt(sum_j (R_j - mean)^2 / (group_size - 1))
 
@@ -155,7 +155,7 @@ def group_advantages(
     response_tokens: Tensor,
     max_response_tokens: int,
 ) -> Tensor:
-    """Advantages of an iteration's rollouts, by the shaping and the advantage of `algorithm`.
+    """Compute an iteration's advantages, by the algorithm's shaping and advantage.
 
     Args:
         algorithm: a row of `rl/algorithms.py`.
@@ -177,7 +177,7 @@ def group_advantages(
 
 
 def with_contrast(rewards: Tensor) -> Tensor:
-    """Which groups hold two different rewards: [num_groups] bool. The others carry no gradient.
+    """Say which groups have two different rewards, [num_groups] bool; others carry no gradient.
 
     Args:
         rewards: [num_groups, group_size], floating point; the task's own, before any shaping:
@@ -193,7 +193,7 @@ def with_contrast(rewards: Tensor) -> Tensor:
 
 
 def zero_variance_share(rewards: Tensor) -> float:
-    """Share of groups whose rewards are all equal: they carry no gradient.
+    """Return the share of groups whose rewards are all equal; they carry no gradient.
 
     Args:
         rewards: [num_groups, group_size], floating point.

@@ -34,7 +34,7 @@ class Normaliser:
 def normaliser(
     mode: Aggregation, *, num_sequences: int, num_tokens: int, max_response_tokens: int
 ) -> Normaliser:
-    """The divisor of a mini-batch's loss, with S sequences and N_i response tokens in each.
+    """Compute the divisor of a mini-batch's loss: S sequences with N_i response tokens each.
 
         token-mean                1/sum_i N_i  sum_i sum_t loss
         seq-mean-token-mean       1/S          sum_i 1/N_i sum_t loss
@@ -80,7 +80,7 @@ def normaliser(
 
 
 def aggregate(loss: Tensor, mask: Tensor, mode: Aggregation, normaliser: Normaliser) -> Tensor:
-    """One micro-batch's part of the mini-batch loss.
+    """Sum one micro-batch's part of the mini-batch loss.
 
     Args:
         loss: token losses, [num_seqs, num_tokens] FP32, with gradient.

@@ -45,7 +45,7 @@ Function = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One row: the parts that make an algorithm.
+    """A row of the table: the parts that make an algorithm.
 
     In a user's file `policy_loss`, `correction`, `advantage` and `reward_shaping` may be
     functions; here they are names.
@@ -76,7 +76,7 @@ class Algorithm:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether pi_old enters the loss; where not, the forward-only pass is left out."""
+        """True if pi_old enters the loss; otherwise no pass for it is run."""
         return self.reads_old_logprobs or self.policy_loss in RATIO_TO_OLD
 
 

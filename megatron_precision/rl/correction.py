@@ -23,7 +23,7 @@ from megatron_precision.rl.algorithms import Correction
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What a policy loss and a correction may read; made by `losses.token_loss`.
+    """The inputs of a policy loss and a correction; `losses.token_loss` makes them.
 
     Every tensor is [num_seqs, num_tokens], of the trainer's log-prob dtype (FP32), except
     `advantages`. Where `mask` is False the log-probs are 0, whatever the caller's padding held.
@@ -44,7 +44,7 @@ class PolicyInputs:
 
     @property
     def anchor_logprobs(self) -> Tensor:
-        """The policy that the correction reaches from mu, detached.
+        """The log-probs of the policy above mu in the correction's ratio, detached.
 
         pi_old where the policy loss has a ratio to it, pi_theta where it has none.
         """
@@ -53,7 +53,7 @@ class PolicyInputs:
 
 @dataclass(frozen=True)
 class CorrectionTerms:
-    """What a correction returns; [num_seqs, num_tokens] each, without gradient.
+    """The result of a correction; [num_seqs, num_tokens] each, without gradient.
 
     Attributes:
         weight: of the log-probs' dtype.
@@ -65,7 +65,7 @@ class CorrectionTerms:
 
 
 def clamped_exp(log_weight: Tensor, log_weight_clamp: float) -> Tensor:
-    """exp(min(log_weight, log_weight_clamp)), with nan for a log-weight that is not finite.
+    """Return exp(min(log_weight, log_weight_clamp)); nan where a log-weight is not finite.
 
     Only the upper side is clamped: exp(20) = 4.9e8 is the largest weight, and no product of it
     with an advantage leaves FP32. The lower side needs none, since exp of a very negative number
@@ -82,13 +82,13 @@ def clamped_exp(log_weight: Tensor, log_weight_clamp: float) -> Tensor:
 
 
 def no_correction(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """Weight 1 on every token: mu is taken for pi_old, or for pi_theta."""
+    """Weigh every token by 1: mu is taken for pi_old, or for pi_theta."""
     ones = torch.ones_like(inputs.rollout_logprobs)
     return CorrectionTerms(ones, torch.zeros_like(inputs.mask))
 
 
 def sequence_importance(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """rho = prod_t pi(y_t) / mu(y_t), the same on every token of a sequence.
+    """Weigh every token of a sequence by rho = prod_t pi(y_t) / mu(y_t).
 
         rho = exp(min(sum_t (log pi - log mu), log_weight_clamp))
 
@@ -101,7 +101,7 @@ def sequence_importance(inputs: PolicyInputs, constants: AlgorithmConfig) -> Cor
 
 
 def sequence_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """min(rho, C), with rho of `sequence_importance` and C = `correction_threshold`.
+    """Weigh by min(rho, C), with rho of `sequence_importance` and C = `correction_threshold`.
 
     Source: arXiv 2510.26788, PPO-Seq-TIS and PG-Seq-TIS.
     """
@@ -111,7 +111,7 @@ def sequence_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> Corr
 
 
 def sequence_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """rho * 1[rho <= C]: a sequence above C has no gradient; there is no lower bound.
+    """Weigh by rho * 1[rho <= C]: a sequence above C has no gradient; there is no lower bound.
 
     Some released scripts of the paper named `seq_mis` clamp at C instead: that is
     `sequence_truncated`. This is the formula of the text.
@@ -124,7 +124,7 @@ def sequence_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> Correct
 
 
 def token_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """min(pi(y_t) / mu(y_t), C), each token for itself, with C = `correction_threshold`.
+    """Weigh each token by min(pi(y_t) / mu(y_t), C), with C = `correction_threshold`.
 
     Source: arXiv 2510.26788, PPO-Token-TIS.
     """
@@ -132,7 +132,7 @@ def token_truncated(inputs: PolicyInputs, constants: AlgorithmConfig) -> Correct
 
 
 def token_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> CorrectionTerms:
-    """w * 1[low <= w <= high] with w = pi(y_t) / mu(y_t), each token for itself.
+    """Weigh each token by w * 1[low <= w <= high], with w = pi(y_t) / mu(y_t).
 
     The bounds are `token_mask_low` and `token_mask_high`. A token inside keeps its weight w; it
     is not set to 1.
@@ -149,12 +149,12 @@ def token_masked(inputs: PolicyInputs, constants: AlgorithmConfig) -> Correction
 
 
 def _log_ratio(inputs: PolicyInputs) -> Tensor:
-    """log pi - log mu of every token, [num_seqs, num_tokens] FP64."""
+    """Return log pi - log mu of every token, [num_seqs, num_tokens] FP64."""
     return inputs.anchor_logprobs.double() - inputs.rollout_logprobs.double()
 
 
 def _sequence_log_ratio(inputs: PolicyInputs) -> Tensor:
-    """The sum of `_log_ratio` over each sequence, on each of its tokens."""
+    """Sum `_log_ratio` over each sequence, and repeat it on each of its tokens."""
     return _log_ratio(inputs).sum(dim=1, keepdim=True).expand_as(inputs.mask)
 
 

@@ -21,7 +21,7 @@ from megatron_precision.rl.correction import CORRECTIONS, PolicyInputs, clamped_
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """What a policy loss returns, before correction and mask; [num_seqs, num_tokens] each.
+    """The result of a policy loss, before correction and mask; [num_seqs, num_tokens] each.
 
     Attributes:
         loss: with gradient.
@@ -62,7 +62,7 @@ class TokenLoss:
 
 
 def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
-    """PPO's clipped surrogate, with a bound of its own on each side.
+    """Compute PPO's clipped surrogate, with separate lower and upper bounds.
 
         r    = pi_theta / pi_old
         loss = max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
@@ -90,7 +90,7 @@ def ppo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
 
 
 def gspo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
-    """GSPO: one ratio a sequence, the geometric mean of its tokens', clipped as PPO's.
+    """Compute GSPO: one ratio per sequence, its tokens' geometric mean, clipped as in PPO.
 
         s    = exp(mean_t log(pi_theta/pi_old)), the same on every token of a sequence
         s_t  = sg(s) pi_theta / sg(pi_theta), equal to s, with the gradient of its own token
@@ -122,7 +122,7 @@ def gspo_clip(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
 
 
 def policy_gradient(inputs: PolicyInputs, constants: AlgorithmConfig) -> PolicyTerms:
-    """The score function: loss = -A log pi_theta. Never clipped; its ratio is pi_theta/mu.
+    """Compute the score function, -A log pi_theta. Never clipped; its ratio is pi_theta/mu.
 
     Source: arXiv 2510.26788, the policy loss of PG-Seq-IS, PG-Seq-TIS and PG-Seq-MIS.
     """
@@ -152,7 +152,7 @@ def token_loss(
     advantages: Tensor,
     mask: Tensor,
 ) -> TokenLoss:
-    """The loss of every token of a micro-batch, by the parts that `algorithm` names.
+    """Compute the loss of every token of a micro-batch, by the algorithm's parts.
 
     A masked position contributes exactly 0 to the loss and to every gradient, whatever its
     log-probs are (nan and -inf included). A log-prob that is not finite at a position that
@@ -214,7 +214,7 @@ def _check_shapes(
     advantages: Tensor,
     mask: Tensor,
 ) -> None:
-    """A wrong shape here would broadcast into a plausible loss, so each one is checked."""
+    """Check every shape: a wrong one would broadcast into a plausible loss."""
     shape, dtype = train_logprobs.shape, train_logprobs.dtype
     if train_logprobs.ndim != 2 or dtype not in (torch.float32, torch.float64):
         raise ValueError(

@@ -51,7 +51,7 @@ class MismatchStats:
     seq_log_ratios: list[float]
 
     def metrics(self) -> dict[str, float | list[float]]:
-        """The statistics under their names in `metrics.jsonl`: `mismatch/...`."""
+        """Return the statistics by their names in `metrics.jsonl`: `mismatch/...`."""
         return {
             f"mismatch/{field.name}": getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -113,7 +113,7 @@ def mismatch_stats(
 
 
 def _without_tokens() -> MismatchStats:
-    """Two policies that were never compared do not differ."""
+    """Return the statistics of no tokens: policies that were never compared do not differ."""
     return MismatchStats(
         k1_kl=0.0,
         k3_kl=0.0,
@@ -130,7 +130,7 @@ def _without_tokens() -> MismatchStats:
 
 
 def _effective_sample_share(log_weight: Tensor) -> float:
-    """(sum w)^2 / (N sum w^2) of w = exp(log_weight), [N]; a common factor of w cancels."""
+    """Return (sum w)^2 / (N sum w^2) of w = exp(log_weight), [N]; a common factor cancels."""
     weight = torch.exp(log_weight - log_weight.max())
     return float(weight.sum().square() / (weight.numel() * weight.square().sum()))
 

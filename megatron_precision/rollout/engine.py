@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a request is sampled.
+    """The sampling parameters of a request.
 
     Attributes:
         temperature: 0 is greedy.
@@ -87,14 +87,14 @@ class RolloutEngine(Protocol):
 
     @property
     def unfinished(self) -> int:
-        """Requests that are queued or running."""
+        """The number of requests that are queued or running."""
 
     def update_weights(self, weight_version: int) -> None:
-        """Take the trainer's weights by the connected plan, and forget all cached prefixes."""
+        """Take the trainer's weights by the connected plan, and drop all cached prefixes."""
 
 
 def request_seed(run_seed: int, purpose: str, iteration: int, prompt: str, rollout: int) -> int:
-    """A seed of 62 bits from what the request is for; the same in every layout.
+    """Hash a request's purpose into a seed of 62 bits, equal in every layout.
 
     Args:
         purpose: `train`, `eval`, ...: keeps the streams of different uses apart.
@@ -105,7 +105,7 @@ def request_seed(run_seed: int, purpose: str, iteration: int, prompt: str, rollo
 
 
 def token_hash(rollouts: Sequence[Rollout]) -> str:
-    """A digest of sampled tokens, independent of the order in which they finished."""
+    """Hash sampled tokens, whatever the order in which they finished."""
     digest = hashlib.sha256()
     for rollout in sorted(rollouts, key=lambda r: (r.request.prompt, r.request.rollout)):
         digest.update(repr((rollout.request, rollout.tokens)).encode())

@@ -25,7 +25,7 @@ Kernel = Literal["as loaded", "packed linear", "packed experts"]
 
 
 class EngineLayoutError(RuntimeError):
-    """A kernel's layout that is not known: a sync could not be proven."""
+    """A kernel has an unknown layout, so a sync could not be proven."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class EngineParameter:
 
     @property
     def staged(self) -> bool:
-        """Whether it is loaded through vLLM's hooks, and not written in place."""
+        """True if it is loaded through vLLM's hooks instead of being written in place."""
         return self.kernel != "as loaded"
 
     @property
@@ -57,7 +57,7 @@ class EngineParameter:
         return getattr(self.layer, self.attribute).data
 
     def read_back(self) -> torch.Tensor:
-        """The weights as the kernel reads them, in the layout of the loader."""
+        """Return the weights that the kernel reads, in the loader's layout."""
         if self.kernel == "packed experts":
             return _unpacked(self.live, self.layer.quant_method.moe_kernel.fused_experts.isa)
         if self.kernel == "packed linear" and self.attribute == "weight":
@@ -100,7 +100,7 @@ class EngineWeights:
         self._by_name = {parameter.name: parameter for parameter in self.parameters}
 
     def load(self, staged: Mapping[str, torch.Tensor]) -> None:
-        """Hand whole layers, in the loader's layout, to vLLM; what is written in place is there.
+        """Give whole staged layers to vLLM, in the loader's layout.
 
         Args:
             staged: by parameter; all of a layer's, or none.
@@ -114,13 +114,13 @@ class EngineWeights:
             self._reload(parameters[0].layer, parameters[0].kernel, values)
 
     def refresh_tied_head(self) -> None:
-        """Let the head's kernel follow the embedding that it shares."""
+        """Update the head's kernel after its shared embedding changed."""
         if self._tied_head is not None:
             weight = self._tied_head.live.clone()
             self._reload(self._tied_head.layer, self._tied_head.kernel, {"weight": weight})
 
     def reads(self, name: str) -> list[torch.Tensor]:
-        """What every kernel that uses a parameter reads, in the layout of the loader."""
+        """Return what every kernel that uses a parameter reads, in the loader's layout."""
         users = [self._by_name[name]]
         if self._tied_head is not None and name == _EMBEDDING + ".weight":
             users.append(self._tied_head)
@@ -172,7 +172,7 @@ class EngineWeights:
 
 
 def head_dtype(model: Any) -> torch.dtype:
-    """In what a vLLM model multiplies its last hidden states with its output weights."""
+    """Return the dtype of the product of a vLLM model's last hidden states and output weights."""
     found: torch.dtype | None = model.logits_processor.head_dtype
     own: torch.dtype = model.lm_head.weight.dtype
     return own if found is None else found
@@ -219,7 +219,7 @@ def _kernel(prefix: str, layer: Any, is_head: bool) -> Kernel:
 
 
 def _through_kernel(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """A linear layer's weights [out, in] as its kernel reads them."""
+    """Return a linear layer's weights [out, in] as its kernel reads them."""
     if hasattr(layer, "num_embeddings_per_partition"):
         inner = layer.embedding_dim
     else:
@@ -230,7 +230,7 @@ def _through_kernel(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _unpacked(packed: torch.Tensor, isa: str) -> torch.Tensor:
-    """Experts [E, a, b] as they were before they were packed for vLLM's CPU kernel."""
+    """Unpack experts [E, a, b] that were packed for vLLM's CPU kernel."""
     size = packed.dtype.itemsize
     words = {2: torch.int16, 4: torch.int32}[size]
     order = _packing_order(packed.shape[1:].numel(), tuple(packed.shape[1:]), packed.dtype, isa)
@@ -244,7 +244,7 @@ def _unpacked(packed: torch.Tensor, isa: str) -> torch.Tensor:
 def _packing_order(
     numel: int, shape: tuple[int, ...], dtype: torch.dtype, isa: str
 ) -> torch.Tensor:
-    """For each place of a packed expert, the place that its element had before: int64 [numel].
+    """Return, for each place of a packed expert, its element's place before: int64 [numel].
 
     Found by packing numbers that name their own places, 16 bits at a time where an element has no
     more.

@@ -20,7 +20,7 @@ from megatron_precision.config.schema import UNKNOWN_EXPERT
 
 
 class RoutedExperts:
-    """Choices of the requests that are watched, [tokens, layers, k] uint8.
+    """Records the experts of watched requests, [tokens, layers, k] uint8.
 
     Args:
         runner: vLLM's model runner.
@@ -45,11 +45,11 @@ class RoutedExperts:
         runner._bookkeeping_sync = self._cut(runner._bookkeeping_sync)
 
     def watch(self, request_id: str) -> None:
-        """Keep the choices of a request, by vLLM's own id, from now on."""
+        """Start to record a request, by vLLM's own id."""
         self._kept[request_id] = []
 
     def pop(self, request_id: str, num_tokens: int) -> NDArray[np.uint8] | None:
-        """The choices for the tokens of a finished request; None if it was not watched.
+        """Return and drop a finished request's experts; None if it was not watched.
 
         Args:
             num_tokens: of prompt and response.
@@ -63,7 +63,7 @@ class RoutedExperts:
         return found
 
     def clear(self) -> None:
-        """Forget what is kept of requests that were dropped."""
+        """Drop the records of requests that were dropped."""
         self._kept.clear()
 
     def _capture(self, layer: int, chosen: torch.Tensor) -> None:

@@ -30,7 +30,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question to sample, by an identity that does not depend on its place in a batch."""
+    """A question to sample; its name does not depend on its place in a batch."""
 
     name: str
     tokens: tuple[int, ...]
@@ -55,7 +55,7 @@ class TokenDisagreementError(RuntimeError):
 
 
 class NonFiniteLogprobError(FloatingPointError):
-    """The engine gave a sampled token a log-prob that is no number."""
+    """The engine gave a sampled token a log-prob that is not finite."""
 
 
 class Sampler:
@@ -75,7 +75,7 @@ class Sampler:
 
     @property
     def grades(self) -> bool:
-        """Whether this rank speaks for its replica: it alone has its responses graded."""
+        """True if this rank grades its replica's responses."""
         return self._tp_rank == 0
 
     def sample(
@@ -152,7 +152,7 @@ class Sampler:
 
 
 def refuse_non_finite(prompts: Sequence[Prompt], by_rank: Sequence[Sequence[Rollout]]) -> None:
-    """Make sure that every log-prob is a number: what is not is never trained on.
+    """Refuse log-probs that are not finite: they are never trained on.
 
     Args:
         by_rank: rollouts of the ranks that speak for a replica; of others, none.
@@ -187,7 +187,7 @@ def refuse_non_finite(prompts: Sequence[Prompt], by_rank: Sequence[Sequence[Roll
 
 @contextmanager
 def _collector_paused() -> Iterator[None]:
-    """Keep Python's collector from walking every request at each step: a tenth of the time."""
+    """Pause Python's garbage collector, which would visit every request at each step."""
     gc.disable()
     try:
         yield
@@ -196,7 +196,7 @@ def _collector_paused() -> Iterator[None]:
 
 
 def _streams(prompts: Sequence[Prompt]) -> list[str]:
-    """A name for each prompt's random streams: its own, numbered where it has come before.
+    """Name each prompt's random stream: its own name, numbered if it repeats.
 
     Over the end of an epoch a question can come twice in one iteration; with the same seeds its
     second group would repeat the first.

@@ -39,7 +39,7 @@ def _vllm_name(dtype: DType) -> str:
 
 
 class VllmEngine:
-    """One replica's share of vLLM on this rank.
+    """This rank's shard of one vLLM replica.
 
     Args:
         config: the run's.
@@ -147,7 +147,7 @@ class VllmEngine:
                 self._routed_experts.watch(self._engine_ids[name])
 
     def step(self) -> list[Rollout]:
-        """One scheduler step; the rollouts that it finished."""
+        """Run one scheduler step, and return the rollouts that it finished."""
         return [self._collect(output) for output in self.llm.step() if output.finished]
 
     def abort(self) -> None:
@@ -165,7 +165,7 @@ class VllmEngine:
         return len(self._requests)
 
     def update_weights(self, weight_version: int) -> None:
-        """Bring the weights up to date by the connected plan, and forget all cached prefixes.
+        """Update the weights by the connected plan, and drop all cached prefixes.
 
         Raises:
             RuntimeError: with requests in flight, or where vLLM keeps its prefix cache.
@@ -182,7 +182,7 @@ class VllmEngine:
         self.weight_version = weight_version
 
     def sleep(self) -> None:
-        """Give back the KV cache, and the weights as `memory.engine_sleep` says; or do nothing.
+        """Free the KV cache, and the weights as `memory.engine_sleep` says.
 
         Raises:
             RuntimeError: with requests in flight.
@@ -194,7 +194,7 @@ class VllmEngine:
         self.llm.sleep(self._sleep_level)
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
-        """Take memory back: the weights before a sync, the KV cache when the trainer is aside."""
+        """Allocate again: weights before a sync, the KV cache after the trainer is offloaded."""
         if not self._sleep_level:
             return
         self.llm.wake_up([part])
@@ -229,11 +229,11 @@ class VllmEngine:
 
     @property
     def head_dtype(self) -> torch.dtype:
-        """In what the output projection multiplies."""
+        """The dtype in which the output projection multiplies."""
         return head_dtype(self.model)
 
     def coordinates(self) -> ShardCoordinates:
-        """Where this rank stands in the engine's layout."""
+        """Return this rank's coordinates in the engine's layout."""
         from vllm.distributed import get_tp_group
 
         group = get_tp_group()
@@ -250,7 +250,7 @@ class VllmEngine:
         return [cache for cache in self._runner.kv_caches if isinstance(cache, torch.Tensor)]
 
     def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probs of each prompt's own tokens after the first, at temperature 1.
+        """Score each prompt's own tokens after the first, at temperature 1.
 
         Returns:
             One list a prompt, of its length minus one.
@@ -285,7 +285,7 @@ class VllmEngine:
         self._largest.fill_(value)
 
     def take_act_max(self) -> float:
-        """The largest absolute activation since the last call; see `_watch_range`."""
+        """Return the largest absolute activation since the last call; see `_watch_range`."""
         largest = self.act_max
         self.act_max = 0.0
         return largest
@@ -297,7 +297,7 @@ class VllmEngine:
         return self.llm.model_executor.driver_worker.worker.model_runner
 
     def _watch_range(self) -> None:
-        """Record what the trainer records: the residual stream, and down projections' inputs.
+        """Watch the residual stream and the inputs of down projections, as the trainer does.
 
         Fused experts show their input and output only.
         """

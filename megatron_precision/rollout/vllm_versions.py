@@ -22,7 +22,7 @@ from megatron_precision.platform.patching import UpstreamChangedError
 
 @dataclass(frozen=True)
 class BookkeepingPlaces:
-    """Where `_bookkeeping_sync` returns what we read of it."""
+    """The positions of the values that we read from what `_bookkeeping_sync` returns."""
 
     logprobs: int
     tokens: int
@@ -30,7 +30,7 @@ class BookkeepingPlaces:
 
 
 def bookkeeping_places() -> BookkeepingPlaces:
-    """The places, read from the annotation of the installed version.
+    """Read the positions from the installed version's annotation.
 
     Raises:
         UpstreamChangedError: where the annotation says them no longer.
@@ -52,7 +52,7 @@ def bookkeeping_places() -> BookkeepingPlaces:
 
 
 def set_environment() -> None:
-    """What vLLM and Triton read from the environment, the first as it is imported."""
+    """Set the environment variables that vLLM reads as it is imported, and Triton later."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     # Triton multiplies FP32 in TF32 unless told; its attention is what FP32 engines have on a GPU.
@@ -63,7 +63,7 @@ def set_environment() -> None:
 
 
 def platform_arguments(platform: Platform, kv_cache_bytes: int) -> dict[str, Any]:
-    """`EngineArgs` of a platform: the KV cache's size, and the experts' kernel.
+    """Return a platform's `EngineArgs`: the KV cache's size, and the experts' kernel.
 
     Args:
         kv_cache_bytes: of one rank.

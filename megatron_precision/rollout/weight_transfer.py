@@ -28,7 +28,7 @@ BACKEND = "megatron_precision"
 
 @dataclass
 class PlannedInit(WeightTransferInitInfo):
-    """What `init_weight_transfer_engine` takes; see `Transfer`."""
+    """The arguments of `init_weight_transfer_engine`; see `Transfer`."""
 
     planner: Planner
     sources: list[tuple[Region, torch.Tensor]]
@@ -41,11 +41,11 @@ class PlannedInit(WeightTransferInitInfo):
 
 @dataclass
 class PlannedUpdate(WeightTransferUpdateInfo):
-    """Nothing: every rank knows the plan."""
+    """The arguments of an update: none, since every rank knows the plan."""
 
 
 class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
-    """vLLM's side: `init_weight_transfer_engine`; then start, update and finish, every time."""
+    """vLLM's side of a sync: init once, then start, update and finish each time."""
 
     init_info_cls = PlannedInit
     update_info_cls = PlannedUpdate
@@ -53,7 +53,7 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
     transfer: Transfer | None = None
 
     def init_transfer_engine(self, init_info: PlannedInit) -> None:
-        """Bind the plan to the live tensors; again where one of them has moved."""
+        """Bind the plan to the live tensors, again whenever one of them has moved."""
         self.transfer = Transfer(
             init_info.planner,
             init_info.sources,
@@ -66,10 +66,10 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
         )
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare: layers that are staged are prepared one by one."""
+        """Do nothing: staged layers are prepared one by one."""
 
     def receive_weights(self, update_info: PlannedUpdate) -> None:
-        """Bring this rank's engine up to date.
+        """Update this rank's engine.
 
         Raises:
             RuntimeError: before `init_transfer_engine`.
@@ -79,15 +79,15 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
         self.transfer.run()
 
     def finish_weight_update(self) -> None:
-        """Nothing is left over."""
+        """Do nothing: nothing is left to finish."""
 
     def shutdown(self) -> None:
-        """Forget the trainer's tensors."""
+        """Drop the references to the trainer's tensors."""
         self.transfer = None
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """vLLM 0.26 asks every backend for a sending side; ours is in the ranks' own plan.
+        """Refuse to be called: vLLM 0.26 wants a sending side, and ours is the ranks' own plan.
 
         Raises:
             NotImplementedError: always.
@@ -96,7 +96,7 @@ class PlannedWeightTransfer(WeightTransferEngine[PlannedInit, PlannedUpdate]):
 
 
 def register() -> None:
-    """Make the backend known to vLLM, once in a process."""
+    """Register the backend with vLLM, once per process."""
     registry: dict[str, Any] = WeightTransferEngineFactory._registry
     if BACKEND not in registry:
         WeightTransferEngineFactory.register_engine(BACKEND, PlannedWeightTransfer)
