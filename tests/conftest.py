@@ -46,10 +46,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop(shared.VARIABLE), ignore_errors=True)
 
 
+# What a test file imports if it starts ranks: such jobs take both cores, and two at once more than
+# twice as long as one after the other.
+STARTS_RANKS = ("run_distributed", "real_jobs", "engine_world", "one_machine")
+
+
 @pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each file to one worker, with its fixtures; whole jobs come first, as they are long."""
+    """Give all jobs of several ranks to one worker, and each other file to either, as a whole."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
-    items.sort(key=lambda item: not item.location[0].startswith("tests/e2e/"))
+            names = vars(getattr(item, "module", None) or object)
+            path = item.location[0]
+            ranks = path.startswith(("tests/e2e/", "tests/cluster/", "tests/launch/test_local"))
+            ranks = ranks or any(name in names for name in STARTS_RANKS)
+            item.add_marker(pytest.mark.xdist_group("ranks" if ranks else path))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "ranks")
