@@ -22,7 +22,7 @@ _OF_NO_CHECKPOINT = ("initializer_range",)
 
 
 def input_problems(config: RunConfig, *, training: bool = True) -> list[Problem]:
-    """Everything that is wrong with a run's checkpoint, files of prompts and scorer.
+    """List everything that is wrong with a run's checkpoint, prompt files and scorer.
 
     Args:
         config: a valid configuration.
@@ -39,7 +39,7 @@ def input_problems(config: RunConfig, *, training: bool = True) -> list[Problem]
 
 
 def with_checkpoint(config: RunConfig, folder: str) -> RunConfig:
-    """The configuration on another model: that of a Hugging Face folder, on chat prompts.
+    """Return the configuration with a Hugging Face folder's model, on chat prompts.
 
     Raises:
         UserError: where the folder holds no model that is known here.

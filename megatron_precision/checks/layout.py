@@ -23,7 +23,7 @@ DATA_PARALLEL_SIZE = "the data-parallel size"
 
 
 def layout_problems(config: RunConfig) -> list[Problem]:
-    """All of them.
+    """List every conflict of a layout.
 
     Args:
         config: all its sizes are 1 or more where they must be.
@@ -38,7 +38,7 @@ def layout_problems(config: RunConfig) -> list[Problem]:
 
 
 def value_at(config: RunConfig, path: str) -> Any:
-    """The field that a dotted path names."""
+    """Return the value of the field that a dotted path names."""
     value: Any = config
     for step in path.split("."):
         value = getattr(value, step)
@@ -285,7 +285,7 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
 
 
 def kv_token_bytes(config: RunConfig) -> int:
-    """KV cache of one token on one rank: keys and values of its heads, in every layer."""
+    """Return the bytes of one token's KV cache on one rank, over all layers."""
     model = config.model
     heads = max(1, model.num_key_value_heads // config.parallel.rollout_tp_size)
     return (

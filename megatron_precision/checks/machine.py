@@ -39,7 +39,7 @@ def run() -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """Versions of Python and of the packages that a run needs or can use."""
+    """Report the versions of Python and of the packages that a run needs or can use."""
     supported = sys.version_info >= (3, 11)
     yield Finding(
         "python",
@@ -59,7 +59,7 @@ def packages() -> Iterator[Finding]:
 
 
 def apex(version: str | None, folder: Path | None) -> Finding:
-    """Which `apex` is installed, if any.
+    """Report which `apex` is installed, if any.
 
     Args:
         version: of the distribution named apex.
@@ -79,7 +79,7 @@ def apex(version: str | None, folder: Path | None) -> Finding:
 
 
 def platform_choice() -> Finding:
-    """Which platform a run would take, and why."""
+    """Report the platform that a run would take, and the reason."""
     try:
         choice = choose()
     except UserError as error:
@@ -94,12 +94,12 @@ def platform_choice() -> Finding:
 
 
 def choose_or_cpu() -> str:
-    """The platform's name; `cpu` where the choice is a mistake, which has a finding of its own."""
+    """Return the platform's name; `cpu` where the choice fails, which another finding reports."""
     return platform_choice().text.partition(":")[0]
 
 
 def device() -> Iterator[Finding]:
-    """The device, and which dtypes it multiplies natively."""
+    """Report the device, and the dtypes that it multiplies natively."""
     if importlib.util.find_spec("torch") is not None:
         import torch
 
@@ -126,7 +126,7 @@ def device() -> Iterator[Finding]:
 
 
 def cpu_dtypes(cpuinfo: str) -> Iterator[Finding]:
-    """What the processor multiplies natively.
+    """Report the dtypes that the processor multiplies natively.
 
     Args:
         cpuinfo: the text of /proc/cpuinfo.
@@ -147,7 +147,7 @@ def cpu_dtypes(cpuinfo: str) -> Iterator[Finding]:
 
 
 def machine() -> Iterator[Finding]:
-    """Cores, memory, shared memory, compiler, and what killed runs have left."""
+    """Report cores, memory, shared memory, the compiler, and leftovers of killed runs."""
     if not _is_linux():
         yield Finding("system", "missing", platform.system(), "the engines need Linux")
         return

@@ -21,7 +21,7 @@ State = Literal["ok", "optional", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what was found.
+    """A line of `doctor`'s report: what was looked at, and what was found.
 
     Attributes:
         name: what was looked at.
@@ -45,7 +45,7 @@ IMPORT_LIMIT_S = 300
 
 
 class Packages:
-    """Installed distributions.
+    """Finds installed distributions.
 
     Args:
         paths: where to look; `sys.path` by default.
@@ -55,17 +55,17 @@ class Packages:
         self._paths = list(sys.path if paths is None else paths)
 
     def find(self, name: str) -> Distribution | None:
-        """The first distribution of that name, or None."""
+        """Return the first distribution of that name, or None."""
         found = importlib.metadata.distributions(name=name, path=self._paths)
         return next(iter(found), None)
 
     def version(self, name: str) -> str | None:
-        """Its version, or None."""
+        """Return a distribution's version, or None."""
         found = self.find(name)
         return None if found is None else found.version
 
     def pinned(self, name: str, dependency: str) -> str | None:
-        """The version that a distribution pins of another by `==`, or None."""
+        """Return the version that a distribution pins of another by `==`, or None."""
         found = self.find(name)
         pattern = re.compile(rf"{re.escape(dependency)}\s*==\s*([^\s;,]+)", re.IGNORECASE)
         for line in (found.requires or ()) if found is not None else ():
@@ -86,7 +86,7 @@ class Packages:
 
 
 def findings(packages: Packages) -> Iterator[Finding]:
-    """Everything that metadata and the driver's own file say."""
+    """Yield all findings from metadata and the driver's own file."""
     yield engine(packages)
     yield transformer_engine(packages)
     yield adam(packages)
@@ -96,7 +96,7 @@ def findings(packages: Packages) -> Iterator[Finding]:
 
 
 def engine(packages: Packages) -> Finding:
-    """vLLM: one of its two builds, and the torch that it pins."""
+    """Check vLLM: one of its two builds, and the torch that it pins."""
     there = {name: packages.version(name) for name in ENGINES if packages.version(name)}
     if not there:
         return Finding(
@@ -122,7 +122,7 @@ def engine(packages: Packages) -> Finding:
 
 
 def transformer_engine(packages: Packages) -> Finding:
-    """Transformer Engine: three distributions of one version, for torch's CUDA."""
+    """Check Transformer Engine: three distributions of one version, for torch's CUDA."""
     name, cuda = "transformer-engine", packages.cuda_major
     cores = [f"transformer-engine-cu{major}" for major in OLDEST_DRIVER]
     there = {part: packages.version(part) for part in (*PARTS_OF_TE, *cores)}
@@ -155,7 +155,7 @@ def transformer_engine(packages: Packages) -> Finding:
 
 
 def adam(packages: Packages) -> Finding:
-    """Which Adam Megatron Core takes: it picks by what can be imported."""
+    """Report which Adam Megatron Core takes: it picks by what can be imported."""
     if packages.version("transformer-engine-torch"):
         return Finding("adam", "ok", "Transformer Engine's FusedAdam")
     if packages.version("amp-C") or _is_nvidias_apex(packages.find("apex")):
@@ -164,7 +164,7 @@ def adam(packages: Packages) -> Finding:
 
 
 def nccl(packages: Packages) -> Finding:
-    """NCCL: the one that torch asks for."""
+    """Check NCCL: it must be the version that torch asks for."""
     name = f"nvidia-nccl-cu{packages.cuda_major}"
     wanted, there = packages.pinned("torch", name), packages.version(name)
     if there is None:
@@ -182,7 +182,7 @@ def nccl(packages: Packages) -> Finding:
 
 
 def driver(packages: Packages, text: str | None) -> Finding:
-    """NVIDIA's driver against torch's CUDA.
+    """Check NVIDIA's driver against torch's CUDA.
 
     Args:
         text: of `/proc/driver/nvidia/version`; None where there is no driver.
@@ -212,7 +212,7 @@ def driver(packages: Packages, text: str | None) -> Finding:
 
 
 def te_imports() -> Finding:
-    """Whether Transformer Engine loads beside the installed torch: metadata cannot say it.
+    """Try to import Transformer Engine beside the installed torch: metadata cannot say it.
 
     In a process of its own, because a wrong build can end the process.
     """
@@ -235,5 +235,5 @@ def _is_nvidias_apex(found: Distribution | None) -> bool:
 
 
 def _release(version: str) -> str:
-    """A version without its local part (`+cpu`)."""
+    """Return a version without its local part (`+cpu`)."""
     return version.partition("+")[0]

@@ -14,7 +14,7 @@ from megatron_precision.platform.choice import Choice, choose
 
 
 def platform_problems(config: RunConfig, choice: Choice) -> Iterator[Problem]:
-    """What asks for a GPU on the CPU platform; on CUDA, what its kernels would take too far."""
+    """List settings that need a GPU on the CPU, and on CUDA those that its kernels refuse."""
     memory, kernels = config.memory, config.kernels
     if choice.name == "cuda":
         scores = memory.attention == "scores" and kernels.trainer != "local"

@@ -19,7 +19,7 @@ from megatron_precision.preflight import search
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that choose a configuration; `resolve` reads them."""
+    """Add the arguments that choose a configuration; `resolve` reads them."""
     parser.add_argument(
         "recipe", metavar="RECIPE", nargs="?", help="such as sanity.tiny_dense, or FILE.py"
     )
@@ -57,7 +57,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
-    """`--set`, which may be repeated and takes several."""
+    """Add `--set`, which may be repeated and takes several overrides."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -70,7 +70,7 @@ def add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that choose where a run writes."""
+    """Add the arguments that choose where a run writes."""
     parser.add_argument("--out", type=Path, metavar="DIR", help="the folder of the run")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
     parser.add_argument(
@@ -85,7 +85,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(args: argparse.Namespace) -> RunConfig:
-    """The configuration that the arguments describe, checked, with the folders they name.
+    """Build and check the configuration that the arguments describe, and the folders they name.
 
     Raises:
         UserError: lists everything that is wrong with them.
@@ -117,7 +117,7 @@ def resolve(args: argparse.Namespace) -> RunConfig:
 
 
 def gpu_gb(args: argparse.Namespace) -> int:
-    """Memory of the GPUs that the arguments name, 1e9 bytes."""
+    """Return the memory of the GPUs that the arguments name, in 1e9 bytes."""
     import recipes
 
     if sized := recipes.sized(args.recipe):
@@ -126,7 +126,7 @@ def gpu_gb(args: argparse.Namespace) -> int:
 
 
 def _recipe_or_file(args: argparse.Namespace) -> RunConfig:
-    """The configuration before it is changed, by name or from a file."""
+    """Return the configuration before any change, by name or from a file."""
     import recipes
 
     if (args.recipe is None) == (args.config is None):
@@ -172,7 +172,7 @@ def sized_recipe(name: str, gpus: int | None = None, gpu_gb: int | None = None) 
 
 
 def chosen(args: argparse.Namespace) -> RunConfig:
-    """The configuration before it is changed, with the model of `--model`."""
+    """Return the configuration before any change, with the model of `--model`."""
     from megatron_precision.checks import inputs
 
     config = _recipe_or_file(args)
@@ -180,7 +180,7 @@ def chosen(args: argparse.Namespace) -> RunConfig:
 
 
 def _swallowed(args: argparse.Namespace) -> str:
-    """`--set` takes every word up to the next option, a recipe after it included."""
+    """Advise a user whose recipe `--set` took: it takes every word up to the next option."""
     import recipes
 
     found = [word for word in args.overrides if word in recipes.RECIPES]
@@ -188,7 +188,7 @@ def _swallowed(args: argparse.Namespace) -> str:
 
 
 def _folder_problems(args: argparse.Namespace) -> list[Problem]:
-    """What is wrong with the folders that the arguments name; the launcher's ranks don't ask."""
+    """List what is wrong with the folders that the arguments name; ranks skip this."""
     # Rank 0 may have claimed the folder before another rank looks.
     if getattr(args, "claimed", False) or rank.number() != 0:
         return []
@@ -208,7 +208,7 @@ def _folder_problems(args: argparse.Namespace) -> list[Problem]:
 
 
 def recipe_words(args: argparse.Namespace) -> list[str]:
-    """The recipe arguments again, as a user types them."""
+    """Return the recipe arguments as a user types them."""
     words = [args.recipe] if args.recipe else ["--config", str(args.config)]
     options = (
         ("--precision", args.precision), ("--algo", args.algo), ("--model", args.model),

@@ -55,7 +55,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    """The parser, and the names of its commands."""
+    """Build the parser, and return it with the names of its commands."""
     parser = argparse.ArgumentParser(
         prog=PROG, description="RL post-training in FP16 and BF16: Megatron Core and vLLM."
     )
@@ -73,7 +73,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def entry_point() -> None:
-    """The console script."""
+    """Run the console script."""
     # A reader that closes the pipe early, such as `head`, is no failure of ours.
     try:
         code = main()

@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 def resolve(
     dump: Dump, precision: str | None, layout: str | None, model: Path | None
 ) -> tuple[RunConfig, Path]:
-    """The configuration of the replay, and the folder of its weights.
+    """Return the configuration of the replay, and the folder of its weights.
 
     Args:
         precision: of the trainer; None for the run's own.

@@ -133,7 +133,7 @@ def _perfectible(args: argparse.Namespace) -> int:
 
 
 def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
-    """The commands that make the start and train from it, as they can be typed by hand."""
+    """Return the commands that make the start and train from it, as a user types them."""
     ranks, words = config.parallel.world_size, arguments.recipe_words(args)
     train = ["train", *words, "--out", str(args.out or "DIR")]
     train += ["--overwrite"] if args.overwrite else []
@@ -149,7 +149,7 @@ def plan(config: RunConfig, args: argparse.Namespace) -> list[str]:
 
 
 def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
-    """What a dry run says: the resolved configuration and the commands."""
+    """Print a dry run: the resolved configuration and the commands."""
     print(json.dumps(to_dict(config), indent=2))
     print("\nwould run:")
     for line in lines:
@@ -157,7 +157,7 @@ def print_plan(config: RunConfig, lines: Sequence[str]) -> None:
 
 
 def nothing_left(config: RunConfig, out: Path) -> bool:
-    """Whether a resume finds the run complete; it is said once."""
+    """Say whether a resume finds the run complete, and print so once."""
     if not compatible.is_complete(config, out):
         return False
     if rank.number() == 0:

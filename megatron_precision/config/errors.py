@@ -18,7 +18,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A thing that is wrong: what, where, got, expected and remedy.
 
     Attributes:
         what: what is wrong, as a sentence without a full stop.
@@ -52,11 +52,11 @@ STOPPED = 75
 
 
 class Stopped(Exception):
-    """A run ended because a signal asked for it; whoever launched it may start it again."""
+    """A signal ended the run; its launcher may start it again."""
 
 
 class UserError(ValueError):
-    """Everything that is wrong with what the user asked for; exit code 2."""
+    """Lists everything that is wrong with what the user asked for; exit code 2."""
 
     problems: tuple[Problem, ...]
 
@@ -74,7 +74,7 @@ class UserError(ValueError):
         super().__init__(self.message())
 
     def __reduce__(self) -> tuple[type[UserError], tuple[tuple[Problem, ...]]]:
-        """From a worker process to its parent: an exception is made anew from its message."""
+        """Pickle by the message: an exception travels from a worker process to its parent."""
         return type(self), (self.problems,)
 
     def message(self) -> str:
@@ -92,7 +92,7 @@ class UserError(ValueError):
 
 
 def nearest(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
-    """The valid names that look most like `name`, best first; upper and lower case are one."""
+    """Return the valid names that look most like `name`, best first, ignoring case."""
     by_folded: dict[str, str] = {}
     for candidate in valid:
         by_folded.setdefault(candidate.casefold(), candidate)
@@ -101,7 +101,7 @@ def nearest(name: str, valid: Sequence[str], count: int = 3) -> list[str]:
 
 
 def unknown_name(kind: str, where: str, got: str, valid: Sequence[str]) -> Problem:
-    """The problem of a name that is not in a table.
+    """Describe a name that is not in a table.
 
     Args:
         kind: what the table holds, for example `recipe`.

@@ -18,7 +18,7 @@ from megatron_precision.config.schema import ModelConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a decoder differs from the others.
+    """The features by which a decoder differs from the others.
 
     All of them have RMSNorm before attention and MLP, rotary embeddings, grouped-query attention
     and a gated SiLU MLP without biases.

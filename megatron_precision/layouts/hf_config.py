@@ -30,7 +30,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, object]:
-    """The `config.json` of the model, as transformers and vLLM read it.
+    """Write a model as a `config.json` that transformers and vLLM read.
 
     Args:
         dtype: torch's name of the stored dtype, for example `float32`.
@@ -115,7 +115,7 @@ _REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def weights_missing(folder: Path) -> list[Problem]:
-    """What a folder lacks of the weights of a checkpoint; the files are not opened."""
+    """Say what a folder lacks of a checkpoint's weights, without opening the files."""
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).is_file():
@@ -134,7 +134,7 @@ def weights_missing(folder: Path) -> list[Problem]:
 
 
 def read_model(path: Path) -> ModelConfig:
-    """The model of a `config.json`.
+    """Read the model of a `config.json`.
 
     Raises:
         UserError: where the file cannot be read, or `model_from_hf` refuses what it says.
@@ -143,7 +143,7 @@ def read_model(path: Path) -> ModelConfig:
 
 
 def defaults_taken(path: Path) -> dict[str, object]:
-    """The fields that a `config.json` leaves to transformers' defaults, with what those are.
+    """Return the fields that a `config.json` leaves to transformers' defaults, with these.
 
     Raises:
         UserError: as `read_model`.
@@ -159,7 +159,7 @@ def defaults_taken(path: Path) -> dict[str, object]:
 
 
 def read_object(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Read the object of a JSON file.
 
     Args:
         what: it is, for messages.
@@ -186,7 +186,7 @@ def read_object(path: Path, what: str, remedy: str = "") -> dict[str, Any]:
 
 
 def model_from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The model that a `config.json` describes, by transformers 4's names or 5's.
+    """Build the model that a `config.json` describes, by transformers 4's or 5's names.
 
     Args:
         where: the file, for messages.
@@ -230,7 +230,7 @@ def _missing(name: str, where: str) -> Problem:
 
 
 def _by_one_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Transformers 5 writes one field by another name."""
+    """Rename the field that transformers 5 writes under another name."""
     values = dict(values)
     if "num_local_experts" in values and "num_experts" not in values:
         values["num_experts"] = values.pop("num_local_experts")
@@ -281,7 +281,7 @@ def _config_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]
 
 
 def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> Iterator[Problem]:
-    """Sizes are positive integers, constants are numbers; only what has a default may be null."""
+    """Check types: sizes are positive integers, constants numbers; null needs a default."""
 
     def problem(name: str, expected: str) -> Problem:
         return Problem("a value of another kind", f"{where}: {name}", repr(values[name]), expected)
@@ -301,7 +301,7 @@ def _type_problems(values: Mapping[str, Any], sizes: set[str], where: str) -> It
 
 
 def _size_problems(values: Mapping[str, Any], where: str) -> Iterator[Problem]:
-    """What no model can have, though each of the sizes could be right."""
+    """List sizes that no model can have together."""
     heads, kv_heads = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and kv_heads and heads % kv_heads:
         yield Problem(
@@ -329,7 +329,7 @@ def _positive(value: object) -> bool:
 
 
 def _rope(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one dictionary: transformers 5 has it, 4 spreads it over two fields."""
+    """Collect rotary settings in one dictionary: transformers 4 spreads them over two fields."""
     rope = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     rope |= values.get("rope_scaling") or {}
     return rope | (values.get("rope_parameters") or {})

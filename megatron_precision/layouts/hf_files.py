@@ -21,7 +21,7 @@ from megatron_precision.layouts.hf_config import INDEX, SINGLE, hf_config, weigh
 
 
 def build_hf_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-    """A transformers model in FP32 with these weights, in evaluation mode.
+    """Build a transformers model in FP32 with these weights, in evaluation mode.
 
     Args:
         tensors: by their names on disk, any float dtype.
@@ -44,7 +44,7 @@ def build_hf_model(model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> t
 def stack_experts(
     tensors: Mapping[str, torch.Tensor], model: ModelConfig
 ) -> dict[str, torch.Tensor]:
-    """Names on disk to transformers' names in memory (`experts.gate_up_proj` [E, 2I, H])."""
+    """Map names on disk to transformers' in memory (`experts.gate_up_proj` [E, 2I, H])."""
     state = {name: t for name, t in tensors.items() if ".mlp.experts." not in name}
     for layer in range(model.num_hidden_layers if model.num_experts else 0):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -76,12 +76,12 @@ def write_checkpoint(folder: Path, model: ModelConfig, tensors: Mapping[str, tor
 
 
 def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors that `write_checkpoint` wrote."""
+    """Read the tensors that `write_checkpoint` wrote."""
     return load_file(folder / "model.safetensors")
 
 
 class OpenCheckpoint(Mapping[str, Any]):
-    """The tensors of a folder by name, of which `[box]` reads no more than the box.
+    """The tensors of a folder by name; indexing one by a box reads that box alone.
 
     A rank reads its own shard of a model that no rank could hold.
     """
@@ -110,7 +110,7 @@ class OpenCheckpoint(Mapping[str, Any]):
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Which file holds a tensor, by its name."""
+    """Map each tensor's name to its file."""
     missing = weights_missing(folder)
     if missing:
         raise UserError(missing)

@@ -24,7 +24,7 @@ from megatron_precision.layouts.regions import Region, round_up, rows, split, wh
 
 @dataclass(frozen=True)
 class ShardCoordinates:
-    """Where one rank stands in its side's layout.
+    """A rank's coordinates in its side's layout.
 
     Attributes:
         tp_rank, tp_size: tensor parallelism of the dense layers.
@@ -60,7 +60,7 @@ _MEGATRON_WHOLE = {
 def megatron_regions(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """What a Megatron parameter of this rank holds.
+    """List the regions of a Megatron parameter on this rank.
 
     Args:
         parameter: its name in `GPTModel.named_parameters()`.
@@ -105,7 +105,7 @@ def megatron_regions(
 def megatron_parameters(
     model: ModelConfig, vocab_rows: int, tp_size: int = 1, etp_size: int = 1
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of one tensor-parallel rank's GPTModel, by Transformer Engine's layer spec.
+    """List names and shapes of a tensor-parallel rank's GPTModel, by Transformer Engine's spec.
 
     All layers and experts are listed; a rank of a pipeline stage, or of an expert-parallel group,
     has some of them.
@@ -145,21 +145,21 @@ def megatron_parameters(
 
 
 def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
-    """Rows of Megatron's embedding: the vocabulary rounded up to a multiple of 8 × TP."""
+    """Round the vocabulary up to the rows of Megatron's embedding, a multiple of 8 × TP."""
     return round_up(vocab_size, VOCAB_MULTIPLE * tp_size)
 
 
 def vocabulary_rows(
     hf_name: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """Rows of the real vocabulary; a rank that holds padding alone holds no region."""
+    """Return the region of real vocabulary rows; a rank of padding alone has none."""
     first = at.tp_rank * shape[0]
     count = min(shape[0], model.vocab_size - first)
     return [rows(hf_name, parameter, shape, (0, count), first)] if count > 0 else []
 
 
 def _local_expert(name: str) -> tuple[int, str] | None:
-    """(local expert, linear layer) of an expert's parameter, in either naming."""
+    """Return (local expert, linear layer) of an expert's parameter, in either naming."""
     if local := _LOCAL_EXPERT.fullmatch(name):
         return int(local[1]), local[2]
     if grouped := _GROUPED_EXPERT.fullmatch(name):
@@ -170,7 +170,7 @@ def _local_expert(name: str) -> tuple[int, str] | None:
 def _interleaved_qkv(
     prefix: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """Megatron's `[groups, q…q k v, head_dim(, hidden)]`, per tensor-parallel rank."""
+    """List the regions of Megatron's `[groups, q…q k v, head_dim(, hidden)]` on a TP rank."""
     d, kind = model.head_dim, parameter.rpartition(".")[2]
     groups = model.num_key_value_heads // at.tp_size
     per_group = model.num_attention_heads // model.num_key_value_heads
@@ -195,7 +195,7 @@ def _interleaved_qkv(
 
 
 def gate_up(prefix: str, parameter: str, shape: tuple[int, ...], rank: int) -> list[Region]:
-    """`[gate | up]` of one tensor-parallel rank; the same in Megatron and in vLLM."""
+    """List the regions of `[gate | up]` on a TP rank; the same in Megatron and in vLLM."""
     inner = shape[0] // 2
     return [
         rows(f"{prefix}.gate_proj.weight", parameter, shape, (0, inner), rank * inner),

@@ -39,7 +39,7 @@ _EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
 
 @dataclass(frozen=True)
 class Slot:
-    """One layer's (or expert's) part of a stacked tensor; the whole of one that is not stacked.
+    """A layer's or expert's part of a stacked tensor, or a whole tensor that is not stacked.
 
     Attributes:
         key: the tensor's name in the checkpoint.
@@ -57,12 +57,12 @@ class Slot:
 
     @property
     def global_shape(self) -> tuple[int, ...]:
-        """Shape of the checkpoint's tensor."""
+        """The shape of the checkpoint's tensor."""
         return (*self.stack, *self.shape)
 
     @property
     def extra_states(self) -> list[str]:
-        """Names of the empty states that modules ask for when they load, beside this slot.
+        """Name the empty states that modules ask for beside this slot when they load.
 
         Megatron's linear layers have one each; Transformer Engine's norms and attention too. Other
         layer specs leave them alone.
@@ -80,7 +80,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class RowRun:
-    """Consecutive rows of a Hugging Face tensor that are consecutive rows of a slot.
+    """A run of rows that are consecutive in a Hugging Face tensor and in a slot.
 
     Attributes:
         hf_row: the first, in the Hugging Face tensor.
@@ -93,7 +93,7 @@ class RowRun:
     rows: int
 
     def within(self, begin: int, end: int) -> RowRun | None:
-        """The part of it in the rows `[begin, end)` of the Hugging Face tensor."""
+        """Return the part in the rows `[begin, end)` of the Hugging Face tensor."""
         first, last = max(begin, self.hf_row), min(end, self.hf_row + self.rows)
         if first >= last:
             return None
@@ -101,7 +101,7 @@ class RowRun:
 
 
 def row_runs(slot: Slot, region: Region) -> list[RowRun]:
-    """Where the rows of a slot's region lie, in their order: one run, or one for each KV group."""
+    """List the runs of rows of a slot's region, in order: one, or one per KV group."""
     leading = len(region.row_sizes)
     if region.shape[1:] != slot.shape[1:]:
         raise ValueError(f"{region.hf_name}: rows of {region.shape[1:]}, not of {slot.shape[1:]}")
@@ -122,7 +122,7 @@ def row_runs(slot: Slot, region: Region) -> list[RowRun]:
 
 
 def slots(model: ModelConfig) -> list[Slot]:
-    """Every part of every tensor of the checkpoint, from the first layer to the last."""
+    """Yield every part of every tensor of the checkpoint, from the first layer to the last."""
     return [
         _slot(name, shape, model) for name, shape in megatron_parameters(model, model.vocab_size)
     ]

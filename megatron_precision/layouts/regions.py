@@ -21,7 +21,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Region:
-    """One box of one Hugging Face tensor, as a strided view of one local parameter.
+    """A box of a Hugging Face tensor, as a strided view of a local parameter.
 
     Attributes:
         hf_name: the Hugging Face tensor.

@@ -29,14 +29,14 @@ _VLLM_WHOLE = (
 
 
 def padded_vocab_rows(model: ModelConfig) -> int:
-    """Rows of vLLM's embedding over all its ranks, which must divide them."""
+    """Round the vocabulary up to the rows of vLLM's embedding, which its ranks divide."""
     return round_up(model.vocab_size, VOCAB_MULTIPLE)
 
 
 def vllm_parameters(
     model: ModelConfig, tp_size: int = 1, etp_size: int = 1
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of one engine rank's parameters, in the layout of its loader.
+    """List names and shapes of an engine rank's parameters, in the loader's layout.
 
     All experts are listed; a rank of an expert-parallel engine has some of them.
 
@@ -77,7 +77,7 @@ def vllm_parameters(
 def vllm_regions(
     parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """What a vLLM parameter of this rank holds, in the layout of its loader.
+    """List the regions of a vLLM parameter on this rank, in the loader's layout.
 
     Args:
         parameter: its name in the engine's model.
@@ -107,7 +107,7 @@ def vllm_regions(
 def _fused_qkv(
     prefix: str, parameter: str, shape: tuple[int, ...], model: ModelConfig, at: ShardCoordinates
 ) -> list[Region]:
-    """vLLM's `[Q | K | V]`; where ranks outnumber KV heads, neighbours hold the same head."""
+    """List the regions of `[Q | K | V]`; if ranks outnumber KV heads, neighbours share one."""
     d, kind = model.head_dim, parameter.rpartition(".")[2]
     q_heads = model.num_attention_heads // at.tp_size
     kv_heads = max(1, model.num_key_value_heads // at.tp_size)

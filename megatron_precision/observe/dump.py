@@ -36,7 +36,7 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class Arrays:
-    """What is known of every token and sequence, in the order of the batch.
+    """The values of every token and sequence, in the order of the batch.
 
     Attributes:
         tokens: [S, L] int32, prompt then response, right-padded with zeros.
@@ -97,7 +97,7 @@ _LAYOUT = {
 
 @dataclass(frozen=True)
 class Header:
-    """Facts of a dump.
+    """The header of a dump.
 
     Attributes:
         iteration: 0-based.
@@ -135,11 +135,11 @@ class Dump:
 
     @property
     def weights(self) -> Path | None:
-        """The checkpoint beside the dump."""
+        """The checkpoint beside the dump; None without one."""
         return self.folder / self.header.weights if self.header.weights else None
 
     def text(self, token: int) -> str:
-        """What a token says, or its number."""
+        """Return a token's text, or its number."""
         return self.header.texts.get(str(token), f"<{token}>")
 
 

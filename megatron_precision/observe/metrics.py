@@ -57,22 +57,22 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class Sink(Protocol):
-    """Somebody who shows the events of a run."""
+    """Shows the events of a run."""
 
     def event(self, event: dict[str, Any]) -> None:
         """Take one event, as `MetricsWriter.write` returns it."""
 
     def close(self) -> None:
-        """Release what the sink holds; safe to call twice."""
+        """Release the sink's resources; safe to call twice."""
 
 
 class TruncatedMetricsWarning(UserWarning):
-    """The last line of a metrics file is cut: its writer was killed while it wrote."""
+    """The last line of a metrics file is cut: its writer was killed while writing."""
 
 
 @dataclass(frozen=True)
 class MetricsFile:
-    """What a metrics file holds.
+    """The content of a metrics file.
 
     Attributes:
         events: every whole event, oldest first, non-finite metrics as floats again.
@@ -84,7 +84,7 @@ class MetricsFile:
 
 
 class MetricsWriter:
-    """Appends events to a metrics file and hands them to the sinks.
+    """Appends events to a metrics file and passes them to the sinks.
 
     A file that a killed run left with half a last line is continued after its last whole event;
     the half line is dropped.
@@ -147,7 +147,7 @@ class MetricsWriter:
 
     @property
     def size(self) -> int:
-        """Bytes of the file so far."""
+        """The size of the file so far, in bytes."""
         return self.path.stat().st_size
 
     def close(self) -> None:
@@ -219,7 +219,7 @@ def cut_to(path: Path, size: int, iteration: int) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with every non-finite number in it as "nan", "inf" or "-inf", for strict JSON."""
+    """Replace every non-finite number in a value by "nan", "inf" or "-inf", for strict JSON."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
@@ -288,7 +288,7 @@ def _as_number(value: Any) -> Any:
 
 
 def _drop_truncated_tail(path: Path) -> None:
-    """Leave the file empty or ending in a newline, so that the next event begins a line."""
+    """Cut a half-written last line, so that the next event begins a new one."""
     if not path.exists() or not path.stat().st_size:
         return
     content = parse_metrics(path)

@@ -36,7 +36,7 @@ __all__ = ["ConsoleSink", "Sink", "TensorBoardSink", "WandbSink", "make_sinks"]
 
 
 def make_sinks(config: SinkConfig, run_dir: Path, total_iterations: int) -> list[Sink]:
-    """The sinks that a run's config asks for; the console is always the first.
+    """Make the sinks that a run's config asks for; the console is always the first.
 
     Args:
         config: which of wandb and TensorBoard to feed.
@@ -62,7 +62,7 @@ def make_sinks(config: SinkConfig, run_dir: Path, total_iterations: int) -> list
 
 
 class ConsoleSink:
-    """A progress bar with one line an iteration above it; plain lines where there is no terminal.
+    """A progress bar with one line per iteration above it; plain lines without a terminal.
 
     Args:
         total_iterations: where the bar ends.
@@ -98,7 +98,7 @@ class ConsoleSink:
             self.close()
 
     def close(self) -> None:
-        """Remove the bar and give the cursor back."""
+        """Remove the bar and restore the cursor."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -141,7 +141,7 @@ class ConsoleSink:
 
 
 class WandbSink:
-    """Weights & Biases. Its folder lies in the run's; offline mode touches no network.
+    """Weights & Biases. Its folder is in the run's; offline mode touches no network.
 
     Where its server cannot be reached as the run begins, it is as if `offline` had been asked for.
 
@@ -218,7 +218,7 @@ class WandbSink:
             self._run.summary["status"] = event.get("status", "")
 
     def close(self) -> None:
-        """Finish the run and end wandb's own process, so that nothing is left over."""
+        """Finish the run and end wandb's own process."""
         if self._run is not None:
             self._run.finish(exit_code=self._exit_code)
             self._run = None
@@ -264,7 +264,7 @@ _STAMPS = ("event", "time_s", "iteration", "step")
 
 
 def iteration_line(event: dict[str, Any], total: int, evaluation: dict[str, Any]) -> str:
-    """The one line that the console shows of an iteration.
+    """Format the console's line of an iteration.
 
     Args:
         event: the `iteration` event.
@@ -299,7 +299,7 @@ def _run_line(event: dict[str, Any], total: int) -> str:
 
 
 def _eval_parts(evaluation: dict[str, Any]) -> list[str]:
-    """`eval@10 0.613`: the accuracy after ten iterations."""
+    """Format `eval@10 0.613`: the accuracy after ten iterations."""
     if "eval/accuracy" not in evaluation:
         return []
     return [f"eval@{evaluation['iteration']} {_number(evaluation['eval/accuracy'], '.3f')}"]
@@ -351,7 +351,7 @@ def _clock(seconds: float) -> str:
 
 
 def power_of_two(value: float) -> str:
-    """A loss scale: `2^20` where it is a power of two above one, else the number."""
+    """Format a loss scale: `2^20` if it is a power of two above one, else the number."""
     if value > 1 and math.isfinite(value) and math.log2(value).is_integer():
         return f"2^{int(math.log2(value))}"
     return f"{value:g}"

@@ -17,7 +17,7 @@ Reduction = Callable[[RunData, str], float | None]
 
 @dataclass(frozen=True)
 class Figure:
-    """One row of the table.
+    """A row of the table.
 
     Attributes:
         key: its name in the JSON.
@@ -55,17 +55,17 @@ class FinalTable:
     ratios: dict[str, float | None]
 
     def value(self, key: str, run: int) -> float | None:
-        """One figure of one run."""
+        """Return one figure of one run."""
         return self.values[key][run]
 
 
 def last_quarter(values: list[Any]) -> list[Any]:
-    """The last quarter of a list, at least one element of a list that is not empty."""
+    """Return the last quarter of a list, at least one element if there is one."""
     return values[-max(1, len(values) // 4) :] if values else []
 
 
 def _token_weighted_mean(run: RunData, metric: str) -> float | None:
-    """sum_i n_i x_i / sum_i n_i with n_i = mismatch/num_tokens of iteration i."""
+    """Return sum_i n_i x_i / sum_i n_i with n_i = mismatch/num_tokens of iteration i."""
     pairs = [
         (float(event[metric]), float(event["mismatch/num_tokens"]))
         for event in run.iterations
@@ -113,7 +113,7 @@ def _last_iteration(run: RunData, metric: str) -> float | None:
 
 
 def _mean_over_time(run: RunData, metric: str) -> float | None:
-    """Tokens of all iterations over their seconds: sum_i rate_i s_i / sum_i s_i."""
+    """Divide the tokens of all iterations by their seconds: sum_i rate_i s_i / sum_i s_i."""
     pairs = [
         (float(event[metric]), float(event["time/iteration_s"]))
         for event in run.iterations
@@ -188,7 +188,7 @@ def final_figures(runs: list[RunData]) -> FinalTable:
 
 
 def compared_pair(runs: list[RunData]) -> tuple[int, int] | None:
-    """(numerator, denominator): the first BF16 and the first FP16 run that have iterations.
+    """Return the runs to compare: the first BF16 and the first FP16 run with iterations.
 
     Without both, two runs are compared in the order given; otherwise there is no pair.
     """
@@ -203,14 +203,14 @@ def compared_pair(runs: list[RunData]) -> tuple[int, int] | None:
 
 
 def ratio_label(table: FinalTable) -> str:
-    """`BF16 / FP16`, or "" where no two runs are compared."""
+    """Return `BF16 / FP16`, or "" if no two runs are compared."""
     if table.pair is None:
         return ""
     return " / ".join(table.runs[number].label for number in table.pair)
 
 
 def text_table(table: FinalTable) -> str:
-    """The figures in plain text, as wide as they need; no control codes."""
+    """Format the figures as plain text, as wide as needed, without control codes."""
     header = ["", *(run.label for run in table.runs), ratio_label(table)]
     rows = [header]
     for figure in FIGURES:
@@ -234,7 +234,7 @@ def text_table(table: FinalTable) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Four significant digits, scientific where small, thousands by comma; a dash for None.
+    """Format four significant digits, scientific if small, with commas; a dash for None.
 
     Near one (an effective sample size, a ratio) it is the distance from one that counts, and six
     decimals are shown.
@@ -255,7 +255,7 @@ def number_text(value: float | None) -> str:
 
 
 def ratio_text(value: float | None) -> str:
-    """A ratio to three significant digits with a times sign; a dash for None."""
+    """Format a ratio to three significant digits with a times sign; a dash for None."""
     if value is None:
         return "-"
     if abs(value) >= 1000:

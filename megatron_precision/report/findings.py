@@ -37,12 +37,12 @@ class Difference:
 
     @property
     def within_noise(self) -> bool:
-        """Whether zero lies in the 95 % interval of the mean by Student's t."""
+        """True if zero is within the 95 % interval of the mean by Student's t."""
         return abs(self.mean) <= students_t(self.num_points - 1) * self.standard_error
 
 
 def findings(table: FinalTable) -> list[str]:
-    """Every finding of the runs, most important first; plain text."""
+    """Write every finding of the runs as plain text, most important first."""
     sentences: list[str] = []
     if table.pair is not None:
         sentences += _mismatch_of_pair(table)
@@ -58,7 +58,7 @@ def findings(table: FinalTable) -> list[str]:
 
 
 def students_t(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t: half the width of a 95 % interval in standard errors.
+    """Return Student's t at 97.5 %: half a 95 % interval's width in standard errors.
 
     Fisher and Cornish's expansion about the normal quantile z = 1.96; within 1 % from 3 degrees
     of freedom on.
@@ -74,7 +74,7 @@ def students_t(degrees: int) -> float:
 
 
 def paired_difference(first: RunData, second: RunData, metric: str) -> Difference | None:
-    """first - second, iteration by iteration, over the last quarter of the shared iterations.
+    """Subtract two runs by iteration, over the last quarter of the shared iterations.
 
     The standard error is the deviation of the differences over the root of their number. It
     covers the scatter between iterations, taken as independent; not that between seeds.
@@ -112,7 +112,7 @@ def _mismatch_of_pair(table: FinalTable) -> list[str]:
 
 
 def _trend(table: FinalTable) -> list[str]:
-    """How k3 changed over training, first against last quarter."""
+    """Describe how k3 changed from the first to the last quarter of training."""
     parts = []
     for run in table.runs:
         values = series(run.iterations, "mismatch/k3_kl", "iteration")[1]
@@ -241,7 +241,7 @@ def _time_of_run(run: RunData) -> list[str]:
 
 
 def phase_seconds(run: RunData) -> dict[str, float]:
-    """Mean seconds an iteration by phase; phases that no event reports are left out.
+    """Return the mean seconds per iteration by phase; phases without events are left out.
 
     Evaluation is what the `eval` events say, spread over all iterations: evaluations lie between
     iterations, and the first before them.

@@ -57,7 +57,7 @@ _CENTRE = 0.999  # of the sequences are within the own-scale panels
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure's file name, its caption's first words and the rest of it, and who draws it."""
+    """A figure: its file name, its caption in two parts, and the function that draws it."""
 
     name: str
     title: str
@@ -67,17 +67,17 @@ class Plot:
 
 
 def reward(runs: list[RunData]) -> Figure | None:
-    """Mean training reward an iteration."""
+    """Plot the mean training reward per iteration."""
     return _curves(runs, "iterations", "reward/mean", "mean reward", smooth=True)
 
 
 def evaluation(runs: list[RunData]) -> Figure | None:
-    """Accuracy on held-out questions."""
+    """Plot the accuracy on held-out questions."""
     return _curves(runs, "evals", "eval/accuracy", "accuracy", marker="o")
 
 
 def mismatch(runs: list[RunData]) -> Figure | None:
-    """k3 KL and mean absolute log-prob difference, on log axes."""
+    """Plot k3 KL and the mean absolute log-prob difference, on log axes."""
     if not _any(runs, "mismatch/k3_kl", "mismatch/abs_diff_mean"):
         return None
     figure, axes = _figure(FULL, 2)
@@ -95,7 +95,7 @@ def mismatch(runs: list[RunData]) -> Figure | None:
 
 
 def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
-    """The paper's figure 5: log of pi/mu of whole sequences, all iterations pooled."""
+    """Plot the paper's figure 5: log pi/mu of whole sequences, all iterations pooled."""
     pooled = [(run, ratios) for run in runs if (ratios := pooled_log_ratios(run)).size]
     if not pooled:
         return None
@@ -134,7 +134,7 @@ def sequence_log_ratios(runs: list[RunData]) -> Figure | None:
 
 
 def loss_scale(runs: list[RunData]) -> Figure | None:
-    """Loss scale of the runs that have one, and skipped steps of all."""
+    """Plot the loss scale of runs that have one, and the skipped steps of all."""
     if not _any(runs, "precision/loss_scale", "precision/skipped", kind="steps"):
         return None
     figure, axes = _figure(FULL, 2)
@@ -160,7 +160,7 @@ def loss_scale(runs: list[RunData]) -> Figure | None:
 
 
 def gradient_norm(runs: list[RunData]) -> Figure | None:
-    """Gradient norm before clipping; steps with a non-finite one are marked on the top edge."""
+    """Plot the gradient norm before clipping; non-finite ones are marks on the top edge."""
     if not _any(runs, "loss/grad_norm", kind="steps"):
         return None
     figure, (axis,) = _figure(HALF, 1)
@@ -178,7 +178,7 @@ def gradient_norm(runs: list[RunData]) -> Figure | None:
 
 
 def activations(runs: list[RunData]) -> Figure | None:
-    """Largest activation on both engines against the end of FP16's range."""
+    """Plot the largest activation of both sides against the end of FP16's range."""
     sides = {"precision/act_max_trainer": "-", "precision/act_max_rollout": "--"}
     if not _any(runs, *sides):
         return None
@@ -200,7 +200,7 @@ def activations(runs: list[RunData]) -> Figure | None:
 
 
 def subnormal_gradients(runs: list[RunData]) -> Figure | None:
-    """Share of gradient entries that are subnormal or zero in the gradients' dtype."""
+    """Plot the share of gradient entries that are subnormal or zero in their dtype."""
     figure = _curves(
         runs, "steps", "precision/grad_subnormal_share", "gradient entries", smooth=False
     )
@@ -211,12 +211,12 @@ def subnormal_gradients(runs: list[RunData]) -> Figure | None:
 
 
 def response_length(runs: list[RunData]) -> Figure | None:
-    """Mean tokens of a response."""
+    """Plot the mean tokens of a response."""
     return _curves(runs, "iterations", "response/tokens_mean", "tokens a response (mean)")
 
 
 def time_by_phase(runs: list[RunData]) -> Figure | None:
-    """Mean seconds of an iteration, stacked by phase."""
+    """Plot the mean seconds of an iteration, stacked by phase."""
     bars = [(run, seconds) for run in runs if (seconds := phase_seconds(run))]
     if not bars:
         return None
@@ -246,7 +246,7 @@ def time_by_phase(runs: list[RunData]) -> Figure | None:
 
 
 def pooled_log_ratios(run: RunData) -> Any:
-    """Every finite sequence log-ratio of a run, as a float64 array of shape (num_sequences,)."""
+    """Return every finite sequence log-ratio of a run, [num_sequences] float64."""
     ratios = [r for event in run.iterations for r in event.get("mismatch/seq_log_ratios", [])]
     values = np.asarray(ratios, dtype=np.float64)
     return values[np.isfinite(values)]
@@ -292,7 +292,7 @@ def _figure(size: tuple[float, float], columns: int) -> tuple[Figure, list[Axes]
 
 
 def _log_axis(axis: Axes) -> None:
-    """A log axis where some line has a positive point; matplotlib warns of one without."""
+    """Set a log axis if some line has a positive point; matplotlib warns otherwise."""
     heights = np.concatenate([np.zeros(0), *(np.asarray(x.get_ydata(), float) for x in axis.lines)])
     if np.any(heights[np.isfinite(heights)] > 0):
         axis.set_yscale("log")

@@ -30,7 +30,7 @@ _LIGHTEN = (0.0, 0.35, 0.6, 0.75)
 
 @dataclass(frozen=True)
 class RunData:
-    """One run as its metrics file tells it.
+    """A run, as its metrics file tells it.
 
     Attributes:
         path: the run's folder.
@@ -57,17 +57,17 @@ class RunData:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The run's config as nested dicts; empty where unknown."""
+        """The run's config as nested dicts; empty if unknown."""
         return dict(self.header.get("config", {}))
 
     @property
     def status(self) -> str:
-        """`completed`, `stopped`, `failed`, or `unfinished` where the file just stops."""
+        """`completed`, `stopped`, `failed`, or `unfinished` if the file has no end event."""
         return str(self.end.get("status", "unfinished"))
 
     @property
     def loss_scaling(self) -> bool:
-        """Whether the trainer scales its loss: the policy trains in FP16."""
+        """True if the trainer scales its loss: the policy trains in FP16."""
         return self.policy.partition("/")[0] == "fp16"
 
 
@@ -121,13 +121,13 @@ def load_runs(run_dirs: list[Path]) -> list[RunData]:
 
 
 def series(events: list[dict[str, Any]], name: str, axis: str) -> tuple[list[int], list[float]]:
-    """The points of one metric: (`iteration` or `step` of each event that has it, its values)."""
+    """Return a metric's points: (`iteration` or `step` of each event that has it, values)."""
     points = [(event[axis], event[name]) for event in events if name in event]
     return [x for x, _ in points], [float(y) for _, y in points]
 
 
 def config_differences(runs: list[RunData]) -> dict[str, list[Any]]:
-    """The config paths whose values are not the same in every run, with each run's value.
+    """Return the settings that differ between runs, with each run's value.
 
     `precision` is among the paths. Runs without a config are left out.
     """
@@ -138,7 +138,7 @@ def config_differences(runs: list[RunData]) -> dict[str, list[Any]]:
 
 
 def unexpected_differences(runs: list[RunData]) -> dict[str, list[Any]]:
-    """What differs between the runs besides `precision`: config, start, ranks, platform, versions.
+    """List what differs between runs besides `precision`: settings, start, ranks, versions.
 
     `dtypes` is what the audit read back of the precision; between runs of one precision
     it must not differ.
@@ -157,7 +157,7 @@ def unexpected_differences(runs: list[RunData]) -> dict[str, list[Any]]:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict by dotted paths: {"train": {"seed": 4}} becomes {"train.seed": 4}."""
+    """Flatten a nested dict to dotted paths: {"train": {"seed": 4}} to {"train.seed": 4}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -168,7 +168,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parameter_count(model: Mapping[str, Any]) -> int:
-    """Parameters of a Qwen3 model by its config, without padding of the vocabulary.
+    """Count a Qwen3 model's parameters by its config, without padding of the vocabulary.
 
     Counted: embedding and output projection, per layer the four attention projections, query and
     key norms, two layer norms, and the gated MLP or the experts with their router; the last norm.
@@ -231,7 +231,7 @@ def _policy_label(policy: str) -> str:
 
 
 def _folder_names(run_dirs: list[Path]) -> list[str]:
-    """The last part of each path, or the last two where the last ones are not distinct."""
+    """Return the last part of each path, or the last two if the last ones are not distinct."""
     names = [path.resolve().name for path in run_dirs]
     if len(set(names)) == len(names):
         return names
@@ -249,6 +249,6 @@ def _colour(policies: list[str], number: int) -> str:
 
 
 def _lighter(colour: str, share: float) -> str:
-    """The colour moved towards white by a share of the way; `#rrggbb` in and out."""
+    """Move a colour towards white by a share of the way; `#rrggbb` in and out."""
     parts = [int(colour[at : at + 2], 16) for at in (1, 3, 5)]
     return "#" + "".join(f"{math.floor(p + (255 - p) * share):02x}" for p in parts)
