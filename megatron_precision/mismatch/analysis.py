@@ -23,7 +23,7 @@ POSITIONS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 @dataclass(frozen=True)
 class Class:
-    """Tokens of one class of positions, probabilities or router flips.
+    """A class of tokens, by position, probability or router flips.
 
     Attributes:
         low, high: its ends, the lower one left out.
@@ -44,7 +44,7 @@ class Class:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one pair of dtypes shows.
+    """The figures of one pair of dtypes.
 
     Attributes:
         train, rollout: the dtypes.
@@ -77,7 +77,7 @@ class Cell:
     replayed: dict[str, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the figures as plain values."""
         return dataclasses.asdict(self)
 
 
@@ -131,21 +131,21 @@ def cell(train: str, rollout: str, scores: Scores, rollout_logprobs: Floats, len
 
 
 def sequence_log_ratios(d: Floats, lengths: Ints) -> Floats:
-    """[S] D of each response; an empty one has 0."""
+    """Return D of each response, [S]; 0 for an empty one."""
     ends = np.cumsum(lengths)
     sums = np.concatenate([[0.0], np.cumsum(d)])
     return sums[ends] - sums[ends - lengths]
 
 
 def positions(lengths: Ints) -> Floats:
-    """[N] place of each token in its response, from 1."""
+    """Return each token's place in its response, from 1, [N]."""
     return np.concatenate([np.arange(1, n + 1) for n in lengths.tolist()] or [np.zeros(0)]).astype(
         np.float64
     )
 
 
 def slope_through_origin(x: Floats, y: Floats) -> tuple[float, float]:
-    """Least squares of y on x through the origin, sum xy / sum xx, and its standard error.
+    """Fit y on x through the origin: sum xy / sum xx, and its standard error.
 
     A response of no tokens has no mismatch, so that there is no intercept to fit.
     """

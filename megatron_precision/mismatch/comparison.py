@@ -61,13 +61,13 @@ class Samples:
 
     @property
     def lengths(self) -> Ints:
-        """[S] tokens of each response."""
+        """The number of tokens of each response, [S]."""
         return np.array([len(response) for response in self.responses], dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a trainer makes of some samples' N tokens.
+    """A trainer's scores of some samples' N tokens.
 
     Attributes:
         train_logprobs: [N] at the rollouts' temperature.
@@ -139,7 +139,7 @@ def read_scores(path: Path) -> Scores:
 
 
 def is_made_from(path: Path, made_from: str) -> bool:
-    """Whether the archive is there and of these settings."""
+    """Say whether the archive exists and was made with these settings."""
     if not path.is_file():
         return False
     with np.load(path, allow_pickle=False) as found:
@@ -172,7 +172,7 @@ _PASS_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Comparison:
-    """Which dtypes are compared, on what.
+    """A comparison: its dtypes, checkpoint and prompts.
 
     Attributes:
         config: precision apart, the run that every part belongs to.
@@ -189,27 +189,27 @@ class Comparison:
     out: Path
 
     def of(self, dtype: DType) -> RunConfig:
-        """The configuration of a part."""
+        """Return the configuration of a part."""
         return dataclasses.replace(self.config, precision=dtype)
 
     def sample_file(self, rollout: DType) -> Path:
-        """Where the responses of an engine's dtype are."""
+        """Return the file of the responses of an engine's dtype."""
         return self.out / f"sample-{rollout}.npz"
 
     def score_file(self, train: DType, rollout: DType) -> Path:
-        """Where a trainer's log-probs of an engine's responses are."""
+        """Return the file of a trainer's log-probs of an engine's responses."""
         return self.out / f"score-{train}-of-{rollout}.npz"
 
     def part_folder(self, side: Side, dtype: DType) -> Path:
-        """Where a part's job has its configuration and its log."""
+        """Return the folder of a part's job, with its configuration and log."""
         return self.out / "parts" / f"{side}-{dtype}"
 
     def took_file(self, side: Side, dtype: DType) -> Path:
-        """Seconds that a part took, its start included."""
+        """Return the file with the seconds that a part took, its start included."""
         return self.part_folder(side, dtype) / "took_s.json"
 
     def took_s(self) -> dict[str, float]:
-        """Seconds of every part, by its name."""
+        """Return the seconds of every part, by its name."""
         jobs: list[tuple[Side, DType]] = [("sample", r) for r in self.rollout]
         jobs += [("score", t) for t in self.train]
         paths = {f"{side}-{dtype}": self.took_file(side, dtype) for side, dtype in jobs}
@@ -220,22 +220,22 @@ class Comparison:
         }
 
     def sampled_from(self, rollout: DType) -> str:
-        """Names all that the responses depend on."""
+        """Hash all that the responses depend on."""
         values = to_dict(self.of(rollout))
         return fingerprint([values, self.num_prompts, self.rollouts])
 
     def scored_from(self, train: DType, rollout: DType) -> str:
-        """Names all that the log-probs depend on."""
+        """Hash all that the log-probs depend on."""
         return fingerprint([to_dict(self.of(train)), self.sampled_from(rollout)])
 
     def unsampled(self) -> list[DType]:
-        """Engine dtypes whose responses are still to be sampled."""
+        """List the engine dtypes whose responses are still to be sampled."""
         return [
             r for r in self.rollout if not is_made_from(self.sample_file(r), self.sampled_from(r))
         ]
 
     def unscored(self, train: DType) -> list[DType]:
-        """Engine dtypes whose responses a trainer's dtype has still to score."""
+        """List the engine dtypes whose responses a trainer's dtype has still to score."""
         return [
             r
             for r in self.rollout
@@ -243,7 +243,7 @@ class Comparison:
         ]
 
     def parts(self) -> Iterator[tuple[Side, DType]]:
-        """The jobs that are still to be run, in order."""
+        """List the jobs that are still to be run, in order."""
         fresh = self.unsampled()
         yield from (("sample", dtype) for dtype in fresh)
         yield from (("score", t) for t in self.train if fresh or self.unscored(t))
@@ -252,7 +252,7 @@ class Comparison:
 def base_config(
     model_dir: Path, prompts: Path, *, ranks: int, max_tokens: int, temperature: float, seed: int
 ) -> RunConfig:
-    """The configuration that `--set` starts from: each rank a replica and a trainer of its own.
+    """Return the configuration that `--set` changes: each rank a replica and a trainer.
 
     Raises:
         UserError: where the folder holds no model that is known here.

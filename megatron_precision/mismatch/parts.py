@@ -42,7 +42,7 @@ Progress = Callable[[float], None]
 
 
 def progress_writer(path: Path) -> Progress:
-    """What rank 0 calls with the share that is done; the command draws its bar from the file."""
+    """Make the function that rank 0 calls with the share that is done; it writes a file."""
 
     def report(share: float) -> None:
         if dist.get_rank() == 0:
@@ -55,7 +55,7 @@ def progress_writer(path: Path) -> Progress:
 
 
 class _Watched:
-    """An engine that tells how far it is: its steps, of as many as a response may have tokens."""
+    """An engine that reports its progress: its steps, of the longest response's tokens."""
 
     def __init__(self, engine: RolloutEngine, total: int, progress: Progress) -> None:
         self._engine, self._total, self._progress = engine, total, progress
@@ -132,7 +132,7 @@ def _experts(rollouts: Sequence[Rollout]) -> list[NDArray[np.uint8]] | None:
 
 
 def _ungraded(_rollout: Rollout) -> Future[Grade]:
-    """Nobody asks how good a response is."""
+    """Give every response the reward 0: no reward is needed."""
     return graded(0.0)
 
 
@@ -172,7 +172,7 @@ def score(comparison: Comparison, dtype: DType, progress: Progress) -> None:
 
 
 def _scores(actor: Actor, samples: Samples, dp_size: int, progress: Progress) -> Scores:
-    """The trainer's side of some samples; of an MoE model with and without the engine's experts."""
+    """Score samples with the trainer; MoE models with and without the engine's experts."""
     batch = _batch(samples)
     routing = actor.routing
     if routing is None or batch.routed_experts is None:
@@ -196,7 +196,7 @@ def _scores(actor: Actor, samples: Samples, dp_size: int, progress: Progress) ->
 
 
 def _logprobs(actor: Actor, batch: Batch, dp_size: int, progress: Progress) -> NDArray[np.float64]:
-    """[N] the trainer's log-probs of the responses' tokens, at the rollouts' temperature."""
+    """Return the trainer's log-probs of the responses' tokens, [N], at their temperature."""
     order = torch.argsort(batch.lengths, descending=True, stable=True)
     lots = list(order.split(_LOT * dp_size))
     if len(lots) > 1 and len(lots[-1]) < dp_size:  # every data-parallel rank has work in a lot

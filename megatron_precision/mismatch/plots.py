@@ -29,7 +29,7 @@ class Tokens:
 
 
 def figure_five(diagonal: Mapping[str, Tokens]) -> Figure:
-    """Token probabilities of both sides, and log-ratios of whole responses, for each dtype.
+    """Plot both sides' token probabilities and responses' log-ratios, for each dtype.
 
     Args:
         diagonal: by the dtype that both sides have.
@@ -72,7 +72,7 @@ def figure_five(diagonal: Mapping[str, Tokens]) -> Figure:
 
 
 def classes(cells: Sequence[Cell]) -> Figure:
-    """k3 by position in the response, and the mean log-prob difference by probability."""
+    """Plot k3 by position, and the mean log-prob difference by probability."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10.6, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -96,7 +96,7 @@ def classes(cells: Sequence[Cell]) -> Figure:
 
 
 def routing(cells: Sequence[Cell]) -> Figure:
-    """Of an MoE model: tokens routed otherwise by layer, and what a flip costs a token."""
+    """Plot an MoE model's flipped tokens by layer, and the cost of a flip."""
     with rc_context(STYLE):
         figure = Figure(figsize=(10.6, 3.3), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -129,7 +129,7 @@ def _span(found: Class) -> str:
 
 
 def _some(count: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Places of at most `SCATTER_POINTS` tokens, the same ones each time."""
+    """Choose at most `SCATTER_POINTS` tokens, the same ones each time."""
     if count <= SCATTER_POINTS:
         return np.arange(count)
     return np.sort(np.random.default_rng(0).choice(count, SCATTER_POINTS, replace=False))

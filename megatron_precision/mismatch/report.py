@@ -43,7 +43,7 @@ class Found:
 
     @property
     def figures(self) -> tuple[tuple[str, str, str], ...]:
-        """The figures that get a matrix: (path in a cell, name, unit)."""
+        """List the figures that get a matrix: (path in a cell, name, unit)."""
         routed = all(cell.router is not None for cell in self.cells.values())
         return (*FIGURES, *ROUTED) if routed else FIGURES
 

@@ -17,7 +17,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def package_folder() -> Path:
-    """Where the package lies.
+    """Return the package's folder.
 
     Raises:
         UserError: where it is not installed.

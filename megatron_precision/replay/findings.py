@@ -30,13 +30,13 @@ PROBABILITY_EDGES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 1.0)
 
 
 def layer_name(number: int) -> str:
-    """Layers count from 0, as in the names of a checkpoint's tensors."""
+    """Name a layer, counted from 0 as in the names of a checkpoint's tensors."""
     return f"layer {number}"
 
 
 @dataclass(frozen=True)
 class PointError:
-    """How far the activations at one point are from the reference's.
+    """The distance of the activations at one point from the reference's.
 
     Attributes:
         name: `embedding`, `layer 0`, ..., `final norm`, `LM head`.
@@ -54,7 +54,7 @@ class PointError:
 
 @dataclass(frozen=True)
 class Scored:
-    """What the forward passes gave, the same on every rank.
+    """The results of the forward passes, equal on every rank.
 
     Attributes:
         replay: [S, L] FP32 log-probs in the dtype and layout of the replay.
@@ -75,7 +75,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sides' log-probs over the tokens that both have.
+    """Two sides' log-probs, compared over the tokens that both scored.
 
     Attributes:
         a, b: names of the sides; d = a - b.
@@ -147,7 +147,7 @@ def buckets(
     pairs: Sequence[tuple[str, str]],
     known: Bools,
 ) -> list[Bucket]:
-    """Mean |d| of each pair, for tokens whose value lies between neighbouring edges.
+    """Average |d| of each pair, for tokens with values between neighbouring edges.
 
     Args:
         values: [S, L]; the last edge is inclusive.
@@ -171,13 +171,13 @@ def buckets(
 
 
 def positions(response_mask: Bools) -> NDArray[np.float64]:
-    """[S, L], the number of a token within its response, from 0; -1 outside."""
+    """Number the tokens within their responses from 0, [S, L]; -1 outside."""
     number = np.cumsum(response_mask, axis=1) - 1
     return np.where(response_mask, number, -1).astype(np.float64)
 
 
 def position_edges(longest: int) -> list[float]:
-    """0, 1, 2, 4, 8, ... up to the longest response: the first tokens are seen apart."""
+    """Return 0, 1, 2, 4, 8, ... up to the longest response."""
     edges = [0.0, 1.0]
     while edges[-1] < longest:
         edges.append(min(2 * edges[-1], float(longest)))
@@ -185,7 +185,7 @@ def position_edges(longest: int) -> list[float]:
 
 
 def flip_edges(layers: int) -> list[float]:
-    """0, 1, 2, 3, 5, 9, ... beyond the number of layers: classes of flipped layers."""
+    """Return 0, 1, 2, 3, 5, 9, ... beyond the number of layers: classes of flipped layers."""
     edges = [0.0, 1.0]
     while edges[-1] <= layers:
         edges.append(2.0 if edges[-1] == 1 else 2 * edges[-1] - 1)
@@ -226,7 +226,7 @@ def worst_tokens(
     count: int = 10,
     context: int = 12,
 ) -> list[WorstToken]:
-    """The tokens of the largest |d|, one that is not finite first, each in its context."""
+    """List the tokens of the largest |d| with their contexts, non-finite ones first."""
     where = np.argwhere(known)
     d = sides[a][known].astype(np.float64) - sides[b][known]
     size = np.where(np.isfinite(d), np.abs(d), math.inf)
@@ -251,7 +251,7 @@ def worst_tokens(
 
 
 def parts_first(own: Sequence[PointError]) -> PointError | None:
-    """The point that adds most of the error, given the reference's input: where to look.
+    """Find the point that adds the largest error, given the reference's input.
 
     The first that is not finite, or else the largest mean; None where nothing differs.
     """
@@ -263,7 +263,7 @@ def parts_first(own: Sequence[PointError]) -> PointError | None:
 
 
 def layout_words(parallel: ParallelConfig) -> str:
-    """A layout as `--layout` takes it, without what is 1."""
+    """Format a layout as `--layout` takes it, without sizes of 1."""
     sizes = {
         "tp": parallel.tp_size, "pp": parallel.pp_size, "ep": parallel.ep_size,
         "etp": parallel.etp_size, "dp": parallel.dp_size, "sp": int(parallel.sequence_parallel),

@@ -66,7 +66,7 @@ class _Router:
 
 
 class Recorder:
-    """The reference's side: keeps what passed each point in the last micro-batch."""
+    """Records the reference's activations at each point in the last micro-batch."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
@@ -99,7 +99,7 @@ class Recorder:
 
 
 class Comparer:
-    """The side under study: measures its distance from what the recorder keeps."""
+    """Measures the distance of a model's activations from the recorded ones."""
 
     def __init__(self, model: torch.nn.Module, reference: Recorder) -> None:
         self._reference = reference
@@ -128,7 +128,7 @@ class Comparer:
             self._mode = None
 
     def errors(self, mode: Mode, layers: int) -> list[PointError]:
-        """What was measured, over all ranks, in the order of the model."""
+        """Return the measurements of all ranks, in the order of the model."""
         everyone: list[dict[str, _Sums]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, self._sums[mode])
         merged: dict[str, _Sums] = {}
@@ -196,7 +196,7 @@ class Comparer:
 
 
 def _points(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """This stage's points; a stage in the middle has neither embedding nor head."""
+    """Yield this stage's points; a middle stage has neither embedding nor head."""
     for path, module in model.named_modules():
         parent, _, leaf = path.rpartition(".")
         if path == "embedding":
@@ -229,7 +229,7 @@ def _routing(router: Any, hidden: torch.Tensor, output: tuple[torch.Tensor, ...]
 def _norms(
     ours: torch.Tensor, exact: torch.Tensor, *, across_tp: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(||x - r||, ||r||) of each token, [s, c] FP64 each; 0 / 0 counts as no error."""
+    """Return (||x - r||, ||r||) of each token, [s, c] FP64 each; 0 / 0 counts as no error."""
     exact = exact.double()
     sums = torch.stack([(ours.double() - exact).square().sum(-1), exact.square().sum(-1)])
     if across_tp:
@@ -239,7 +239,7 @@ def _norms(
 
 
 def _local(rows: torch.Tensor, length: int, device: torch.device) -> torch.Tensor:
-    """[s, c] bool to this rank's part of the tokens, where the sequence is divided."""
+    """Select this rank's part of [s, c] bool, if the sequence is divided."""
     rows = rows.to(device)
     if rows.shape[0] == length:
         return rows

@@ -36,7 +36,7 @@ _DISTANCES = (("rollout", "fp32"), ("trainer", "fp32"), ("replay", "fp32"))
 
 @dataclass(frozen=True)
 class Replay:
-    """Everything that was found.
+    """The results of a replay.
 
     Attributes:
         facts: what was replayed, and how.
@@ -134,11 +134,11 @@ class Replay:
         )  # fmt: skip
 
     def pair(self, a: str, b: str) -> Pair | None:
-        """Two sides' comparison; None where one of them is not known."""
+        """Return the comparison of two sides; None if one of them is unknown."""
         return next((pair for pair in self.pairs if (pair.a, pair.b) == (a, b)), None)
 
     def lines(self) -> Iterator[str]:
-        """The table for a person."""
+        """Format the table for a person."""
         facts = self.facts
         versions = ", ".join(map(str, facts["weight_versions"]))
         yield (
@@ -164,7 +164,7 @@ class Replay:
         yield from self._worst_lines()
 
     def sentences(self) -> Iterator[str]:
-        """What the figures say."""
+        """Write sentences that interpret the figures."""
         again = self.pair("replay", "trainer")
         if again is not None and again.tokens == again.equal and not again.not_finite:
             yield "The replay's log-probs are the trainer's, bit for bit."
@@ -239,7 +239,7 @@ class Replay:
 
 
 def _at_predicted(values: NDArray[np.int32]) -> NDArray[np.float64]:
-    """[S, L], of each token what the position before it has, which predicts it."""
+    """Shift [S, L] so that each token has the value of the position that predicts it."""
     found = np.zeros(values.shape)
     found[:, 1:] = values[:, :-1]
     return found
@@ -277,7 +277,7 @@ def write(replay: Replay, out: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, at any depth."""
+    """Turn dataclasses into dictionaries, at any depth."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, dict):
@@ -293,7 +293,7 @@ _ROUTER = "#8a6fa8"
 
 
 def draw(replay: Replay) -> Figure:
-    """By position, by probability, and by layer: three panels, two where no layer was compared."""
+    """Plot errors by position, by probability and, if layers were compared, by layer."""
     with mpl.rc_context(STYLE):
         panels = 3 if replay.forced else 2
         figure = Figure(figsize=(4.6 * panels, 3.5), layout="constrained")

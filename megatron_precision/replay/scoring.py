@@ -80,7 +80,7 @@ def _flips_counted(actor: Actor) -> Iterator[None]:
 def _engine_flips(
     actor: Actor, batch: Batch
 ) -> tuple[list[float], NDArray[np.int32]] | tuple[None, None]:
-    """How the counted passes' routers differ from the engine's, by layer and by token."""
+    """Return how the counted passes' routers differ from the engine's, by layer and token."""
     if actor.routing is None or batch.routed_experts is None:
         return None, None
     flipped: NDArray[np.int32] = actor.routing.take_recorded().numpy()
@@ -91,7 +91,7 @@ def _engine_flips(
 def compare_passes(
     subject: Actor, reference: Actor, batch: Batch, mini_batches: list[torch.Tensor], layers: int
 ) -> Scored:
-    """Both models on every micro-batch of the subject's plan, and the subject with exact inputs.
+    """Run both models on every micro-batch, and the subject with exact inputs too.
 
     The reference's activations are kept for one micro-batch at a time.
     """
@@ -129,7 +129,7 @@ def _batch(arrays: Arrays) -> Batch:
 
 
 def _experts(arrays: Arrays) -> list[NDArray[np.uint8]] | None:
-    """The engine's choices of each sequence, as a rollout carries them."""
+    """Return the engine's experts of each sequence, as a rollout has them."""
     every = arrays.routed_experts
     if every is None:
         return None

@@ -30,7 +30,7 @@ from megatron_precision.layouts.vllm import vllm_parameters, vllm_regions
 
 @dataclass(frozen=True)
 class Instance:
-    """One tensor of a family.
+    """A tensor of a family.
 
     Attributes:
         layer: its layer; None where it belongs to none.
@@ -43,7 +43,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Family:
-    """Tensors that differ in layer or expert alone.
+    """Tensors that differ only in layer or expert.
 
     Attributes:
         template: the Hugging Face name, with `{layer}` and `{expert}`.
@@ -54,16 +54,16 @@ class Family:
     shape: tuple[int, ...]
 
     def name(self, at: Instance) -> str:
-        """The Hugging Face name of one."""
+        """Return the Hugging Face name of one tensor."""
         return self.template.format(layer=at.layer, expert=at.expert)
 
     def count(self, model: ModelConfig) -> int:
-        """How many."""
+        """The number of tensors."""
         layers = model.num_hidden_layers if "{layer}" in self.template else 1
         return layers * (model.num_experts if "{expert}" in self.template else 1)
 
     def instances(self, model: ModelConfig) -> Iterator[Instance]:
-        """All of them, by layer and expert."""
+        """Yield all tensors, by layer and expert."""
         layers: Sequence[int | None] = [None]
         experts: Sequence[int | None] = [None]
         if "{layer}" in self.template:
@@ -76,14 +76,14 @@ class Family:
 
 
 def families(model: ModelConfig) -> list[Family]:
-    """The families of a model."""
+    """List the families of a model."""
     one = dataclasses.replace(model, num_hidden_layers=1)
     templates = ((_template(name), shape) for name, shape in hf_shapes(one).items())
     return [Family(template, shape) for template, shape in templates if template]
 
 
 def _template(name: str) -> str:
-    """The family of a tensor of the first layer and expert; of another expert, nothing."""
+    """Return the family of a tensor of the first layer and expert; None for others."""
     if re.search(r"experts\.[1-9]", name):
         return ""
     return name.replace("experts.0.", "experts.{expert}.").replace("layers.0.", "layers.{layer}.")
@@ -91,7 +91,7 @@ def _template(name: str) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """A box that some positions of a side's grid hold.
+    """A box that some positions of a side's grid have.
 
     Attributes:
         region: where it lies in a parameter of the first of them.
@@ -103,7 +103,7 @@ class Shard:
 
     @property
     def box(self) -> Box:
-        """In the coordinates of the Hugging Face tensor."""
+        """The box, in the coordinates of the Hugging Face tensor."""
         return Box(self.region.start, self.region.shape)
 
 
@@ -116,15 +116,15 @@ class Side(Protocol):
     """A trainer's or an engine's layout over ranks of the world."""
 
     def shards(self, model: ModelConfig) -> Shards:
-        """Template of each family → its boxes, distinct."""
+        """Return each family's distinct boxes, by its template."""
         ...
 
     def group(self, model: ModelConfig, at: Instance, shard: Shard) -> Group:
-        """Which ranks hold a box of one tensor, by few numbers: many boxes have one group."""
+        """Name the group of ranks that have a box of a tensor; many boxes share one group."""
         ...
 
     def ranks(self, group: Group) -> tuple[int, ...]:
-        """The ranks of a group, in ascending order."""
+        """Return the ranks of a group, in ascending order."""
         ...
 
     @property
@@ -155,7 +155,7 @@ class TrainerLayout:
         return range(self.first, self.first + self.size)
 
     def shards(self, model: ModelConfig) -> Shards:
-        """Template of each family → its boxes, distinct."""
+        """Return each family's distinct boxes, by its template."""
         rows = padded_vocab_size(model.vocab_size, self.tp) // self.tp
         one = dataclasses.replace(model, num_hidden_layers=1)
         found: dict[str, dict[Box, tuple[Region, list[int]]]] = {}
@@ -172,7 +172,7 @@ class TrainerLayout:
         return _shards(found)
 
     def group(self, model: ModelConfig, at: Instance, shard: Shard) -> Group:
-        """Which ranks hold a box of one tensor, by few numbers."""
+        """Name the group of ranks that have a box of a tensor."""
         if at.layer is None:
             stage = 0 if shard.region.hf_name == "model.embed_tokens.weight" else self.pp - 1
         else:
@@ -182,7 +182,7 @@ class TrainerLayout:
         return stage, at.expert // (model.num_experts // self.ep), True, shard.positions
 
     def ranks(self, group: Group) -> tuple[int, ...]:
-        """The ranks of a group, in ascending order."""
+        """Return the ranks of a group, in ascending order."""
         stage, ep_rank, experts, positions = group
         tp, ep = (self.etp, self.ep) if experts else (self.tp, 1)
         replicas = self.size // (tp * ep * self.pp)
@@ -216,7 +216,7 @@ class RolloutLayout:
         return range(self.first, self.first + self.size)
 
     def shards(self, model: ModelConfig) -> Shards:
-        """Template of each family → its boxes, distinct."""
+        """Return each family's distinct boxes, by its template."""
         one = dataclasses.replace(model, num_hidden_layers=1)
         found: dict[str, dict[Box, tuple[Region, list[int]]]] = {}
         for rank in range(self.tp):
@@ -227,13 +227,13 @@ class RolloutLayout:
         return _shards(found)
 
     def group(self, model: ModelConfig, at: Instance, shard: Shard) -> Group:
-        """Which ranks hold a box of one tensor, by few numbers."""
+        """Name the group of ranks that have a box of a tensor."""
         if at.expert is not None and self.expert_parallel:
             return 0, 0, True, (at.expert // (model.num_experts // self.tp),)
         return 0, 0, False, shard.positions
 
     def ranks(self, group: Group) -> tuple[int, ...]:
-        """The ranks of a group, in ascending order."""
+        """Return the ranks of a group, in ascending order."""
         return tuple(
             self.first + replica * self.tp + position
             for replica in range(self.size // self.tp)

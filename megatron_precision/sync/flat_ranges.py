@@ -23,7 +23,7 @@ _Part = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class FlatRange:
-    """What a rank holds of the parameter that a region lies in.
+    """A rank's range of the parameter that a region is in.
 
     Attributes:
         hf_name, start: name the region.
@@ -38,7 +38,7 @@ class FlatRange:
 
 @dataclass(frozen=True)
 class FlatRanges:
-    """Every rank's ranges; a region that is not listed is held whole.
+    """Every rank's ranges; a region that is not listed is whole.
 
     Attributes:
         by_rank: from the world's first rank on; of a rank that is no trainer, none.
@@ -57,7 +57,7 @@ class FlatRanges:
     def parts(
         self, hf_name: str, box: Box, region: Region, ranks: Sequence[int]
     ) -> Iterator[tuple[Box, tuple[int, ...]]]:
-        """A box of a region in parts, each with those of the ranks that hold it whole.
+        """Cut a box of a region into parts, each with the ranks that have it whole.
 
         Args:
             hf_name: the tensor; the region may be that of another layer.
@@ -84,7 +84,7 @@ class FlatRanges:
 
 
 def _cut(part: _Part, row: int, column: int) -> Iterator[_Part]:
-    """A part cut before an element: what comes before it, in rows and a row's beginning, first."""
+    """Cut a part before an element, into whole rows and pieces of a row."""
     a, b, c, d = part
     if column >= d:
         row, column = row + 1, c

@@ -53,7 +53,7 @@ _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 def cell_elements_of(batch_bytes: int) -> int:
-    """The most that a cell may hold to fit into a message, in any dtype."""
+    """Return the largest number of elements of a cell, so that it fits a message in any dtype."""
     return min(CELL_ELEMENTS, batch_bytes // 4)
 
 
@@ -71,7 +71,7 @@ class Cell:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
@@ -101,7 +101,7 @@ class RankPlan:
 
     @property
     def needed(self) -> list[Cell]:
-        """The cells that arrive in this rank's engine."""
+        """List the cells that arrive in this rank's engine."""
         return [
             *self.copies,
             *(cell for cells in self.direct.receives.values() for cell in cells),
@@ -110,12 +110,12 @@ class RankPlan:
 
     @property
     def held(self) -> list[Cell]:
-        """The cells that are read from this rank's trainer, each once."""
+        """List the cells that are read from this rank's trainer, each once."""
         sent = (cell for cells in self.direct.sends.values() for cell in cells)
         return list(dict.fromkeys((*self.copies, *sent)))
 
     def split(self, count: int, group: Callable[[str], int]) -> list[RankPlan]:
-        """The plan in so many parts, each with the cells of its group's tensors."""
+        """Split the plan by groups of tensors."""
         parts = [RankPlan(self.rank) for _ in range(count)]
         for cell in self.copies:
             parts[group(cell.hf_name)].copies.append(cell)
@@ -164,7 +164,7 @@ class Planner:
     ranges: FlatRanges | None = None
 
     def node(self, rank: int) -> int:
-        """The node of a rank."""
+        """Return the node of a rank."""
         return rank // self.ranks_per_node
 
     @functools.cached_property
@@ -182,11 +182,11 @@ class Planner:
 
     @property
     def group_count(self) -> int:
-        """Groups of tensors that are brought up to date one after the other."""
+        """The number of groups of tensors, which are updated one after the other."""
         return 1 + -(-self._layers_a_stage // self._layers_together)
 
     def group(self, name: str) -> int:
-        """The group of a tensor or parameter, by either side's name; what has no layer is first.
+        """Return a tensor's group, by either side's name; tensors without a layer come first.
 
         Layers of every pipeline stage go together, so that no stage waits while another sends.
         """
@@ -197,12 +197,12 @@ class Planner:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of both layouts: plans with the same one are the same."""
+        """A hash of both layouts: plans with equal hashes are equal."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def cells(self) -> list[tuple[Family, list[_FamilyCell]]]:
-        """The cells of every family.
+        """Return the cells of every family.
 
         Raises:
             PlanError: names what either side does not cover, or covers twice, and both layouts.
@@ -235,11 +235,11 @@ class Planner:
 
     @property
     def layouts(self) -> str:
-        """Both, for messages."""
+        """Describe both layouts, for messages."""
         return f"  {self.trainer}\n  {self.rollout}"
 
     def _boxes(self, source: Shard, target: Shard) -> Iterator[Box]:
-        """What two shards share, cut into cells of about one size."""
+        """Cut the overlap of two shards into cells of about one size."""
         shared = overlap(source.box, target.box)
         if shared is None:
             return
@@ -254,7 +254,7 @@ class Planner:
                     yield Box((x, *shared.start[1:]), (y - x, *shared.shape[1:]))
 
     def rank_plan(self, rank: int) -> RankPlan:
-        """The part of one rank.
+        """Plan one rank's part.
 
         Raises:
             PlanError: see `cells`.
@@ -289,7 +289,7 @@ class Planner:
         return {}
 
     def _nodes(self, side: str, group: Group) -> dict[int, Ranks]:
-        """Node → its ranks of a group."""
+        """Return each node's ranks of a group."""
         key = (side, group)
         if key not in self._known:
             ranks = (self.trainer if side == "trainer" else self.rollout).ranks(group)
@@ -326,7 +326,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class _Route:
-    """Who sends a cell to whom.
+    """The senders and receivers of a cell.
 
     Attributes:
         turn: by which replicas take turns.
@@ -339,7 +339,7 @@ class _Route:
     needers: dict[int, Ranks]
 
     def receive(self, plan: RankPlan, node: int) -> None:
-        """How a rank that needs the cell comes to it."""
+        """Return how a rank that needs the cell gets it."""
         rank, cell = plan.rank, self.cell
         near, here = self.holders.get(node, ()), self.needers[node]
         if rank in near:
@@ -358,7 +358,7 @@ class _Route:
                 plan.fan_out.receives.setdefault(landing, []).append(cell)
 
     def send(self, plan: RankPlan) -> None:
-        """To whom a rank that has the cell sends it."""
+        """List the ranks to which a rank that has the cell sends it."""
         for node, here in self.needers.items():
             near = self.holders.get(node, ())
             if near:
@@ -373,7 +373,7 @@ class _Route:
                 plan.direct.sends.setdefault(landing, []).append(self.cell)
 
     def _replica(self, node: int) -> int:
-        """The holder that serves another node, in turn over nodes first: NICs share the work."""
+        """Choose the rank that serves another node, nodes in turn, so that NICs share the work."""
         turn, nodes = self.turn + node, sorted(self.holders)
         members = self.holders[nodes[turn % len(nodes)]]
         return members[turn // len(nodes) % len(members)]
@@ -388,7 +388,7 @@ def common_slabs(first: Region, second: Region, begin: int, end: int) -> Iterato
 
 
 def _units(*regions: Region) -> Iterator[int]:
-    """Numbers of rows that leave few slabs where a region is cut at their multiples."""
+    """Return numbers of rows at whose multiples a cut leaves few slabs."""
     yield 1
     for region in regions:
         for number in range(1, len(region.row_sizes)):
@@ -397,13 +397,13 @@ def _units(*regions: Region) -> Iterator[int]:
 
 @functools.lru_cache(maxsize=4)
 def rank_plan(planner: Planner, rank: int) -> RankPlan:
-    """One rank's part; kept, since it depends on both layouts alone."""
+    """Plan one rank's part; the result is cached, since it depends on the layouts alone."""
     return planner.rank_plan(rank)
 
 
 @functools.lru_cache(maxsize=4)
 def rank_groups(planner: Planner, rank: int) -> list[RankPlan]:
-    """The same by groups."""
+    """Plan one rank's part by groups of tensors."""
     return rank_plan(planner, rank).split(planner.group_count, planner.group)
 
 
@@ -414,7 +414,7 @@ ALONE_ELEMENTS = 2**19
 
 
 def batches(cells: list[Cell], limit: int) -> Iterator[list[list[Cell]]]:
-    """Cells, batch by batch, and in each message by message.
+    """Divide cells into batches, and each batch into messages.
 
     Args:
         limit: elements of a batch at most; a cell that is larger is a batch.

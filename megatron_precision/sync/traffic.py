@@ -49,7 +49,7 @@ class RankTraffic:
 
 @dataclass(frozen=True)
 class Traffic:
-    """A sync's bytes, of the ranks that were looked at.
+    """A sync's bytes, for the ranks that were counted.
 
     Attributes:
         ranks: one entry each.
@@ -64,7 +64,7 @@ class Traffic:
 
 
 def traffic(planner: Planner, itemsize: int, batch_bytes: int) -> Traffic:
-    """Plan and count.
+    """Plan a sync and count its bytes.
 
     Args:
         itemsize: bytes of an element on the wire.
@@ -130,7 +130,7 @@ def _rank_traffic(
 
 
 def _bound(planner: Planner, ranks: Sequence[int]) -> int:
-    """Elements that some of the ranks need and none of them has."""
+    """Count the elements that some of the ranks need and none of them has."""
     model = planner.model
     have = _Members(planner.trainer, model, set(ranks))
     need = _Members(planner.rollout, model, set(ranks))
@@ -146,7 +146,7 @@ def _bound(planner: Planner, ranks: Sequence[int]) -> int:
 
 
 class _Members:
-    """Boxes of one side that some ranks hold."""
+    """The boxes of one side that some ranks have."""
 
     def __init__(self, side: Side, model: ModelConfig, ranks: set[int]) -> None:
         self._side, self._model, self._ranks = side, model, ranks
@@ -154,7 +154,7 @@ class _Members:
         self._known: dict[Group, bool] = {}
 
     def boxes(self, family: Family, at: Instance) -> list[Box]:
-        """The distinct boxes of one tensor."""
+        """Return the distinct boxes of one tensor."""
         return [shard.box for shard in self._shards[family.template] if self._hold(at, shard)]
 
     def _hold(self, at: Instance, shard: Shard) -> bool:

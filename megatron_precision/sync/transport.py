@@ -31,7 +31,7 @@ RegionTensors = Iterable[tuple[Region, torch.Tensor]]
 
 @dataclass(frozen=True)
 class _Message:
-    """Cells that travel together: their views, and how many elements they are."""
+    """Cells that travel together: their views, and their number of elements."""
 
     views: list[torch.Tensor]
     numel: int
@@ -79,7 +79,7 @@ class _End:
 
     @classmethod
     def of(cls, batch: _Batch | None, way: Callable[..., Any], buffer: torch.Tensor) -> _End:
-        """Nothing where there is no batch."""
+        """Bind a batch to a buffer; None without a batch."""
         end = cls([], [], [])
         begin = 0
         for message in batch.messages if batch else ():
@@ -137,7 +137,7 @@ class _Group:
 
     @functools.cached_property
     def lots(self) -> list[list[int]]:
-        """Numbers of the cells that are copied together: those of one run on both sides, and the
+        """Group the cells that are copied together: those of one run on both sides, and the
         others. On a GPU the former are one launch, and each of the latter is one."""
         ends = zip(self.copy_to, self.copy_from, strict=True)
         runs = [all(view.is_contiguous() for view in pair) for pair in ends]
@@ -200,12 +200,12 @@ class Transport:
 
     @property
     def buffer_bytes(self) -> int:
-        """What the buffers take."""
+        """The bytes of the buffers."""
         return self._out.nbytes + self._in.nbytes
 
     @torch.no_grad()
     def run(self, group: int) -> None:
-        """Bring a group's tensors up to date; every rank of the world calls it, in order."""
+        """Update a group's tensors; every rank of the world calls it, in order."""
         part = self._groups[group]
         if part.through_wire:
             for target, source in zip(part.copy_to, part.copy_from, strict=True):
@@ -314,7 +314,7 @@ def _batches(peer: int, cells: list[Cell], views: Views, limit: int) -> list[_Ba
 
 
 def _buffer(sent_or_received: list[_Batch], wire: torch.dtype) -> torch.Tensor:
-    """Room for the batch that needs most."""
+    """Allocate a buffer for the largest batch."""
     longest = max((batch.buffered(wire) for batch in sent_or_received), default=0)
     device = "cpu"
     if sent_or_received:

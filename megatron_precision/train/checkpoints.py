@@ -327,7 +327,7 @@ def _usable(config: RunConfig, folder: Path, damaged: list[str]) -> Found:
 
 
 def describe(config: RunConfig) -> dict[str, Any]:
-    """Which run it is; a user's own files by their content."""
+    """Return what identifies a run, with hashes of the user's own files."""
     own = user_files.hashes(config)
     return {
         "version": compatible.VERSION,

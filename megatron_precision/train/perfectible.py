@@ -33,7 +33,7 @@ _FILLS = 4
 
 @dataclass(frozen=True)
 class Counts:
-    """What was seen of one question.
+    """The counts of one question.
 
     Attributes:
         right, samples: responses.
@@ -53,7 +53,7 @@ class Counts:
 
 
 def progress_file(out: Path) -> Path:
-    """Where the counts are kept until the set is whole."""
+    """Return the file of the counts, kept until the set is complete."""
     return out.with_name(out.name + ".progress")
 
 
@@ -178,7 +178,7 @@ def _counted(sampled: object, samples: int) -> Iterator[Counts]:
 
 
 def _made_from(config: RunConfig) -> str:
-    """Names what the counts depend on; the layout and the bounds are not among it."""
+    """Hash what the counts depend on, without the layout and the bounds."""
     return fingerprint(
         {
             "model": dataclasses.asdict(config.model),
@@ -204,7 +204,7 @@ def _progress_problems(config: RunConfig, out: Path) -> list[Problem]:
 
 
 def _read(config: RunConfig, out: Path) -> dict[str, Counts]:
-    """The counts so far; a last line that is cut is left out, and written again.
+    """Read the counts so far, without a last line that is cut.
 
     Raises:
         ValueError: where they are of other settings, or unreadable.
@@ -233,7 +233,7 @@ def _append(out: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def _write(out: Path, config: RunConfig, kept: Sequence[str], counts: Mapping[str, Counts]) -> None:
-    """The set, whole or not at all; then its progress is of no more use."""
+    """Write the set completely or not at all, then remove the progress."""
     prompts: dict[str, tuple[str, ChatPrompt]] = {}
     for part in map(parse_set, config.task.train_sets):
         for prompt in without_repeats(read_prompts(part.path)):

@@ -123,7 +123,7 @@ class Trainer:
 
     @property
     def resumed(self) -> bool:
-        """Whether the run continues from a checkpoint."""
+        """True if the run continues from a checkpoint."""
         return self._found is not None
 
     # ---- the run -------------------------------------------------------------------------
