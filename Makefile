@@ -14,8 +14,8 @@ STAMP := $(VENV)/.installed
 KEY := $(shell { echo '$(TORCH) $(UV)'; cat requirements/cpu.txt pyproject.toml; } | cksum | tr ' ' '-')
 
 FAST := not slow and not exhaustive and not gpu and not multigpu
-# Two workers for two cores; each file goes to one of them (tests/conftest.py).
-WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers for two cores; one of them has all tests that start ranks (tests/conftest.py).
+WORKERS := -n 2 --dist loadscope --no-loadscope-reorder
 SLOW := slow and not exhaustive and not gpu and not multigpu
 
 .PHONY: help install sanity sanity-moe mismatch sweep test test-slow test-exhaustive test-gpu gpu check docs doctor clean
@@ -57,7 +57,7 @@ test: install
 
 # pytest ends with 5 when no test has the mark; that is no failure, and every other code is.
 test-slow: install
-	@$(BIN)/python -m pytest $(WORKERS) -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
+	@$(BIN)/python -m pytest -m '$(SLOW)' || { code=$$?; test $$code -eq 5 || exit $$code; }
 
 test-exhaustive: install
 	$(BIN)/python -m pytest -m exhaustive --timeout 3600

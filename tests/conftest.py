@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -46,19 +48,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop(shared.VARIABLE), ignore_errors=True)
 
 
-# What a test file imports if it starts ranks: such jobs take both cores, and two at once more than
-# twice as long as one after the other.
+# The words by which a test file is known to start ranks: such jobs take both cores, and two at once
+# take more than twice as long as one after the other.
 STARTS_RANKS = ("run_distributed", "real_jobs", "engine_world", "one_machine")
+ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin that reads the groups
+@functools.cache
+def scope_of(path: str) -> str:
+    """Return `ranks` for a test file that starts ranks, and the path itself for any other."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    known = path.startswith(("tests/e2e/", "tests/cluster/", "tests/launch/test_local"))
+    return "ranks" if known or any(word in text for word in STARTS_RANKS) else path
+
+
+@pytest.hookimpl(optionalhook=True)  # a GPU host need not have the plugin
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests that start ranks to one worker, and each other file to either, as a whole."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneWorkerStartsRanks(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid.partition("::")[0])
+
+    return OneWorkerStartsRanks(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give all jobs of several ranks to one worker, and each other file to either, as a whole."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            names = vars(getattr(item, "module", None) or object)
-            path = item.location[0]
-            ranks = path.startswith(("tests/e2e/", "tests/cluster/", "tests/launch/test_local"))
-            ranks = ranks or any(name in names for name in STARTS_RANKS)
-            item.add_marker(pytest.mark.xdist_group("ranks" if ranks else path))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "ranks")
+    """Put the tests that start ranks first: they take longest."""
+    items.sort(key=lambda item: scope_of(item.nodeid.partition("::")[0]) != "ranks")
