@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_precision.checks import own_code
 from megatron_precision.checks.settings import unknown_precision
 from megatron_precision.config import overrides as typed
 from megatron_precision.config import user_files
@@ -100,7 +101,10 @@ def with_all_problems(
 ) -> UserError:
     """Append the errors in --precision, --algo and --set to an error that leaves no recipe."""
     # Every recipe has the same fields.
-    _, found = examine(sanity.tiny_dense(), precision, algo, overrides)
+    config, found = examine(sanity.tiny_dense(), precision, algo, overrides)
+    found += own_code.algorithm_problems(config)
+    if user_files.is_reference(config.task.scorer):
+        found += own_code.scorer_problems(config)
     return UserError([*wrong.problems, *found])
 
 

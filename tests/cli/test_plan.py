@@ -186,5 +186,14 @@ def test_the_table_of_a_readme_is_what_the_command_prints(
     main.main(["plan", name, "--all-sizes"])
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == 2 + 4
+    # Size, layout, total and verdict; the parts are the command's alone.
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed]
+    rows = [[*row[:2], *row[-2:]] for row in cells]
     text = (ROOT / README[name]).read_text(encoding="utf-8")
-    assert "\n".join(printed) in text
+    shown = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    first = shown.index(rows[0])
+    assert shown[first : first + len(rows)] == rows

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import recipes
 from megatron_precision.actor.batch import Batch
+from megatron_precision.checks import own_code
 from megatron_precision.cli.main import main
 from megatron_precision.config.schema import AlgorithmConfig
 from megatron_precision.rewards.grading import PooledGrader, Response
@@ -120,13 +122,82 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_line(
 
 
 def test_every_problem_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["sanity.tiny_dense", "--algo", f"{tmp_path}/none.py:A", "--out", str(tmp_path / "run")]
-    more = ["--set", f"task.scorer={tmp_path}/no.py:f", "seed=-1"]
-    assert main(["train", *words, *more]) == 2
+    words = ["--algo", f"{tmp_path}/none.py:A", "--out", str(tmp_path / "run")]
+    words += ["--set", f"task.scorer={tmp_path}/no.py:f", "seed=-1"]
+    assert main(["train", "sanity.tiny_dense", *words]) == 2
     error = capsys.readouterr().err
     assert "3 problems" in error
     for text in ("none.py", "no.py", "seed"):
         assert text in error
+    # Without a recipe nothing says whether its settings fit each other, but the files are known.
+    assert main(["train", f"{tmp_path}/nor.py", *words]) == 2
+    error = capsys.readouterr().err
+    assert "3 problems" in error
+    for text in ("none.py", "no.py", "nor.py"):
+        assert text in error
+
+
+LOSS = """
+from megatron_precision.rl.algorithms import Algorithm
+
+def loss(inputs, constants):
+    return {}
+
+CISPO = Algorithm("CISPO", loss, "none", "token-mean", "nowhere")
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "line"),
+    [
+        (LOSS.format("-inputs.advantages"), "loss returns the wrong type", 4),
+        (LOSS.format("inputs.no_such_tensor"), "AttributeError", 5),
+        (LOSS.replace('"none"', '"non"'), "unknown correction 'non'", None),
+    ],
+)
+def test_an_algorithm_is_tried_before_it_is_used(
+    text: str, message: str, line: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text, encoding="utf-8")
+    out = str(tmp_path / "run")
+    assert main(["train", "sanity.tiny_dense", "--algo", f"{path}:CISPO", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(path) in error
+    assert line is None or f"line {line}\n" in error
+
+
+def test_a_recipe_that_raises_is_refused_with_the_line_that_raised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def recipe():\n    return later()\n\n\ndef later():\n    1 / 0\n", "utf-8")
+    assert main(["train", str(path), "--dryrun"]) == 2
+    error = capsys.readouterr().err
+    assert "recipe raises" in error
+    assert f"{path}, line 6\n" in error
+    assert "ZeroDivisionError" in error
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "line"),
+    [
+        ("return answer", "the scorer returned '7', expected a number", 1),
+        ("return float('nan')", "expected a finite number", 1),
+        ("return float(response)", "could not convert string to float", 2),
+    ],
+)
+def test_a_scorer_is_tried_on_an_empty_response(
+    body: str, message: str, line: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(response, answer):\n    {body}\n", encoding="utf-8")
+    config = recipes.build("sanity.tiny_dense", overrides=[f"task.scorer={path}:score"])
+    assert own_code.scorer_problems(config) == []
+    (problem,) = own_code.try_scorer(config, "7")
+    assert message in problem.got
+    assert problem.where == f"task.scorer, {path}, line {line}"
 
 
 def test_a_loss_without_a_gradient_is_refused(
